@@ -1,0 +1,253 @@
+"""Every setting of every service: frozen dataclasses, built from one TOML file and a given environ.
+
+A field has a default, a unit in its name and a docstring; a field without a default is required.
+Unknown keys, wrong types and values out of range are refused with one line that names the key.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from luthier_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One base model that this deployment serves."""
+
+    name: str
+    """What clients ask for, such as Qwen/Qwen3-8B."""
+    path: str
+    """A Hugging Face model folder on this machine."""
+    num_trainers: int = 1
+    num_samplers: int = 1
+    dtype: str = "auto"
+    """float32 | bfloat16 | auto (bfloat16 on CUDA, float32 elsewhere)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """The HTTP front."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_body_bytes: int = 64 * 1024 * 1024
+    """Largest request body, after decompression. The SDK's chunks aim at 5 MB, a datum is never split."""
+    poll_hold_s: float = 25.0
+    """How long retrieve_future is held open. The SDK's read timeout is 45 s."""
+    recheck_s: float = 2.0
+    """Every waiting future is looked at again this often, so a lost hint costs no more."""
+    key_cache_s: float = 60.0
+    """How long a looked-up API key is believed; a revoked key works no longer than this."""
+    max_open_polls: int = 20_000
+    """Open retrieve_future requests of one gateway; beyond it 429."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig:
+    """What one request, run and tenant may ask for."""
+
+    max_rank: int = 256
+    max_datums: int = 1024
+    max_tokens_per_request: int = 1_000_000
+    max_pending_ops: int = 512
+    """Admitted but unfinished ops of one run; beyond it 429 while something is executable."""
+    max_pending_bytes: int = 64 * 1024 * 1024
+    max_parked_bytes: int = 2 * 1024 * 1024 * 1024
+    """Payload bytes that may wait above a gap of one run (reliability 2.3)."""
+    max_seq_ahead: int = 4096
+    max_num_samples: int = 1024
+    max_queued_samples: int = 10_000
+    """Sampling jobs of one base model that wait or run; beyond it 429."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """A trainer worker."""
+
+    lease_s: float = 15.0
+    lease_renew_s: float = 5.0
+    num_threads: int = 1
+    """Threads of the engine's matrix products. Fixed, so that a run's bits do not depend on the machine's load."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
+    max_runs: int = 64
+    """Runs that one worker owns at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerConfig:
+    """A sampler worker."""
+
+    lease_s: float = 15.0
+    lease_renew_s: float = 5.0
+    num_threads: int = 1
+    kv_block_tokens: int = 16
+    """Tokens per KV-cache block. Smaller shares more prefixes and costs longer block tables."""
+    num_kv_blocks: int = 0
+    """0: chosen from kv_cache_bytes."""
+    kv_cache_bytes: int = 128 * 1024 * 1024
+    max_running: int = 64
+    """Sequences that share one decode step."""
+    max_step_tokens: int = 2048
+    """Tokens of one step, prefill and decode together."""
+    max_adapters: int = 64
+    """Adapters kept loaded, least recently used out first."""
+    sample_logprobs: str = "raw"
+    """raw | tempered: which distribution the logprobs of sampled tokens are of."""
+    claim_idle_s: float = 30.0
+    """A job that no live sampler touched for this long is claimed by another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole deployment. Every service reads the same file and uses its part."""
+
+    redis_url: str
+    """redis://host:port/0 or unix:///path/to/socket."""
+    store_url: str
+    """file:///absolute/folder, or s3+http://host:port/bucket, s3+https://host/bucket?region=..."""
+    registry_url: str
+    """http://host:port or unix:///path/to/socket."""
+    secret_file: str
+    """File with the server secret: 32 random bytes in hex, readable by its owner only."""
+    public_url: str = ""
+    """Base of signed download links; empty: http://host:port of the gateway."""
+    models: tuple[ModelConfig, ...] = ()
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    s3_access_key: str = field(default="", repr=False)
+    """From the environment (AWS_ACCESS_KEY_ID) only, never from the file."""
+    s3_secret_key: str = field(default="", repr=False)
+
+    def model(self, name: str) -> ModelConfig:
+        """The base model of that name; ConfigError with the names there are."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise ConfigError(f"no model {name!r} in the configuration; there are {self.model_names}")
+
+    @property
+    def model_names(self) -> list[str]:
+        return [model.name for model in self.models]
+
+    def secret(self) -> bytes:
+        """The server secret: API keys and service tokens are HMACs under it."""
+        try:
+            return bytes.fromhex(Path(self.secret_file).read_text().strip())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"secret_file {self.secret_file}: {error}") from error
+
+
+_ENVIRON_ONLY = {"s3_access_key": "AWS_ACCESS_KEY_ID", "s3_secret_key": "AWS_SECRET_ACCESS_KEY"}
+
+
+def load_config(path: Path, environ: Mapping[str, str]) -> Config:
+    """The configuration in the TOML file at `path`, with credentials from `environ`."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return parse_config(table, environ)
+
+
+def parse_config(table: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
+    """The configuration in a parsed TOML table; ConfigError names the key that is wrong."""
+    for name in _ENVIRON_ONLY:
+        if name in table:
+            raise ConfigError(f"{name}: set {_ENVIRON_ONLY[name]} in the environment instead")
+    secrets = {name: environ.get(variable, "") for name, variable in _ENVIRON_ONLY.items()}
+    config: Config = _build(Config, {**table, **secrets}, "")
+    _check(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as TOML, without credentials: what `luthier up` writes for its parts."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name in _ENVIRON_ONLY:
+            continue
+        if item.name == "models":
+            for model in value:
+                tables += ["", "[[models]]", *_toml_lines(model)]
+        elif dataclasses.is_dataclass(value):
+            tables += ["", f"[{item.name}]", *_toml_lines(value)]
+        else:
+            lines.append(f"{item.name} = {_toml_value(value)}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml_lines(part: Any) -> list[str]:
+    return [
+        f"{item.name} = {_toml_value(getattr(part, item.name))}" for item in dataclasses.fields(part)
+    ]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return str(value)
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of `kind`, checked field by field; `where` is the dotted key."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a table")
+        hints = get_type_hints(kind)
+        known = {item.name: item for item in dataclasses.fields(kind)}
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"{_dotted(where, key)}: unknown key; known are {sorted(known)}")
+        for name, item in known.items():
+            required = (
+                item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+            )
+            if required and name not in value:
+                raise ConfigError(f"{_dotted(where, name)}: required")
+        built = {key: _build(hints[key], item, _dotted(where, key)) for key, item in value.items()}
+        assert isinstance(kind, type)
+        return kind(**built)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list")
+        element = get_args(kind)[0]
+        return tuple(_build(element, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _check(config: Config) -> None:
+    names = config.model_names
+    if len(set(names)) != len(names):
+        raise ConfigError(f"models: a name is there twice: {names}")
+    for model in config.models:
+        if model.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
+    if config.sampler.sample_logprobs not in ("raw", "tempered"):
+        raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
+    if not 0 <= config.gateway.port <= 65535:
+        raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
+    if config.gateway.poll_hold_s > 40:
+        raise ConfigError("gateway.poll_hold_s: the SDK gives up after 45 s, so at most 40")

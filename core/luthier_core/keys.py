@@ -1,0 +1,179 @@
+"""Every Redis key, channel and object path, as functions. Reliability 2.1 and 1.3 name them.
+
+A hash tag in braces keeps all keys of one run, or of one shard of sampling sessions, in one slot.
+"""
+
+# --- Redis: training runs -------------------------------------------------------------------------
+
+
+def run_header(run_id: str) -> str:
+    """Hash: tenant, facts, status, epoch, owner, admitted, committed, pending bytes, told."""
+    return f"{{{run_id}}}:h"
+
+
+def run_log(run_id: str) -> str:
+    """Stream of admitted ops; entry id `seq-0` (op 0: `0-1`)."""
+    return f"{{{run_id}}}:log"
+
+
+def run_parked(run_id: str) -> str:
+    """Hash seq -> entry of the ops above a gap."""
+    return f"{{{run_id}}}:park"
+
+
+def run_outcome(run_id: str, seq: int | str) -> str:
+    """Hash with a TTL: the outcome of one op."""
+    return f"{{{run_id}}}:r:{seq}"
+
+
+def run_channel(run_id: str) -> str:
+    """Sharded pub/sub channel that carries the seq of each committed op: a hint, it may be lost."""
+    return f"{{{run_id}}}:done"
+
+
+# --- Redis: sampling ------------------------------------------------------------------------------
+
+SAMPLING_GROUP = "samplers"
+NUM_SAMPLING_SHARDS = 1
+
+
+def sampling_shard(sampling_session_id: str) -> str:
+    """The hash tag of a sampling session: its dedupe record, job and outcome are one slot."""
+    from zlib import crc32
+
+    return f"{{s{crc32(sampling_session_id.encode()) % NUM_SAMPLING_SHARDS}}}"
+
+
+def sampling_jobs(base_model: str, shard: str = "{s0}") -> str:
+    """Stream with the group `samplers`: sampling jobs of one base model."""
+    return f"{shard}:q:{base_model}"
+
+
+def sampling_header(sampling_session_id: str) -> str:
+    """Hash: tenant, base model and weights of one sampling session."""
+    return f"{sampling_shard(sampling_session_id)}:h:{sampling_session_id}"
+
+
+def sampling_outcome(sampling_session_id: str, seq: int | str) -> str:
+    """Hash with a TTL: digest of the request, then state and outcome."""
+    return f"{sampling_shard(sampling_session_id)}:r:{sampling_session_id}:{seq}"
+
+
+def sampling_channel(sampling_session_id: str) -> str:
+    """Sharded pub/sub channel that carries the seq of each finished sample: a hint."""
+    return f"{sampling_shard(sampling_session_id)}:done:{sampling_session_id}"
+
+
+# --- Redis: workers and sessions ------------------------------------------------------------------
+
+
+def session_header(session_id: str) -> str:
+    """Hash: tenant, status (active or finished and how), last heartbeat."""
+    return f"{{{session_id}}}:h"
+
+
+def worker_lease(worker: str) -> str:
+    """JSON with an expiry: incarnation, role, base model, state of one live worker."""
+    return f"w:{worker}"
+
+
+def worker_wake(worker: str) -> str:
+    """List of run ids that have something new: hints, they may be lost."""
+    return f"w:{worker}:wake"
+
+
+WORKERS_PATTERN = "w:*"
+
+
+def live_runs(base_model: str) -> str:
+    """Sorted set of run ids of one base model by time of the last admit."""
+    return f"runs:{base_model}"
+
+
+def model_wake(base_model: str) -> str:
+    """List of run ids that may need an owner: hints."""
+    return f"wake:{base_model}"
+
+
+def model_facts(base_model: str) -> str:
+    """JSON facts of a base model, written by its workers: limits that requests are checked against."""
+    return f"model:{base_model}"
+
+
+GENERATION = "sys:gen"
+
+# --- Redis: indexes for listing (rebuildable from the bucket) --------------------------------------
+
+
+def index_order(tenant: str, what: str) -> str:
+    """Sorted set of ids by time; what: runs, sessions, checkpoints, samplers:<session>, ..."""
+    return f"{{t:{tenant}}}:ix:{what}"
+
+
+def index_rows(tenant: str, what: str) -> str:
+    """Hash id -> JSON list row, beside index_order."""
+    return f"{{t:{tenant}}}:row:{what}"
+
+
+# --- object store ---------------------------------------------------------------------------------
+
+
+def tenant_prefix(tenant: str) -> str:
+    return f"t/{tenant}/"
+
+
+def run_prefix(tenant: str, run_id: str) -> str:
+    return f"t/{tenant}/runs/{run_id}/"
+
+
+def run_record(tenant: str, run_id: str) -> str:
+    """Facts of a run, create-if-absent by the registry before op 0."""
+    return f"{run_prefix(tenant, run_id)}run.json"
+
+
+def op_payload(tenant: str, run_id: str, seq: int, digest: str) -> str:
+    """Body of an op above the inline limit (claim check)."""
+    return f"{run_prefix(tenant, run_id)}ops/{seq:010}-{digest[:12]}"
+
+
+def op_result(tenant: str, run_id: str, seq: int, epoch: int) -> str:
+    """Outcome above the inline limit."""
+    return f"{run_prefix(tenant, run_id)}res/{seq}-{epoch}"
+
+
+def checkpoint_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
+    """Files that op seq saved under this epoch."""
+    return f"{run_prefix(tenant, run_id)}ckpt/{seq}-{epoch}/"
+
+
+def checkpoint_manifest(tenant: str, run_id: str, seq: int) -> str:
+    """Which files are op seq's checkpoint; create-if-absent, written after every file."""
+    return f"{run_prefix(tenant, run_id)}man/{seq}"
+
+
+def name_record(tenant: str, run_id: str, kind: str, name: str) -> str:
+    """The checkpoint's record (compare-and-swap); kind: weights, sampler_weights, ephemeral, ..."""
+    return f"t/{tenant}/names/{run_id}/{kind}/{name}.json"
+
+
+def session_record(tenant: str, session_id: str) -> str:
+    return f"t/{tenant}/sessions/{session_id}.json"
+
+
+def sampler_record(tenant: str, sampling_session_id: str) -> str:
+    return f"t/{tenant}/samplers/{sampling_session_id}.json"
+
+
+def sample_payload(tenant: str, sampling_session_id: str, seq: int | str, digest: str) -> str:
+    """Sampling request above the inline limit."""
+    return f"t/{tenant}/samples/{sampling_session_id}/{seq}-{digest[:12]}"
+
+
+def sample_result(tenant: str, sampling_session_id: str, seq: int | str) -> str:
+    """Sampling outcome above the inline limit."""
+    return f"t/{tenant}/samples/{sampling_session_id}/{seq}.res"
+
+
+def api_key_record(key_hmac: str) -> str:
+    """Tenant and scopes of one API key, named by the HMAC of the key under the server secret."""
+    return f"keys/{key_hmac}.json"

@@ -1,0 +1,168 @@
+"""Op and Outcome: what travels on a stream, and how both are written as Redis fields.
+
+An op of a training run is ordered by its seq; a sampling job has no order. Bytes up to INLINE_LIMIT
+travel in the entry; larger ones lie in the object store and the entry carries key, size and sha256.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+from typing import Self
+
+from luthier_core.errors import Category
+
+INLINE_LIMIT = 16 * 1024
+"""Bytes of a payload or outcome that travel inside Redis (reliability 2.4)."""
+
+
+class Kind(StrEnum):
+    """What an op does. `rejected` is a refused request: it uses up its seq and fails."""
+
+    CREATE_MODEL = "create_model"
+    FORWARD_BACKWARD = "forward_backward"
+    FORWARD = "forward"
+    OPTIM_STEP = "optim_step"
+    SAVE_WEIGHTS = "save_weights"
+    SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
+    LOAD_WEIGHTS = "load_weights"
+    REJECTED = "rejected"
+    SAMPLE = "sample"
+
+
+PROTOBUF_KINDS = frozenset({Kind.FORWARD_BACKWARD, Kind.FORWARD, Kind.SAMPLE})
+"""Kinds whose completed outcome is protobuf bytes; every other outcome is JSON."""
+
+
+def digest_of(body: bytes) -> str:
+    """The sha256 of a request's canonical bytes, in hex: what dedupe compares."""
+    return sha256(body).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """Bytes of a payload or outcome: here, or in the object store under `key`."""
+
+    inline: bytes | None = None
+    key: str = ""
+    num_bytes: int = 0
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """An inline body."""
+        return cls(inline=data, num_bytes=len(data))
+
+    @classmethod
+    def stored(cls, key: str, data: bytes) -> Self:
+        """A body that the caller has put into the object store under `key`."""
+        return cls(key=key, num_bytes=len(data), sha256=digest_of(data))
+
+    def fields(self) -> dict[str, str | bytes]:
+        if self.inline is not None:
+            return {"body": self.inline, "size": str(self.num_bytes)}
+        return {"key": self.key, "size": str(self.num_bytes), "sha": self.sha256}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[bytes, bytes]) -> Self:
+        size = int(fields.get(b"size", b"0"))
+        if b"body" in fields:
+            return cls(inline=fields[b"body"], num_bytes=size)
+        return cls(
+            key=fields.get(b"key", b"").decode(),
+            num_bytes=size,
+            sha256=fields.get(b"sha", b"").decode(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One ordered request of a run, as its log holds it."""
+
+    run_id: str
+    seq: int
+    kind: Kind
+    digest: str
+    body: Body
+    told: int = -1
+    """Highest failed seq whose error had been delivered when this op was admitted (-1: none)."""
+
+    def fields(self) -> dict[str, str | bytes]:
+        """Fields of the stream entry, without `told`: the admit function stamps that."""
+        return {"kind": self.kind.value, "digest": self.digest, **self.body.fields()}
+
+    @classmethod
+    def from_entry(cls, run_id: str, entry_id: bytes, fields: Mapping[bytes, bytes]) -> Self:
+        seq = int(entry_id.split(b"-")[0])
+        return cls(
+            run_id=run_id,
+            seq=seq,
+            kind=Kind(fields[b"kind"].decode()),
+            digest=fields[b"digest"].decode(),
+            body=Body.from_fields(fields),
+            told=int(fields.get(b"told", b"-1")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an op ended. `failed` carries a message for the user and whose fault it was."""
+
+    state: str
+    """completed | failed"""
+    body: Body = Body(inline=b"")
+    category: Category = "unknown"
+
+    @property
+    def failed(self) -> bool:
+        return self.state == "failed"
+
+    @classmethod
+    def completed(cls, body: Body) -> Self:
+        return cls(state="completed", body=body)
+
+    @classmethod
+    def failure(cls, message: str, category: Category) -> Self:
+        return cls(state="failed", body=Body.of(message.encode()), category=category)
+
+    def fields(self) -> dict[str, str | bytes]:
+        return {"state": self.state, "category": self.category, **self.body.fields()}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[bytes, bytes]) -> Self:
+        category = fields.get(b"category", b"unknown").decode()
+        return cls(
+            state=fields[b"state"].decode(),
+            category=category if category in ("user", "server") else "unknown",  # type: ignore[arg-type]
+            body=Body.from_fields(fields),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingJob:
+    """One sampling request on the stream of its base model."""
+
+    entry_id: bytes
+    sampling_session_id: str
+    seq: str
+    """A string: sampling seqs reach 10^18, and Lua loses digits above 2^53."""
+    tenant: str
+    weights: str
+    """Object key of the checkpoint manifest whose adapter samples; empty for the base model."""
+    body: Body
+    """JSON of the asample request."""
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.sampling_session_id}:{self.seq}"
+
+    @classmethod
+    def from_entry(cls, entry_id: bytes, fields: Mapping[bytes, bytes]) -> Self:
+        return cls(
+            entry_id=entry_id,
+            sampling_session_id=fields[b"session"].decode(),
+            seq=fields[b"seq"].decode(),
+            tenant=fields[b"tenant"].decode(),
+            weights=fields[b"weights"].decode(),
+            body=Body.from_fields(fields),
+        )

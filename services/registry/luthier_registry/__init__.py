@@ -1,0 +1,1 @@
+"""Sessions, training runs, checkpoints and sampler records."""

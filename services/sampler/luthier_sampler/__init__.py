@@ -1,0 +1,1 @@
+"""Text generation with continuous batching, many adapters on one base model."""

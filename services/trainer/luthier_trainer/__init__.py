@@ -1,0 +1,1 @@
+"""Many tenants' LoRA training on one base model."""
