@@ -1,0 +1,174 @@
+"""Load a transformers causal LM once, freeze it, and put MultiLoRALinear into it.
+
+Trainer and sampler load through here, so both compute the same numbers.
+
+Dimensions: T packed tokens, D hidden size, M rows whose logits are wanted, V vocabulary.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from luthier_core.errors import ConfigError
+from luthier_model.attention import ATTENTION_NAME, AttentionContext
+from luthier_model.lora import TARGETS, MultiLoRALinear, Routing, Segment
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What other services need to know about a base model; travels as JSON."""
+
+    name: str
+    """What clients ask for, such as Qwen/Qwen3-8B."""
+    path: str
+    architecture: str
+    vocab_size: int
+    max_context_tokens: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    eos_token_ids: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Self:
+        return cls(**{**facts, "eos_token_ids": tuple(facts["eos_token_ids"])})
+
+
+class BaseModel:
+    """A frozen causal LM whose linear modules take an adapter per row.
+
+    Not for two threads at once: `routing` is the model's own.
+    """
+
+    def __init__(self, facts: ModelFacts, module: Any, routing: Routing) -> None:
+        self.facts = facts
+        self.module = module
+        self.routing = routing
+        self.lora_shapes = {
+            part.name: (part.linear.in_features, part.linear.out_features)
+            for part in module.modules()
+            if isinstance(part, MultiLoRALinear)
+        }
+        """Module name -> features (in, out), in the model's order."""
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.module.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.module.dtype
+        return dtype
+
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: AttentionContext,
+        segments: Sequence[Segment],
+    ) -> Tensor:
+        """Hidden states [T, D] after the final norm, of int64 tokens[T] at positions[T]."""
+        with self.routing.use(segments):
+            out: Tensor = self.module.base_model(
+                input_ids=tokens_T[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                attention=attention,
+            ).last_hidden_state
+        return out[0]
+
+    def logits(self, hidden_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """float32 logits [M, V]; `segments` count the rows of hidden_MD."""
+        with self.routing.use(segments):
+            out: Tensor = self.module.get_output_embeddings()(hidden_MD)
+        return out.float()
+
+
+def load_base_model(
+    name: str, path: str | Path, *, device: str = "cpu", dtype: str = "auto"
+) -> BaseModel:
+    """The model in the Hugging Face folder `path`, frozen, served to clients as `name`.
+
+    dtype is float32, bfloat16 or auto (bfloat16 on CUDA, float32 elsewhere). Only safetensors are
+    read and no code of the folder is run. ConfigError says in one line what is wrong with it.
+    """
+    _check_folder(Path(path))
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    transformers_logging.disable_progress_bar()
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=DTYPES[dtype],
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {name}: {path} cannot be loaded: {first_line}") from error
+    module.eval().requires_grad_(False).to(device)
+    routing = Routing()
+    _wrap_linears(module, routing)
+    return BaseModel(_facts(name, str(path), module), module, routing)
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a model folder: config.json: {error}") from error
+    if not isinstance(config, dict) or "auto_map" in config:
+        raise ConfigError(f"{path}: config.json asks to run code of its own (auto_map): refused")
+
+
+def _wrap_linears(module: nn.Module, routing: Routing) -> None:
+    wanted = {end for ends in TARGETS.values() for end in ends}
+    for name, part in list(module.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if isinstance(part, nn.Linear) and last in wanted:
+            setattr(module.get_submodule(parent), last, MultiLoRALinear(part, name, routing))
+
+
+def _facts(name: str, path: str, module: Any) -> ModelFacts:
+    config = module.config.get_text_config()
+    num_heads = config.num_attention_heads
+    return ModelFacts(
+        name=name,
+        path=path,
+        architecture=type(module).__name__,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.max_position_embeddings,
+        num_layers=config.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        hidden_size=config.hidden_size,
+        eos_token_ids=_eos_token_ids(module),
+    )
+
+
+def _eos_token_ids(module: Any) -> tuple[int, ...]:
+    """generation_config names every token that ends a turn; config often only one of them."""
+    found = module.generation_config.eos_token_id
+    if found is None:
+        found = module.config.get_text_config().eos_token_id
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, int) else tuple(found)
