@@ -1,0 +1,167 @@
+"""The state of a request_id, and waiting for it without polling.
+
+A future is no record of its own: ids are arithmetic, and the state follows from the run's header and
+the outcome. A worker's commit publishes a hint on a channel; whoever waits reads the outcome then. A
+lost hint costs at most one re-check interval.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+import redis.asyncio as redis
+
+from luthier_core import keys
+from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.ops import Outcome
+
+_REQUEST_ID = re.compile(r"([0-9a-zA-Z_-]{1,64}):(train|sample):(\d{1,10}):(\d{1,19})")
+_QUEUED = b"queued"
+_LINGER_RECHECKS = 15
+"""A channel without waiters stays subscribed for this many re-checks."""
+
+
+@dataclass(frozen=True, slots=True)
+class FutureId:
+    """A request_id taken apart: `{run or sampling session}:{seq}`."""
+
+    session_id: str
+    kind: Literal["train", "sample"]
+    parent: str
+    """The run id or the sampling session id."""
+    seq: str
+
+    @classmethod
+    def parse(cls, request_id: str) -> Self | None:
+        """None if no id of ours looks like that."""
+        match = _REQUEST_ID.fullmatch(request_id)
+        if match is None:
+            return None
+        session_id, kind, index, seq = match.groups()
+        return cls(session_id, cast(Any, kind), f"{session_id}:{kind}:{index}", seq)
+
+    @property
+    def outcome_key(self) -> str:
+        if self.kind == "train":
+            return keys.run_outcome(self.parent, self.seq)
+        return keys.sampling_outcome(self.parent, self.seq)
+
+    @property
+    def channel(self) -> str:
+        if self.kind == "train":
+            return keys.run_channel(self.parent)
+        return keys.sampling_channel(self.parent)
+
+
+class Futures:
+    """Waits for outcomes on behalf of many long polls of one process.
+
+    Run `listen()` as a task for as long as the object is used.
+    """
+
+    def __init__(self, client: redis.Redis, *, recheck_s: float) -> None:
+        self._redis = client
+        self._oplog = Oplog(client)
+        self._recheck_s = recheck_s
+        self._pubsub = client.pubsub()
+        self._subscribed: dict[str, asyncio.Event] = {}
+        self._idle_rechecks: Counter[str] = Counter()
+        self._waiters: dict[tuple[str, str], set[asyncio.Event]] = {}
+
+    async def outcome(self, future: FutureId) -> Outcome | None:
+        """The outcome if it is there, else None."""
+        fields = await cast(Any, self._redis.hgetall(future.outcome_key))
+        if not fields or fields.get(b"state") == _QUEUED:
+            return None
+        return Outcome.from_fields(fields)
+
+    async def wait(self, future: FutureId, *, timeout_s: float) -> Outcome | None:
+        """The outcome, or None after timeout_s: the caller answers try_again."""
+        event = asyncio.Event()
+        waiters = self._waiters.setdefault((future.channel, future.seq), set())
+        waiters.add(event)
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Subscribe, then read, then wait: an outcome stored in between is never missed.
+                await self._subscribe(future.channel)
+                while (outcome := await self.outcome(future)) is None:
+                    await event.wait()
+                    event.clear()
+                return outcome
+        except TimeoutError:
+            return None
+        finally:
+            waiters.discard(event)
+            if not waiters:
+                self._waiters.pop((future.channel, future.seq), None)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(waiters) for waiters in self._waiters.values())
+
+    async def listen(self) -> None:
+        """Turn hints into wake-ups, and re-check all waiters at an interval; runs for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._recheck())
+
+    async def _subscribe(self, channel: str) -> None:
+        confirmed = self._subscribed.get(channel)
+        if confirmed is None:
+            confirmed = self._subscribed[channel] = asyncio.Event()
+            try:
+                await self._pubsub.ssubscribe(channel)
+            except BaseException:
+                self._subscribed.pop(channel, None)
+                raise
+        # A confirmation that stays away (Redis restarting) must not hold up reading the outcome.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._recheck_s):
+                await confirmed.wait()
+
+    async def _listen(self) -> None:
+        while True:
+            if not self._pubsub.subscribed:
+                await asyncio.sleep(0.01)  # before the first waiter there is no connection to read
+                continue
+            try:
+                message = await self._pubsub.get_message(timeout=None)
+            except REDIS_ERRORS:
+                # The client reconnects and subscribes again on the next read; re-checks cover the gap.
+                await asyncio.sleep(0.2)
+                continue
+            if message is not None:
+                self._on_message(message)
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        channel = message["channel"].decode()
+        if message["type"] == "ssubscribe":
+            if channel in self._subscribed:
+                self._subscribed[channel].set()
+        elif message["type"] == "smessage":
+            self._notify((channel, message["data"].decode()))
+
+    def _notify(self, key: tuple[str, str]) -> None:
+        for event in self._waiters.get(key, ()):
+            event.set()
+
+    async def _recheck(self) -> None:
+        while True:
+            await asyncio.sleep(self._recheck_s)
+            for key in list(self._waiters):
+                self._notify(key)
+            with contextlib.suppress(*REDIS_ERRORS):
+                await self._drop_idle_channels()
+
+    async def _drop_idle_channels(self) -> None:
+        waited_for = {channel for channel, _ in self._waiters}
+        for channel in list(self._subscribed):
+            self._idle_rechecks[channel] = (
+                0 if channel in waited_for else self._idle_rechecks[channel] + 1
+            )
+            if self._idle_rechecks[channel] > _LINGER_RECHECKS:
+                del self._idle_rechecks[channel], self._subscribed[channel]
+                await self._pubsub.sunsubscribe(channel)

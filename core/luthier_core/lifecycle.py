@@ -1,0 +1,120 @@
+"""How a service starts and stops: signals, a parent that went away, and its worker lease."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import stat
+import sys
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import redis.asyncio as redis
+import uvloop
+
+from luthier_core import keys
+from luthier_core.oplog import Oplog
+
+
+def run_service(main: Coroutine[Any, Any, int]) -> int:
+    """Run one service's main coroutine on uvloop; its return value is the exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+@contextlib.asynccontextmanager
+async def service_lifetime() -> AsyncIterator[asyncio.Event]:
+    """An event that is set when this process is to drain and exit.
+
+    That is: SIGTERM, SIGINT, or the end of standard input where that is a pipe. `luthier up` holds
+    the other end, so no part outlives it, however it dies.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    watches_stdin = _stdin_is_pipe()
+    if watches_stdin:
+        loop.add_reader(sys.stdin.fileno(), _read_stdin, stop)
+    try:
+        yield stop
+    finally:
+        if watches_stdin:
+            loop.remove_reader(sys.stdin.fileno())
+
+
+def _stdin_is_pipe() -> bool:
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stat.S_ISFIFO(mode)
+
+
+def _read_stdin(stop: asyncio.Event) -> None:
+    if os.read(sys.stdin.fileno(), 4096) == b"":
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        stop.set()
+
+
+class WorkerLease:
+    """The proof that one incarnation of a worker is alive: `w:{name}` in Redis, with an expiry.
+
+    The lease decides when others may take over; only a run's epoch decides who may write. So a
+    clock can make a takeover late or early, never wrong.
+    """
+
+    def __init__(
+        self, client: redis.Redis, name: str, *, role: str, base_model: str, lease_s: float
+    ) -> None:
+        self.name = name
+        self.incarnation = uuid.uuid4().hex[:12]
+        self.lost = asyncio.Event()
+        self._oplog = Oplog(client)
+        self._lease_ms = int(lease_s * 1000)
+        self._fields = {"role": role, "base_model": base_model, "state": "starting"}
+        self._client = client
+
+    @property
+    def owner(self) -> str:
+        """How a run's header names this incarnation."""
+        return f"{self.name}/{self.incarnation}"
+
+    async def take(self, *, wait_s: float = 60.0) -> None:
+        """Take the lease, waiting until the one of an earlier incarnation has run out.
+
+        TimeoutError after wait_s: another live process has this name.
+        """
+        async with asyncio.timeout(wait_s):
+            while not await self._write():
+                await asyncio.sleep(0.5)
+
+    async def set_state(self, state: str) -> None:
+        """starting | ready | draining, as `luthier up` and healthz show it."""
+        self._fields["state"] = state
+        await self._write()
+
+    async def keep(self, renew_s: float) -> None:
+        """Renew for ever; sets `lost` and returns once somebody else holds the name."""
+        while True:
+            await asyncio.sleep(renew_s)
+            try:
+                if not await self._write():
+                    self.lost.set()
+                    return
+            except (redis.RedisError, OSError):
+                # Redis is away: the lease may run out, which costs a takeover and nothing else.
+                continue
+
+    async def release(self) -> None:
+        """Let others take over at once."""
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._oplog.release_lease(keys.worker_lease(self.name), self.incarnation)
+
+    async def _write(self) -> bool:
+        value = json.dumps({**self._fields, "incarnation": self.incarnation, "pid": os.getpid()})
+        return await self._oplog.hold_lease(
+            keys.worker_lease(self.name), self.incarnation, value, self._lease_ms
+        )

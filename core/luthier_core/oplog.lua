@@ -1,0 +1,256 @@
+#!lua name=luthier1
+
+-- The operation log's atomic steps. One function, one hash tag: a cluster may split by run.
+-- docs: reliability 2.2. The library's name carries its major version, so that two releases can run
+-- side by side during an upgrade.
+
+local DIGEST_CHARS = 32
+
+local function num(value, default)
+  return tonumber(value or default)
+end
+
+-- Sampling seqs reach 10^18 and lose digits as Lua numbers: they are only ever concatenated.
+-- Training seqs are int32 on the wire.
+local function entry_id(seq)
+  if seq == 0 then return '0-1' end -- Redis refuses 0-0
+  return string.format('%d-0', seq)
+end
+
+local function rest(args, first)
+  local out = {}
+  for i = first, #args do out[#out + 1] = args[i] end
+  return out
+end
+
+local function field_of(fields, name)
+  for i = 1, #fields, 2 do
+    if fields[i] == name then return fields[i + 1] end
+  end
+end
+
+-- Per-seq fields of the header: d:{seq} = digest and payload bytes, x:{seq} = the op failed.
+local function remember(header, seq, digest, bytes)
+  redis.call('HSET', header, 'd:' .. seq, string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes)
+end
+
+local function recall(header, seq)
+  local value = redis.call('HGET', header, 'd:' .. seq)
+  if not value then return nil, 0 end
+  local digest, bytes = string.match(value, '^(%S+) (%d+)$')
+  return digest, tonumber(bytes)
+end
+
+local function same(digest, known)
+  -- A trimmed digest counts as the same request: ids are arithmetic, its answer does not change.
+  return known == nil or known == string.sub(digest, 1, DIGEST_CHARS)
+end
+
+local function append(log, seq, fields)
+  redis.call('XADD', log, entry_id(seq), unpack(fields))
+end
+
+-- admit(header, log, parked; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
+--       max_parked_bytes, header fields as JSON for op 0 or '', entry fields ...)
+-- -> {status, owner, admitted}. OK | DUP | MISMATCH | NORUN | FAR | BUSY | FULL | DEAD
+local function admit(keys, args)
+  local header, log, parked = keys[1], keys[2], keys[3]
+  local tenant, seq, digest, bytes = args[1], tonumber(args[2]), args[3], tonumber(args[4])
+  local max_ahead, max_ops = tonumber(args[5]), tonumber(args[6])
+  local max_bytes, max_parked_bytes = tonumber(args[7]), tonumber(args[8])
+  local fields = rest(args, 10)
+
+  local h = redis.call('HMGET', header, 'tenant', 'admitted', 'committed', 'bytes', 'told', 'owner',
+    'status', 'parked_bytes')
+  if not h[1] then
+    if seq ~= 0 or args[9] == '' then return { 'NORUN', '', -1 } end
+    for name, value in pairs(cjson.decode(args[9])) do
+      redis.call('HSET', header, name, value)
+    end
+    redis.call('HSET', header, 'tenant', tenant, 'status', 'active', 'epoch', 0, 'owner', '',
+      'admitted', -1, 'committed', -1, 'bytes', 0, 'parked_bytes', 0, 'told', -1)
+    h = { tenant, '-1', '-1', '0', '-1', '', 'active', '0' }
+  end
+  if h[1] ~= tenant then return { 'NORUN', '', -1 } end
+
+  local admitted, committed = num(h[2]), num(h[3])
+  local pending, parked_bytes, owner = num(h[4]), num(h[8], 0), h[6]
+  local is_parked = seq > admitted and redis.call('HEXISTS', parked, seq) == 1
+  if seq <= admitted or is_parked then
+    if same(digest, (recall(header, seq))) then return { 'DUP', owner, admitted } end
+    return { 'MISMATCH', owner, admitted }
+  end
+  if h[7] ~= 'active' then return { 'DEAD', owner, admitted } end
+  if seq > admitted + max_ahead then return { 'FAR', owner, admitted } end
+
+  local fills_gap = seq == admitted + 1 and redis.call('HLEN', parked) > 0
+  local over = pending + bytes > max_bytes or seq - committed > max_ops
+  -- Refuse only while something can be executed: the official SDK withholds chunk 1 until every later
+  -- chunk is accepted, so a refusal with an idle run would wait for itself.
+  if over and admitted > committed and not fills_gap then return { 'BUSY', owner, admitted } end
+  if seq > admitted + 1 and parked_bytes + bytes > max_parked_bytes then
+    return { 'FULL', owner, admitted }
+  end
+
+  remember(header, seq, digest, bytes)
+  redis.call('HINCRBY', header, 'bytes', bytes)
+  fields[#fields + 1] = 'told'
+  fields[#fields + 1] = h[5]
+  if seq > admitted + 1 then
+    redis.call('HSET', parked, seq, cmsgpack.pack(fields))
+    redis.call('HINCRBY', header, 'parked_bytes', bytes)
+    return { 'OK', owner, admitted }
+  end
+
+  append(log, seq, fields)
+  admitted = seq
+  while true do
+    local packed = redis.call('HGET', parked, admitted + 1)
+    if not packed then break end
+    admitted = admitted + 1
+    append(log, admitted, cmsgpack.unpack(packed))
+    redis.call('HDEL', parked, admitted)
+    local _, freed = recall(header, admitted)
+    redis.call('HINCRBY', header, 'parked_bytes', -freed)
+  end
+  redis.call('HSET', header, 'admitted', admitted)
+  return { 'OK', owner, admitted }
+end
+
+-- reject_run(header, outcome; tenant, digest, header fields as JSON, outcome ttl ms, outcome fields ...)
+-- A run whose creation was refused: op 0 is admitted and failed in one step, because no worker will
+-- ever own it. -> {status}. OK | DUP | MISMATCH | NORUN
+local function reject_run(keys, args)
+  local header, outcome = keys[1], keys[2]
+  local tenant, digest = args[1], args[2]
+  local known = redis.call('HGET', header, 'tenant')
+  if known then
+    if known ~= tenant then return { 'NORUN' } end
+    return { same(digest, (recall(header, 0))) and 'DUP' or 'MISMATCH' }
+  end
+  for name, value in pairs(cjson.decode(args[3])) do
+    redis.call('HSET', header, name, value)
+  end
+  redis.call('HSET', header, 'tenant', tenant, 'status', 'failed', 'epoch', 0, 'owner', '',
+    'admitted', 0, 'committed', 0, 'bytes', 0, 'parked_bytes', 0, 'told', -1, 'x:0', 1)
+  remember(header, 0, digest, 0)
+  redis.call('HSET', outcome, unpack(rest(args, 5)))
+  redis.call('PEXPIRE', outcome, args[4])
+  redis.call('PEXPIRE', header, args[4])
+  return { 'OK' }
+end
+
+-- acquire(header; epoch, owner) -> {OK, admitted, committed} | {STALE, epoch} | {NORUN}
+local function acquire(keys, args)
+  local h = redis.call('HMGET', keys[1], 'epoch', 'owner', 'admitted', 'committed')
+  if not h[1] then return { 'NORUN' } end
+  local epoch = tonumber(args[1])
+  if epoch > num(h[1]) then
+    redis.call('HSET', keys[1], 'epoch', epoch, 'owner', args[2])
+  elseif not (epoch == num(h[1]) and h[2] == args[2]) then -- equal: my own first try, its reply lost
+    return { 'STALE', num(h[1]) }
+  end
+  return { 'OK', num(h[3]), num(h[4]) }
+end
+
+-- commit(header, outcome, channel; epoch, seq, ttl ms, outcome fields ...)
+-- -> OK | ALREADY | FENCED | ORDER. The only writer of an outcome, and it writes once.
+local function commit(keys, args)
+  local header, outcome, channel = keys[1], keys[2], keys[3]
+  local epoch, seq = tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if seq <= num(h[3]) then return 'ALREADY' end
+  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return 'ORDER' end
+  local fields = rest(args, 4)
+  redis.call('HSET', outcome, unpack(fields))
+  redis.call('PEXPIRE', outcome, args[3])
+  local _, bytes = recall(header, seq)
+  redis.call('HSET', header, 'committed', seq)
+  redis.call('HINCRBY', header, 'bytes', -bytes)
+  -- Replay follows the recorded outcome, which outlives the outcome's own record.
+  if field_of(fields, 'state') == 'failed' then redis.call('HSET', header, 'x:' .. seq, 1) end
+  redis.call('SPUBLISH', channel, seq)
+  return 'OK'
+end
+
+-- told(header; seq): the error of this seq has been delivered to the client.
+local function told(keys, args)
+  local known = redis.call('HGET', keys[1], 'told')
+  if known and tonumber(args[1]) > tonumber(known) then
+    redis.call('HSET', keys[1], 'told', args[1])
+  end
+  return 'OK'
+end
+
+-- enqueue(header, outcome, jobs; tenant, seq, digest, max jobs, ttl ms, header fields as JSON or '',
+--         job fields ...) -> OK | DUP | MISMATCH | NOSESSION | BUSY
+-- With job fields that begin with `state`, they are an outcome: the request was refused.
+local function enqueue(keys, args)
+  local header, outcome, jobs = keys[1], keys[2], keys[3]
+  local tenant, digest, fields = args[1], string.sub(args[3], 1, DIGEST_CHARS), rest(args, 7)
+  local known = redis.call('HGET', header, 'tenant')
+  if not known then
+    if args[6] == '' then return 'NOSESSION' end
+    for name, value in pairs(cjson.decode(args[6])) do
+      redis.call('HSET', header, name, value)
+    end
+    redis.call('HSET', header, 'tenant', tenant)
+    known = tenant
+  end
+  if known ~= tenant then return 'NOSESSION' end
+  local first = redis.call('HGET', outcome, 'request')
+  if first then return first == digest and 'DUP' or 'MISMATCH' end
+  if fields[1] == 'state' then
+    redis.call('HSET', outcome, 'request', digest, unpack(fields))
+    redis.call('PEXPIRE', outcome, args[5])
+    return 'OK'
+  end
+  if redis.call('XLEN', jobs) >= tonumber(args[4]) then return 'BUSY' end
+  redis.call('HSET', outcome, 'request', digest, 'state', 'queued')
+  redis.call('PEXPIRE', outcome, args[5])
+  redis.call('XADD', jobs, '*', 'seq', args[2], unpack(fields))
+  return 'OK'
+end
+
+-- settle(outcome, jobs, channel; seq, group, entry id, ttl ms, outcome fields ...) -> OK | ALREADY
+-- The first outcome of a sampling job wins; the job leaves the stream in the same step.
+local function settle(keys, args)
+  local outcome, jobs, channel = keys[1], keys[2], keys[3]
+  local state = redis.call('HGET', outcome, 'state')
+  local done = state and state ~= 'queued'
+  if not done then
+    redis.call('HSET', outcome, unpack(rest(args, 5)))
+    redis.call('PEXPIRE', outcome, args[4])
+    redis.call('SPUBLISH', channel, args[1])
+  end
+  redis.call('XACK', jobs, args[2], args[3])
+  redis.call('XDEL', jobs, args[3])
+  return done and 'ALREADY' or 'OK'
+end
+
+-- hold_lease(key; incarnation, value, ttl ms) -> 1 if the name is ours (now), else 0
+local function hold_lease(keys, args)
+  local held = redis.call('GET', keys[1])
+  if held and cjson.decode(held).incarnation ~= args[1] then return 0 end
+  redis.call('SET', keys[1], args[2], 'PX', args[3])
+  return 1
+end
+
+-- release_lease(key; incarnation) -> 1 if it was ours
+local function release_lease(keys, args)
+  local held = redis.call('GET', keys[1])
+  if not held or cjson.decode(held).incarnation ~= args[1] then return 0 end
+  return redis.call('DEL', keys[1])
+end
+
+redis.register_function('lu1_admit', admit)
+redis.register_function('lu1_reject_run', reject_run)
+redis.register_function('lu1_acquire', acquire)
+-- Results can be committed and memory freed when Redis is full.
+redis.register_function { function_name = 'lu1_commit', callback = commit, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_told', callback = told, flags = { 'allow-oom' } }
+redis.register_function('lu1_enqueue', enqueue)
+redis.register_function { function_name = 'lu1_settle', callback = settle, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_hold_lease', callback = hold_lease, flags = { 'allow-oom' } }
+redis.register_function('lu1_release_lease', release_lease)

@@ -1,0 +1,357 @@
+"""The operation log: calls the function library, reads logs, holds leases, moves sampling jobs.
+
+Every call is idempotent, so it may be repeated after a lost reply; the client made by `connect`
+does that by itself for some seconds, which hides a restart of Redis.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, cast
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from luthier_core import keys
+from luthier_core.config import LimitsConfig
+from luthier_core.ops import Op, Outcome, SamplingJob
+
+OUTCOME_TTL_MS = 24 * 3600 * 1000
+READ_AHEAD = 64
+"""Entries of one run that are read at once."""
+
+REDIS_ERRORS = (redis.RedisError, OSError)
+
+
+def connect(url: str) -> redis.Redis:
+    """A client that retries each call for about 10 s while Redis is away, then raises."""
+    return redis.Redis.from_url(
+        url,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.01), 24),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError, ConnectionError],
+        socket_timeout=10,
+        socket_connect_timeout=5,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The answer of admit."""
+
+    status: str
+    """OK | DUP | MISMATCH | NORUN | FAR | BUSY | FULL | DEAD"""
+    owner: str
+    """name/incarnation of the worker that owns the run; empty if none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunHeader:
+    """What a run's header says, as far as readers need it."""
+
+    tenant: str
+    base_model: str
+    facts: Mapping[str, Any]
+    status: str
+    epoch: int
+    owner: str
+    admitted: int
+    committed: int
+    told: int
+
+
+class Oplog:
+    """Typed calls on one Redis."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.redis = client
+
+    async def load_library(self) -> None:
+        """Load the function library; every service does at its start."""
+        source = files("luthier_core").joinpath("oplog.lua").read_text()
+        await self.redis.function_load(source, replace=True)
+
+    # --- training runs ----------------------------------------------------------------------------
+
+    async def admit(
+        self,
+        op: Op,
+        *,
+        tenant: str,
+        limits: LimitsConfig,
+        header: Mapping[str, str] | None = None,
+    ) -> Admission:
+        """Dedupe by (run, seq) and append, or park above a gap. `header` creates the run (op 0)."""
+        reply = await self._call(
+            "admit",
+            [keys.run_header(op.run_id), keys.run_log(op.run_id), keys.run_parked(op.run_id)],
+            [
+                tenant,
+                op.seq,
+                op.digest,
+                op.body.num_bytes,
+                limits.max_seq_ahead,
+                limits.max_pending_ops,
+                limits.max_pending_bytes,
+                limits.max_parked_bytes,
+                json.dumps(header) if header else "",
+                *_flat(op.fields()),
+            ],
+        )
+        return Admission(reply[0].decode(), reply[1].decode())
+
+    async def reject_run(
+        self, run_id: str, *, tenant: str, digest: str, header: Mapping[str, str], outcome: Outcome
+    ) -> str:
+        """Admit and fail op 0 in one step. OK | DUP | MISMATCH | NORUN."""
+        reply = await self._call(
+            "reject_run",
+            [keys.run_header(run_id), keys.run_outcome(run_id, 0)],
+            [tenant, digest, json.dumps(header), OUTCOME_TTL_MS, *_flat(outcome.fields())],
+        )
+        return cast(bytes, reply[0]).decode()
+
+    async def acquire(self, run_id: str, epoch: int, owner: str) -> tuple[int, int] | None:
+        """(admitted, committed) if `owner` now holds the run under `epoch`; None if it lost."""
+        reply = await self._call("acquire", [keys.run_header(run_id)], [epoch, owner])
+        return (int(reply[1]), int(reply[2])) if reply[0] == b"OK" else None
+
+    async def commit(self, run_id: str, epoch: int, seq: int, outcome: Outcome) -> str:
+        """Store the outcome and move the run's cursor. OK | ALREADY | FENCED | ORDER."""
+        reply = await self._call(
+            "commit",
+            [
+                keys.run_header(run_id),
+                keys.run_outcome(run_id, seq),
+                keys.run_channel(run_id),
+            ],
+            [epoch, seq, OUTCOME_TTL_MS, *_flat(outcome.fields())],
+        )
+        return cast(bytes, reply).decode()
+
+    async def told(self, run_id: str, seq: int) -> None:
+        """The client has been given the error of this seq."""
+        await self._call("told", [keys.run_header(run_id)], [seq])
+
+    async def header(self, run_id: str) -> RunHeader | None:
+        """The run's header, or None if there is no such run."""
+        values = await cast(
+            Any,
+            self.redis.hmget(
+                keys.run_header(run_id),
+                [
+                    *("tenant", "base_model", "facts", "status", "epoch", "owner"),
+                    *("admitted", "committed", "told"),
+                ],
+            ),
+        )
+        if values[0] is None:
+            return None
+        text = [value.decode() for value in values]
+        return RunHeader(
+            tenant=text[0],
+            base_model=text[1],
+            facts=json.loads(text[2]),
+            status=text[3],
+            epoch=int(text[4]),
+            owner=text[5],
+            admitted=int(text[6]),
+            committed=int(text[7]),
+            told=int(text[8]),
+        )
+
+    async def is_parked(self, run_id: str, seq: int) -> bool:
+        return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
+
+    async def failed_seqs(self, run_id: str) -> frozenset[int]:
+        """Seqs whose recorded outcome is a failure: what replay follows."""
+        names = await cast(Any, self.redis.hkeys(keys.run_header(run_id)))
+        return frozenset(int(name[2:]) for name in names if name.startswith(b"x:"))
+
+    async def read_log(self, cursors: Mapping[str, int]) -> dict[str, list[Op]]:
+        """For each run the next ops with seq >= its cursor, in order, READ_AHEAD at most."""
+        pipe = self.redis.pipeline(transaction=False)
+        for run_id, cursor in cursors.items():
+            start = f"{cursor}-0" if cursor else "0-1"
+            pipe.xrange(keys.run_log(run_id), min=start, count=READ_AHEAD)
+        replies = await pipe.execute()
+        return {
+            run_id: [Op.from_entry(run_id, entry_id, fields) for entry_id, fields in entries]
+            for run_id, entries in zip(cursors, replies, strict=True)
+            if entries
+        }
+
+    async def training_outcome(self, run_id: str, seq: int) -> Outcome | None:
+        fields = await cast(Any, self.redis.hgetall(keys.run_outcome(run_id, seq)))
+        return Outcome.from_fields(fields) if fields else None
+
+    # --- finding and waking workers -----------------------------------------------------------------
+
+    async def announce_run(self, base_model: str, run_id: str, now_s: float) -> None:
+        """Put a run where workers look for runs to own; before its op 0 is admitted."""
+        await self.redis.zadd(keys.live_runs(base_model), {run_id: now_s})
+
+    async def live_runs(self, base_model: str) -> list[str]:
+        members = await self.redis.zrange(keys.live_runs(base_model), 0, -1)
+        return [member.decode() for member in members]
+
+    async def wake(self, owner: str, base_model: str, run_id: str) -> None:
+        """Hint the run's owner, or any worker of its base model, that it has something new.
+
+        A hint may be lost: workers look for themselves once a second.
+        """
+        if owner:
+            await cast(Any, self.redis.lpush(keys.worker_wake(owner.split("/")[0]), run_id))
+        else:
+            await cast(Any, self.redis.lpush(keys.model_wake(base_model), run_id))
+
+    async def wait_wake(self, worker: str, base_model: str, timeout_s: float) -> list[str]:
+        """Run ids that were hinted at; [] after timeout_s."""
+        lists = [keys.worker_wake(worker), keys.model_wake(base_model)]
+        reply = await cast(Any, self.redis.blmpop(timeout_s, 2, *lists, direction="RIGHT", count=256))
+        return [member.decode() for member in reply[1]] if reply else []
+
+    async def live_workers(self) -> dict[str, dict[str, str]]:
+        """name -> lease fields (role, base_model, state, incarnation, pid) of every live worker."""
+        names = [
+            key async for key in self.redis.scan_iter(match=keys.WORKERS_PATTERN, _type="string")
+        ]
+        values = await self.redis.mget(names) if names else []
+        return {
+            key.decode().removeprefix("w:"): json.loads(value)
+            for key, value in zip(names, values, strict=True)
+            if value
+        }
+
+    async def hold_lease(self, key: str, incarnation: str, value: str, ttl_ms: int) -> bool:
+        return bool(await self._call("hold_lease", [key], [incarnation, value, ttl_ms]))
+
+    async def release_lease(self, key: str, incarnation: str) -> None:
+        await self._call("release_lease", [key], [incarnation])
+
+    # --- sampling jobs --------------------------------------------------------------------------------
+
+    async def enqueue(
+        self,
+        *,
+        tenant: str,
+        base_model: str,
+        sampling_session_id: str,
+        seq: str,
+        digest: str,
+        job: Mapping[str, str | bytes],
+        max_jobs: int,
+        header: Mapping[str, str],
+    ) -> str:
+        """Dedupe by (sampling session, seq) and append a job. OK | DUP | MISMATCH | NOSESSION | BUSY.
+
+        A `job` that is an outcome's fields (it begins with `state`) is a refused request.
+        """
+        reply = await self._call(
+            "enqueue",
+            [
+                keys.sampling_header(sampling_session_id),
+                keys.sampling_outcome(sampling_session_id, seq),
+                keys.sampling_jobs(base_model, keys.sampling_shard(sampling_session_id)),
+            ],
+            [tenant, seq, digest, max_jobs, OUTCOME_TTL_MS, json.dumps(header), *_flat(job)],
+        )
+        return cast(bytes, reply).decode()
+
+    async def open_jobs(self, base_model: str) -> None:
+        """Create the stream and its group if they are absent."""
+        try:
+            await self.redis.xgroup_create(
+                keys.sampling_jobs(base_model), keys.SAMPLING_GROUP, id="0", mkstream=True
+            )
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    async def claim_own(self, base_model: str, consumer: str) -> list[SamplingJob]:
+        """Jobs that an earlier incarnation of this consumer claimed and did not settle."""
+        return await self._read_group(base_model, consumer, after="0", count=1000, block_ms=None)
+
+    async def claim(
+        self, base_model: str, consumer: str, *, max_jobs: int, block_ms: int | None
+    ) -> list[SamplingJob]:
+        """New jobs, each for this consumer until it settles them; [] after block_ms."""
+        return await self._read_group(
+            base_model, consumer, after=">", count=max_jobs, block_ms=block_ms
+        )
+
+    async def claim_abandoned(
+        self, base_model: str, consumer: str, *, idle_ms: int, max_jobs: int
+    ) -> list[SamplingJob]:
+        """Jobs that no consumer touched for idle_ms."""
+        reply = await self.redis.xautoclaim(
+            keys.sampling_jobs(base_model),
+            keys.SAMPLING_GROUP,
+            consumer,
+            min_idle_time=idle_ms,
+            count=max_jobs,
+        )
+        return _jobs(reply[1])
+
+    async def touch(self, base_model: str, consumer: str, entry_ids: Sequence[bytes]) -> None:
+        """Keep claimed jobs of a long generation from counting as abandoned."""
+        await self.redis.xclaim(
+            keys.sampling_jobs(base_model),
+            keys.SAMPLING_GROUP,
+            consumer,
+            min_idle_time=0,
+            message_ids=list(entry_ids),
+            justid=True,
+        )
+
+    async def settle(self, job: SamplingJob, base_model: str, outcome: Outcome) -> str:
+        """Store the outcome of a job unless one is stored, and take the job off. OK | ALREADY."""
+        session = job.sampling_session_id
+        reply = await self._call(
+            "settle",
+            [
+                keys.sampling_outcome(session, job.seq),
+                keys.sampling_jobs(base_model, keys.sampling_shard(session)),
+                keys.sampling_channel(session),
+            ],
+            [
+                *(job.seq, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
+                *_flat(outcome.fields()),
+            ],
+        )
+        return cast(bytes, reply).decode()
+
+    async def _read_group(
+        self, base_model: str, consumer: str, *, after: str, count: int, block_ms: int | None
+    ) -> list[SamplingJob]:
+        reply: Any = await self.redis.xreadgroup(
+            keys.SAMPLING_GROUP,
+            consumer,
+            {keys.sampling_jobs(base_model): after},
+            count=count,
+            block=block_ms,
+        )
+        if not reply:
+            return []
+        entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
+        return _jobs(entries)
+
+    # --- plumbing -------------------------------------------------------------------------------------
+
+    async def _call(self, function: str, call_keys: Sequence[str], args: Sequence[Any]) -> Any:
+        return await cast(
+            Any, self.redis.fcall(f"lu1_{function}", len(call_keys), *call_keys, *args)
+        )
+
+
+def _jobs(entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[SamplingJob]:
+    # A deleted entry that is still pending comes back without fields.
+    return [SamplingJob.from_entry(entry_id, fields) for entry_id, fields in entries if fields]
+
+
+def _flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:
+    return [item for pair in fields.items() for item in pair]
