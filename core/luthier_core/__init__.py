@@ -1,1 +1,1 @@
-"""What every service shares: the protocol, the operation log, the object store. Imports no torch."""
+"""Shared by every service: the protocol, the operation log, the object store. No torch."""

@@ -36,7 +36,7 @@ class GatewayConfig:
     host: str = "127.0.0.1"
     port: int = 8080
     max_body_bytes: int = 64 * 1024 * 1024
-    """Largest request body, after decompression. The SDK's chunks aim at 5 MB, a datum is never split."""
+    """Largest request body, decompressed. The SDK aims at 5 MB, but never splits a datum."""
     poll_hold_s: float = 25.0
     """How long retrieve_future is held open. The SDK's read timeout is 45 s."""
     recheck_s: float = 2.0
@@ -72,7 +72,7 @@ class TrainerConfig:
     lease_s: float = 15.0
     lease_renew_s: float = 5.0
     num_threads: int = 1
-    """Threads of the engine's matrix products. Fixed, so that a run's bits do not depend on the machine's load."""
+    """Threads of the matrix products. Fixed, so that a run's bits do not depend on the machine."""
     logprob_chunk_tokens: int = 1024
     """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
     max_runs: int = 64
@@ -187,9 +187,8 @@ def dump_config(config: Config) -> str:
 
 
 def _toml_lines(part: Any) -> list[str]:
-    return [
-        f"{item.name} = {_toml_value(getattr(part, item.name))}" for item in dataclasses.fields(part)
-    ]
+    names = [item.name for item in dataclasses.fields(part)]
+    return [f"{name} = {_toml_value(getattr(part, name))}" for name in names]
 
 
 def _toml_value(value: Any) -> str:

@@ -1,8 +1,8 @@
 """The state of a request_id, and waiting for it without polling.
 
-A future is no record of its own: ids are arithmetic, and the state follows from the run's header and
-the outcome. A worker's commit publishes a hint on a channel; whoever waits reads the outcome then. A
-lost hint costs at most one re-check interval.
+A future is no record of its own: ids are arithmetic, and the state follows from the run's header
+and the outcome. A worker's commit publishes a hint on a channel; whoever waits reads the outcome
+then. A lost hint costs at most one re-check interval.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, cast
 import redis.asyncio as redis
 
 from luthier_core import keys
-from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.hints import Hints
 from luthier_core.ops import Outcome
 
 _REQUEST_ID = re.compile(r"([0-9a-zA-Z_-]{1,64}):(train|sample):(\d{1,10}):(\d{1,19})")
@@ -28,7 +28,6 @@ _LINGER_RECHECKS = 15
 class FutureId:
     """A request_id taken apart: `{run or sampling session}:{seq}`."""
 
-    session_id: str
     kind: Literal["train", "sample"]
     parent: str
     """The run id or the sampling session id."""
@@ -41,7 +40,7 @@ class FutureId:
         if match is None:
             return None
         session_id, kind, index, seq = match.groups()
-        return cls(session_id, cast(Any, kind), f"{session_id}:{kind}:{index}", seq)
+        return cls(cast(Any, kind), f"{session_id}:{kind}:{index}", seq)
 
     @property
     def outcome_key(self) -> str:
@@ -52,8 +51,8 @@ class FutureId:
     @property
     def channel(self) -> str:
         if self.kind == "train":
-            return keys.run_channel(self.parent)
-        return keys.sampling_channel(self.parent)
+            return keys.run_done(self.parent)
+        return keys.sampling_done(self.parent)
 
 
 class Futures:
@@ -64,10 +63,8 @@ class Futures:
 
     def __init__(self, client: redis.Redis, *, recheck_s: float) -> None:
         self._redis = client
-        self._oplog = Oplog(client)
         self._recheck_s = recheck_s
-        self._pubsub = client.pubsub()
-        self._subscribed: dict[str, asyncio.Event] = {}
+        self._hints = Hints(client, lambda channel, seq: self._notify((channel, seq)))
         self._idle_rechecks: Counter[str] = Counter()
         self._waiters: dict[tuple[str, str], set[asyncio.Event]] = {}
 
@@ -86,7 +83,7 @@ class Futures:
         try:
             async with asyncio.timeout(timeout_s):
                 # Subscribe, then read, then wait: an outcome stored in between is never missed.
-                await self._subscribe(future.channel)
+                await self._hints.subscribe(future.channel)
                 while (outcome := await self.outcome(future)) is None:
                     await event.wait()
                     event.clear()
@@ -104,45 +101,13 @@ class Futures:
 
     async def listen(self) -> None:
         """Turn hints into wake-ups, and re-check all waiters at an interval; runs for ever."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
-            tasks.create_task(self._recheck())
-
-    async def _subscribe(self, channel: str) -> None:
-        confirmed = self._subscribed.get(channel)
-        if confirmed is None:
-            confirmed = self._subscribed[channel] = asyncio.Event()
-            try:
-                await self._pubsub.ssubscribe(channel)
-            except BaseException:
-                self._subscribed.pop(channel, None)
-                raise
-        # A confirmation that stays away (Redis restarting) must not hold up reading the outcome.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._recheck_s):
-                await confirmed.wait()
-
-    async def _listen(self) -> None:
-        while True:
-            if not self._pubsub.subscribed:
-                await asyncio.sleep(0.01)  # before the first waiter there is no connection to read
-                continue
-            try:
-                message = await self._pubsub.get_message(timeout=None)
-            except REDIS_ERRORS:
-                # The client reconnects and subscribes again on the next read; re-checks cover the gap.
-                await asyncio.sleep(0.2)
-                continue
-            if message is not None:
-                self._on_message(message)
-
-    def _on_message(self, message: dict[str, Any]) -> None:
-        channel = message["channel"].decode()
-        if message["type"] == "ssubscribe":
-            if channel in self._subscribed:
-                self._subscribed[channel].set()
-        elif message["type"] == "smessage":
-            self._notify((channel, message["data"].decode()))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._hints.listen())
+                tasks.create_task(self._recheck())
+        finally:
+            with contextlib.suppress(Exception):
+                await self._hints.aclose()
 
     def _notify(self, key: tuple[str, str]) -> None:
         for event in self._waiters.get(key, ()):
@@ -153,15 +118,15 @@ class Futures:
             await asyncio.sleep(self._recheck_s)
             for key in list(self._waiters):
                 self._notify(key)
-            with contextlib.suppress(*REDIS_ERRORS):
-                await self._drop_idle_channels()
+            await self._drop_idle_channels()
 
     async def _drop_idle_channels(self) -> None:
         waited_for = {channel for channel, _ in self._waiters}
-        for channel in list(self._subscribed):
-            self._idle_rechecks[channel] = (
-                0 if channel in waited_for else self._idle_rechecks[channel] + 1
-            )
+        for channel in self._hints.channels:
+            if channel in waited_for:
+                self._idle_rechecks.pop(channel, None)
+                continue
+            self._idle_rechecks[channel] += 1
             if self._idle_rechecks[channel] > _LINGER_RECHECKS:
-                del self._idle_rechecks[channel], self._subscribed[channel]
-                await self._pubsub.sunsubscribe(channel)
+                del self._idle_rechecks[channel]
+                await self._hints.unsubscribe(channel)

@@ -26,9 +26,14 @@ def run_outcome(run_id: str, seq: int | str) -> str:
     return f"{{{run_id}}}:r:{seq}"
 
 
-def run_channel(run_id: str) -> str:
-    """Sharded pub/sub channel that carries the seq of each committed op: a hint, it may be lost."""
+def run_done(run_id: str) -> str:
+    """Sharded pub/sub channel that carries the seq of each committed op: hints to long polls."""
     return f"{{{run_id}}}:done"
+
+
+def run_new(run_id: str) -> str:
+    """Sharded pub/sub channel that carries the seq of each admitted op: hints to the owner."""
+    return f"{{{run_id}}}:new"
 
 
 # --- Redis: sampling ------------------------------------------------------------------------------
@@ -59,7 +64,7 @@ def sampling_outcome(sampling_session_id: str, seq: int | str) -> str:
     return f"{sampling_shard(sampling_session_id)}:r:{sampling_session_id}:{seq}"
 
 
-def sampling_channel(sampling_session_id: str) -> str:
+def sampling_done(sampling_session_id: str) -> str:
     """Sharded pub/sub channel that carries the seq of each finished sample: a hint."""
     return f"{sampling_shard(sampling_session_id)}:done:{sampling_session_id}"
 
@@ -77,11 +82,6 @@ def worker_lease(worker: str) -> str:
     return f"w:{worker}"
 
 
-def worker_wake(worker: str) -> str:
-    """List of run ids that have something new: hints, they may be lost."""
-    return f"w:{worker}:wake"
-
-
 WORKERS_PATTERN = "w:*"
 
 
@@ -91,18 +91,18 @@ def live_runs(base_model: str) -> str:
 
 
 def model_wake(base_model: str) -> str:
-    """List of run ids that may need an owner: hints."""
+    """Sharded pub/sub channel that carries run ids without an owner: hints to all its workers."""
     return f"wake:{base_model}"
 
 
 def model_facts(base_model: str) -> str:
-    """JSON facts of a base model, written by its workers: limits that requests are checked against."""
+    """JSON facts of a base model, from its workers: what requests are checked against."""
     return f"model:{base_model}"
 
 
 GENERATION = "sys:gen"
 
-# --- Redis: indexes for listing (rebuildable from the bucket) --------------------------------------
+# --- Redis: indexes for listing (rebuildable from the bucket) -------------------------------------
 
 
 def index_order(tenant: str, what: str) -> str:

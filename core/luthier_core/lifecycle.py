@@ -88,7 +88,7 @@ class WorkerLease:
         TimeoutError after wait_s: another live process has this name.
         """
         async with asyncio.timeout(wait_s):
-            while not await self._write():
+            while not await self._write():  # noqa: ASYNC110  (another process holds it)
                 await asyncio.sleep(0.5)
 
     async def set_state(self, state: str) -> None:

@@ -50,7 +50,7 @@ local function append(log, seq, fields)
   redis.call('XADD', log, entry_id(seq), unpack(fields))
 end
 
--- admit(header, log, parked; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
+-- admit(header, log, parked, news channel; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
 --       max_parked_bytes, header fields as JSON for op 0 or '', entry fields ...)
 -- -> {status, owner, admitted}. OK | DUP | MISMATCH | NORUN | FAR | BUSY | FULL | DEAD
 local function admit(keys, args)
@@ -114,6 +114,7 @@ local function admit(keys, args)
     redis.call('HINCRBY', header, 'parked_bytes', -freed)
   end
   redis.call('HSET', header, 'admitted', admitted)
+  redis.call('SPUBLISH', keys[4], admitted)
   return { 'OK', owner, admitted }
 end
 

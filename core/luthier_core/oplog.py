@@ -88,7 +88,12 @@ class Oplog:
         """Dedupe by (run, seq) and append, or park above a gap. `header` creates the run (op 0)."""
         reply = await self._call(
             "admit",
-            [keys.run_header(op.run_id), keys.run_log(op.run_id), keys.run_parked(op.run_id)],
+            [
+                keys.run_header(op.run_id),
+                keys.run_log(op.run_id),
+                keys.run_parked(op.run_id),
+                keys.run_new(op.run_id),
+            ],
             [
                 tenant,
                 op.seq,
@@ -127,7 +132,7 @@ class Oplog:
             [
                 keys.run_header(run_id),
                 keys.run_outcome(run_id, seq),
-                keys.run_channel(run_id),
+                keys.run_done(run_id),
             ],
             [epoch, seq, OUTCOME_TTL_MS, *_flat(outcome.fields())],
         )
@@ -189,31 +194,23 @@ class Oplog:
         fields = await cast(Any, self.redis.hgetall(keys.run_outcome(run_id, seq)))
         return Outcome.from_fields(fields) if fields else None
 
-    # --- finding and waking workers -----------------------------------------------------------------
+    # --- finding and waking workers ---------------------------------------------------------------
 
     async def announce_run(self, base_model: str, run_id: str, now_s: float) -> None:
         """Put a run where workers look for runs to own; before its op 0 is admitted."""
         await self.redis.zadd(keys.live_runs(base_model), {run_id: now_s})
 
     async def live_runs(self, base_model: str) -> list[str]:
-        members = await self.redis.zrange(keys.live_runs(base_model), 0, -1)
+        members = await cast(Any, self.redis.zrange(keys.live_runs(base_model), 0, -1))
         return [member.decode() for member in members]
 
-    async def wake(self, owner: str, base_model: str, run_id: str) -> None:
-        """Hint the run's owner, or any worker of its base model, that it has something new.
+    async def wake_workers(self, base_model: str, run_id: str) -> None:
+        """Hint all workers of a base model that this run has no owner.
 
-        A hint may be lost: workers look for themselves once a second.
+        The owner of a run is hinted by admit itself, in the run's own slot. Every hint may be lost:
+        workers look for themselves once a second.
         """
-        if owner:
-            await cast(Any, self.redis.lpush(keys.worker_wake(owner.split("/")[0]), run_id))
-        else:
-            await cast(Any, self.redis.lpush(keys.model_wake(base_model), run_id))
-
-    async def wait_wake(self, worker: str, base_model: str, timeout_s: float) -> list[str]:
-        """Run ids that were hinted at; [] after timeout_s."""
-        lists = [keys.worker_wake(worker), keys.model_wake(base_model)]
-        reply = await cast(Any, self.redis.blmpop(timeout_s, 2, *lists, direction="RIGHT", count=256))
-        return [member.decode() for member in reply[1]] if reply else []
+        await cast(Any, self.redis.spublish(keys.model_wake(base_model), run_id))
 
     async def live_workers(self) -> dict[str, dict[str, str]]:
         """name -> lease fields (role, base_model, state, incarnation, pid) of every live worker."""
@@ -233,7 +230,7 @@ class Oplog:
     async def release_lease(self, key: str, incarnation: str) -> None:
         await self._call("release_lease", [key], [incarnation])
 
-    # --- sampling jobs --------------------------------------------------------------------------------
+    # --- sampling jobs ----------------------------------------------------------------------------
 
     async def enqueue(
         self,
@@ -247,7 +244,9 @@ class Oplog:
         max_jobs: int,
         header: Mapping[str, str],
     ) -> str:
-        """Dedupe by (sampling session, seq) and append a job. OK | DUP | MISMATCH | NOSESSION | BUSY.
+        """Dedupe by (sampling session, seq) and append a job.
+
+        OK | DUP | MISMATCH | NOSESSION | BUSY.
 
         A `job` that is an outcome's fields (it begins with `state`) is a refused request.
         """
@@ -316,7 +315,7 @@ class Oplog:
             [
                 keys.sampling_outcome(session, job.seq),
                 keys.sampling_jobs(base_model, keys.sampling_shard(session)),
-                keys.sampling_channel(session),
+                keys.sampling_done(session),
             ],
             [
                 *(job.seq, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
@@ -340,7 +339,7 @@ class Oplog:
         entries = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
         return _jobs(entries)
 
-    # --- plumbing -------------------------------------------------------------------------------------
+    # --- plumbing ---------------------------------------------------------------------------------
 
     async def _call(self, function: str, call_keys: Sequence[str], args: Sequence[Any]) -> Any:
         return await cast(

@@ -4,11 +4,12 @@ An op of a training run is ordered by its seq; a sampling job has no order. Byte
 travel in the entry; larger ones lie in the object store and the entry carries key, size and sha256.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import Self
+from typing import Self, cast
 
 from luthier_core.errors import Category
 
@@ -104,6 +105,24 @@ class Op:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Body of a `rejected` op: what was asked, and why it is refused."""
+
+    kind: Kind
+    message: str
+
+    def body(self) -> Body:
+        return Body.of(json.dumps({"kind": self.kind, "message": self.message}).encode())
+
+    @classmethod
+    def of_op(cls, op: Op) -> Self:
+        """The refusal that a rejected op carries; it is always inline."""
+        assert op.body.inline is not None
+        fields = json.loads(op.body.inline)
+        return cls(Kind(fields["kind"]), fields["message"])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How an op ended. `failed` carries a message for the user and whose fault it was."""
@@ -133,7 +152,7 @@ class Outcome:
         category = fields.get(b"category", b"unknown").decode()
         return cls(
             state=fields[b"state"].decode(),
-            category=category if category in ("user", "server") else "unknown",  # type: ignore[arg-type]
+            category=cast(Category, category),
             body=Body.from_fields(fields),
         )
 

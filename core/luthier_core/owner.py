@@ -1,10 +1,10 @@
 """The owner of one run, sans-I/O: which op comes next, and what becomes of it.
 
-A worker drives it: feed it the log in order, take the next step, carry it out, tell it how it ended,
-commit. No clock, no network, no tensors, so that a simulation can drive the very same code.
+A worker drives it: feed it the log in order, take the next step, carry it out, tell it how it
+ended, commit. No clock, no network, no tensors, so that a simulation can drive the very same code.
 
-The state of a run is a fold over its log. Ops up to `committed` are replayed: executed again without
-publishing, following the recorded outcome. Later ops are executed and committed.
+The state of a run is a fold over its log. Ops up to `committed` are replayed: executed again
+without publishing, following the recorded outcome. Later ops are executed and committed.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from luthier_core.ops import Kind, Op, Outcome
+from luthier_core.ops import Kind, Op, Outcome, Refusal
 
 _TAKES_GRADIENT = frozenset({Kind.OPTIM_STEP})
 _REPLAYED = frozenset(
@@ -131,10 +131,8 @@ class Owner:
             refused = Outcome.failure(self._broken, "server")
             return Step(op, Action.NOTHING, publish=True, outcome=refused)
         if op.kind is Kind.REJECTED:
-            message = (op.body.inline or b"").decode()
-            return Step(
-                op, Action.NOTHING, publish=True, outcome=Outcome.failure(message, "user")
-            )
+            outcome = Outcome.failure(Refusal.of_op(op).message, "user")
+            return Step(op, Action.NOTHING, publish=True, outcome=outcome)
         if op.kind in _TAKES_GRADIENT and (unknown := self._failures_not_told(op)):
             return Step(
                 op,
@@ -149,12 +147,10 @@ class Owner:
         return [seq for seq in self._missing if seq > op.told]
 
     def _note(self, op: Op, outcome: Outcome) -> None:
-        if op.kind in (Kind.FORWARD_BACKWARD, Kind.REJECTED) and outcome.failed:
-            # A rejected request may have been a forward_backward; its kind is not known any more.
+        kind = Refusal.of_op(op).kind if op.kind is Kind.REJECTED else op.kind
+        if kind is Kind.FORWARD_BACKWARD and outcome.failed:
             self._missing.append(op.seq)
-        elif op.kind in _TAKES_GRADIENT or (
-            op.kind is Kind.LOAD_WEIGHTS and not outcome.failed
-        ):
+        elif op.kind in _TAKES_GRADIENT or (op.kind is Kind.LOAD_WEIGHTS and not outcome.failed):
             self._missing.clear()
 
 

@@ -1,4 +1,4 @@
-"""JSON logs on standard error, bound to request and run ids. Never tokens, prompts, weights or keys."""
+"""JSON logs on standard error, bound to ids. Never tokens, prompts, weights or keys."""
 
 import json
 import logging

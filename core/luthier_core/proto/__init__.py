@@ -1,1 +1,1 @@
-"""The binary messages of the public protocol: `wire_pb2`, generated from wire.proto by `make proto`."""
+"""The binary messages of the protocol: `wire_pb2`, generated from wire.proto (`make proto`)."""

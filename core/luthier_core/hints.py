@@ -1,0 +1,74 @@
+"""Hints over sharded pub/sub: something is new here. They may be lost; who needs them re-checks.
+
+One connection of a process carries all its channels.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import redis.asyncio as redis
+
+from luthier_core.oplog import REDIS_ERRORS
+
+CONFIRM_TIMEOUT_S = 2.0
+RECONNECT_PAUSE_S = 0.2
+
+
+class Hints:
+    """Channels of one process. Run `listen` as a task for as long as the object is used."""
+
+    def __init__(self, client: redis.Redis, on_hint: Callable[[str, str], None]) -> None:
+        """`on_hint(channel, text)` is called for each message, on the event loop."""
+        self._pubsub = client.pubsub()
+        self._on_hint = on_hint
+        self._confirmed: dict[str, asyncio.Event] = {}
+        self._connected = asyncio.Event()
+
+    @property
+    def channels(self) -> set[str]:
+        return set(self._confirmed)
+
+    async def subscribe(self, channel: str) -> None:
+        """Returns once the server has confirmed, or after CONFIRM_TIMEOUT_S while Redis is away."""
+        event = self._confirmed.get(channel)
+        if event is None:
+            event = self._confirmed[channel] = asyncio.Event()
+            try:
+                await self._pubsub.ssubscribe(channel)
+            except BaseException:
+                self._confirmed.pop(channel, None)
+                raise
+            self._connected.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+                await event.wait()
+
+    async def unsubscribe(self, channel: str) -> None:
+        if self._confirmed.pop(channel, None) is not None:
+            with contextlib.suppress(*REDIS_ERRORS):
+                await self._pubsub.sunsubscribe(channel)
+
+    async def listen(self) -> None:
+        """Deliver hints for ever; after a lost connection the client subscribes again by itself."""
+        await self._connected.wait()
+        while True:
+            try:
+                message = await self._pubsub.get_message(timeout=None)
+            except REDIS_ERRORS:
+                await asyncio.sleep(RECONNECT_PAUSE_S)
+                continue
+            if message is not None:
+                self._deliver(message)
+
+    async def aclose(self) -> None:
+        with contextlib.suppress(*REDIS_ERRORS):
+            await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    def _deliver(self, message: dict[str, Any]) -> None:
+        channel = message["channel"].decode()
+        if message["type"] == "ssubscribe" and channel in self._confirmed:
+            self._confirmed[channel].set()
+        elif message["type"] == "smessage":
+            self._on_hint(channel, message["data"].decode())
