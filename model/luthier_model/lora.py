@@ -37,6 +37,10 @@ class LoraSpec:
     train_mlp: bool = True
     train_unembed: bool = True
 
+    def describe(self) -> str:
+        """Rank and targets, for a message that compares two adapters."""
+        return f"rank {self.rank}, {' + '.join(s for s in TARGETS if getattr(self, s))}"
+
 
 @dataclass(slots=True)
 class LoraPair:
