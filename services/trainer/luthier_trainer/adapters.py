@@ -1,0 +1,153 @@
+"""One run's state on the device: LoRA weights, summed gradient, Adam's moments.
+
+Weights and gradient each lie in one flat float32 buffer. The tensors that autograd sees are views,
+so that a backward adds up in place and the optimizer, a copy or a digest is one pass over memory.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from luthier_core.errors import BadRequest
+from luthier_model.lora import LoraAdapter, LoraPair, LoraSpec
+from luthier_model.peft_io import adapter_files, adapter_from_files, tensor_bytes, tensors_from
+from luthier_trainer.optim import FlatAdamW
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+_ALIGN = 16
+"""Floats, 64 bytes: where in a cache line a matrix begins can change the bits of a product."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where one factor of one module lies in the flat buffers."""
+
+    start: int
+    shape: tuple[int, int]
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+
+class RunState:
+    """What a training op reads and changes, for one run."""
+
+    def __init__(self, initial: LoraAdapter) -> None:
+        self.spec: LoraSpec = initial.spec
+        self._slots = _layout(initial)
+        device = next(iter(initial.pairs.values())).a.device
+        size = max(slot.start + math.prod(slot.shape) for slot in self._slots.values())
+        self.weights = nn.Parameter(torch.zeros(size, device=device))
+        self.gradient = torch.zeros(size, device=device)
+        self.weights.grad = self.gradient
+        self.optimizer = FlatAdamW(self.weights)
+        self.adapter = LoraAdapter(
+            spec=initial.spec,
+            pairs={
+                name: LoraPair(a=self._leaf(f"{name}.lora_A"), b=self._leaf(f"{name}.lora_B"))
+                for name in initial.pairs
+            },
+        )
+        self._copy_weights(initial)
+
+    @contextmanager
+    def atomic_gradient(self) -> Iterator[None]:
+        """The summed gradient is as before if the body raises."""
+        before = self.gradient.clone()
+        try:
+            yield
+        except BaseException:
+            self.gradient.copy_(before)
+            raise
+
+    def clear_gradient(self) -> None:
+        self.gradient.zero_()
+
+    def files(self, base_model_name: str, *, optimizer: bool) -> dict[str, bytes]:
+        """The adapter as PEFT's files and, when asked, the optimizer's state beside them."""
+        files = adapter_files(self.adapter, base_model_name)
+        if optimizer:
+            tensors = {
+                f"{slot_name}.{moment}": slot.view(flat)
+                for moment, flat in self.optimizer.moments.items()
+                for slot_name, slot in self._slots.items()
+            }
+            tensors["step"] = torch.tensor(self.optimizer.num_steps)
+            files[OPTIMIZER_FILE] = tensor_bytes(tensors)
+        return files
+
+    def restore(
+        self,
+        files: Mapping[str, bytes],
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        optimizer: bool,
+    ) -> None:
+        """Take over the weights in `files`, and moments and step, or else start these afresh.
+
+        Clears the gradient. BadRequest, with nothing changed, if rank, targets or files do not fit.
+        """
+        loaded = adapter_from_files(files, shapes, self.weights.device)
+        if loaded.pairs.keys() != self.adapter.pairs.keys() or loaded.spec.rank != self.spec.rank:
+            raise BadRequest(
+                f"the checkpoint has {loaded.spec.describe()}; this run has {self.spec.describe()}"
+            )
+        saved = self._checked_moments(files) if optimizer else None
+        self._copy_weights(loaded)
+        self.clear_gradient()
+        self.optimizer.reset(0 if saved is None else int(saved["step"]))
+        if saved is not None:
+            for moment, flat in self.optimizer.moments.items():
+                for slot_name, slot in self._slots.items():
+                    slot.view(flat).copy_(saved[f"{slot_name}.{moment}"])
+
+    def digest(self) -> str:
+        """sha256 over weights, moments, gradient and step: equal digests are equal states."""
+        moments = self.optimizer.moments.values()
+        state = hashlib.sha256(str(self.optimizer.num_steps).encode())
+        for flat in (self.weights.detach(), *moments, self.gradient):
+            state.update(flat.cpu().numpy().data)
+        return state.hexdigest()
+
+    def _leaf(self, slot_name: str) -> Tensor:
+        """An autograd leaf on the flat weights whose gradient is added up in the flat gradient."""
+        slot = self._slots[slot_name]
+        leaf = slot.view(self.weights.detach()).requires_grad_()
+        leaf.grad = slot.view(self.gradient)
+        return leaf
+
+    def _copy_weights(self, source: LoraAdapter) -> None:
+        with torch.no_grad():
+            for name, pair in source.pairs.items():
+                self.adapter.pairs[name].a.copy_(pair.a)
+                self.adapter.pairs[name].b.copy_(pair.b)
+
+    def _checked_moments(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+        saved = tensors_from(files, OPTIMIZER_FILE)
+        expected = {
+            f"{slot_name}.{moment}": slot.shape
+            for moment in self.optimizer.moments
+            for slot_name, slot in self._slots.items()
+        }
+        for name, shape in {**expected, "step": ()}.items():
+            if name not in saved or tuple(saved[name].shape) != shape:
+                raise BadRequest(f"{OPTIMIZER_FILE}: {name} of shape {list(shape)} is missing")
+        return saved
+
+
+def _layout(adapter: LoraAdapter) -> dict[str, _Slot]:
+    """Slots of all factors, in the adapter's order; a pure function of spec and model."""
+    slots: dict[str, _Slot] = {}
+    start = 0
+    for name, pair in adapter.pairs.items():
+        for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
+            rows, columns = tensor.shape
+            slots[f"{name}.{factor}"] = _Slot(start, (rows, columns))
+            start += -(-tensor.numel() // _ALIGN) * _ALIGN
+    return slots

@@ -1,0 +1,145 @@
+"""Runs training ops on the model: the only code of the trainer that computes.
+
+One thread at a time. What crosses its boundary is bytes, names and numbers, never a tensor, so that
+it can live in a process of its own. Each op runs alone: its bits depend on the op and the run's own
+state only, not on the neighbours, as long as the number of threads is the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from luthier_core.errors import NotFound
+from luthier_core.proto import wire_pb2
+from luthier_model.attention import PackedAttention
+from luthier_model.base import BaseModel
+from luthier_model.logprobs import token_logprobs
+from luthier_model.lora import LoraSpec, Segment, init_adapter, target_modules
+from luthier_trainer.adapters import RunState
+from luthier_trainer.losses import Loss, loss_named
+from luthier_trainer.optim import AdamParams
+from luthier_trainer.packing import (
+    Array,
+    Example,
+    array_records,
+    decode_datum,
+    micro_batches,
+    pack,
+    unpack,
+)
+
+MICRO_BATCH_TOKENS = 4096
+"""Tokens whose activations exist at once. Fixed: another split adds gradients in another order."""
+
+
+class Engine:
+    """Training runs on one frozen base model.
+
+    Every method that takes a run_id raises NotFound for a run that is not here. An op that raises
+    leaves the run's state as it was, but for a gradient that is not finite (see optim_step).
+    """
+
+    def __init__(self, model: BaseModel, *, logprob_chunk_tokens: int, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        torch.use_deterministic_algorithms(True)
+        # Filling new memory with NaN finds bugs in torch, not in us, and costs a pass over it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self._model = model
+        self._chunk_tokens = logprob_chunk_tokens
+        self._runs: dict[str, RunState] = {}
+
+    def create(self, run_id: str, spec: LoraSpec) -> None:
+        """A run in its initial state, instead of the one that has this id."""
+        shapes = self._model.lora_shapes
+        modules = {name: shapes[name] for name in target_modules(shapes, spec)}
+        self._runs[run_id] = RunState(init_adapter(spec, modules, self._model.device))
+
+    def forward_backward(
+        self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
+    ) -> bytes:
+        """ForwardBackwardRequest -> ForwardBackwardOutput, both as protobuf bytes.
+
+        With `backward`, the gradient of the loss is added to the run's; a loss that is not finite
+        is returned as it is. BadRequest for an unknown loss or a missing input.
+        """
+        run = self._run(run_id)
+        message = wire_pb2.ForwardBackwardRequest.FromString(request)
+        loss = loss_named(message.loss_fn)
+        examples = [decode_datum(datum, loss.inputs) for datum in message.data]
+        logprobs: list[Array] = []
+        total = 0.0
+        with run.atomic_gradient() if backward else nullcontext(), torch.set_grad_enabled(backward):
+            for batch in micro_batches(examples, MICRO_BATCH_TOKENS):
+                batch_logprobs_TK, batch_loss = self._score(run, batch, loss)
+                if backward:
+                    batch_loss.backward()  # type: ignore[no-untyped-call]
+                logprobs += unpack(batch_logprobs_TK.detach().cpu().numpy(), batch)
+                total += batch_loss.item()
+        output = wire_pb2.ForwardBackwardOutput(
+            loss_fn_output_type="ArrayRecord",
+            loss_fn_outputs=array_records(logprobs),
+            metrics={
+                "loss:sum": total,
+                "num_tokens:sum": float(sum(len(example.tokens) for example in examples)),
+                "clock_cycle:unique": float(clock_cycle),
+            },
+        )
+        encoded: bytes = output.SerializeToString()
+        return encoded
+
+    def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float]:
+        """One AdamW update from the summed gradient, which is cleared; the step's metrics.
+
+        Without a forward_backward since the last step the gradient is 0. BadRequest if its norm is
+        not finite: then weights, moments and step stay, and the gradient is cleared.
+        """
+        run = self._run(run_id)
+        try:
+            return run.optimizer.step(params)
+        finally:
+            run.clear_gradient()
+
+    def clear_gradient(self, run_id: str) -> None:
+        self._run(run_id).clear_gradient()
+
+    def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
+        """File name -> contents: PEFT's two files and, when asked, optimizer.safetensors."""
+        return self._run(run_id).files(self._model.facts.name, optimizer=optimizer)
+
+    def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
+        """Replace the run's weights by those in `files`, and moments and step or else start anew.
+
+        Clears the gradient. BadRequest, naming both, for a checkpoint of other rank or targets.
+        """
+        self._run(run_id).restore(files, self._model.lora_shapes, optimizer=optimizer)
+
+    def drop(self, run_id: str) -> None:
+        """Forget the run; nothing happens if it is not here."""
+        self._runs.pop(run_id, None)
+
+    def has(self, run_id: str) -> bool:
+        return run_id in self._runs
+
+    def run_digest(self, run_id: str) -> str:
+        """sha256 over weights, moments, gradient and step."""
+        return self._run(run_id).digest()
+
+    def _run(self, run_id: str) -> RunState:
+        if run_id not in self._runs:
+            raise NotFound(f"training run {run_id!r}")
+        return self._runs[run_id]
+
+    def _score(
+        self, run: RunState, examples: Sequence[Example], loss: Loss
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs [T, K] of the targets, and the loss, of one packed micro-batch."""
+        batch = pack(examples, self._model.device)
+        segments = [Segment(0, len(batch.tokens_T), run.adapter)]
+        attention = PackedAttention(batch.lengths)
+        hidden_TD = self._model.hidden(batch.tokens_T, batch.positions_T, attention, segments)
+        logprobs_TK = token_logprobs(
+            self._model, hidden_TD, batch.targets_TK, segments, chunk_tokens=self._chunk_tokens
+        )
+        return logprobs_TK, loss.total(logprobs_TK, batch.loss_inputs_TK)

@@ -1,0 +1,82 @@
+"""AdamW over one run's flat parameter, with hyperparameters that come with every step."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from luthier_core.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamParams:
+    """Hyperparameters of one step; the defaults are the wire protocol's."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    """Decoupled, as in AdamW."""
+    grad_clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0 or less is no limit."""
+
+
+class FlatAdamW:
+    """torch's AdamW on one 1-D parameter: element by element the same as one tensor at a time.
+
+    `parameter.grad` must be set for good; the moments lie in buffers as long as the parameter.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        # foreach and fused only pay with many tensors or on CUDA; the plain loop is the reference.
+        self._adamw = torch.optim.AdamW([parameter], foreach=False, fused=False)
+        self.reset()
+
+    @property
+    def num_steps(self) -> int:
+        return int(self._adamw.state[self.parameter]["step"].item())
+
+    @property
+    def moments(self) -> Mapping[str, Tensor]:
+        """The first and second moment, under torch's names."""
+        state = self._adamw.state[self.parameter]
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+    def reset(self, num_steps: int = 0) -> None:
+        """Zero moments, as after `num_steps` steps; a caller that restores fills in the moments."""
+        self._adamw.state[self.parameter] = {
+            "step": torch.tensor(float(num_steps)),
+            "exp_avg": torch.zeros_like(self.parameter),
+            "exp_avg_sq": torch.zeros_like(self.parameter),
+        }
+
+    def step(self, params: AdamParams) -> dict[str, float]:
+        """One update from parameter.grad, which may be clipped in place; the step's metrics.
+
+        BadRequest, with nothing changed, if the norm of the gradient is not finite.
+        """
+        gradient = self.parameter.grad
+        assert gradient is not None
+        # float64: the squares of a gradient near 1e20 overflow float32 although it is finite.
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        grad_norm = norm.item()
+        if not math.isfinite(grad_norm):
+            raise BadRequest(f"gradient norm is not finite ({grad_norm}): no update was made")
+        if params.grad_clip_norm > 0:
+            nn.utils.clip_grads_with_norm_([self.parameter], params.grad_clip_norm, norm.float())
+        self._adamw.param_groups[0].update(
+            lr=params.learning_rate,
+            betas=(params.beta1, params.beta2),
+            eps=params.eps,
+            weight_decay=params.weight_decay,
+        )
+        self._adamw.step()
+        return {
+            "grad_norm": grad_norm,
+            "learning_rate": params.learning_rate,
+            "step": float(self.num_steps),
+        }
