@@ -1,0 +1,203 @@
+"""Checks one training or sampling request against the model's facts: numpy views, no torch.
+
+The gateway calls it before a request is admitted, so that workers can trust the log. Every error is
+an InvalidField whose message names the field and the allowed values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier_core.errors import BadRequest, InvalidField, Unsupported
+from luthier_core.proto import wire_pb2 as wire
+from luthier_core.types import Sample
+
+LOSS_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("target_tokens", "weights")}
+"""Loss -> the inputs it needs, each of the shape of target_tokens (wire protocol 7.3)."""
+
+_DTYPES: Mapping[int, str] = {wire.DTYPE_FLOAT32: "<f4", wire.DTYPE_INT64: "<i8"}
+_WANTED_DTYPE = {"target_tokens": wire.DTYPE_INT64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimits:
+    """What requests for one base model are checked against."""
+
+    vocab_size: int
+    max_context_tokens: int
+    max_datums: int
+    max_tokens_per_request: int
+    max_num_samples: int
+
+
+def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
+    """The protobuf request; BadRequest if the bytes are none."""
+    request = wire.ForwardBackwardRequest()
+    try:
+        request.ParseFromString(body)
+    except Exception:
+        raise BadRequest("the body is not a ForwardBackwardRequest in protobuf") from None
+    return request
+
+
+def check_forward_backward(request: wire.ForwardBackwardRequest, limits: ModelLimits) -> int:
+    """The number of input tokens; InvalidField or Unsupported if the request cannot be executed."""
+    if request.loss_fn not in LOSS_INPUTS:
+        raise InvalidField(f"loss_fn: {request.loss_fn!r} is not one of {sorted(LOSS_INPUTS)}")
+    if not request.data:
+        raise InvalidField("data: empty; at least one datum is needed")
+    if len(request.data) > limits.max_datums:
+        raise InvalidField(f"data: {len(request.data)} datums; at most {limits.max_datums}")
+    total = 0
+    for index, datum in enumerate(request.data):
+        total += _check_datum(datum, f"data[{index}]", LOSS_INPUTS[request.loss_fn], limits)
+    if total > limits.max_tokens_per_request:
+        raise InvalidField(f"data: {total} tokens; at most {limits.max_tokens_per_request}")
+    return total
+
+
+def check_sample(request: Sample, limits: ModelLimits) -> None:
+    """InvalidField if the request cannot be sampled by a model of these limits."""
+    tokens = np.asarray(request.prompt.to_ints(), dtype=object)
+    if not len(tokens):
+        raise InvalidField("prompt: empty; at least one token is needed")
+    if len(tokens) >= limits.max_context_tokens:
+        raise InvalidField(
+            f"prompt: {len(tokens)} tokens; at most {limits.max_context_tokens - 1}, because the "
+            f"model's context has {limits.max_context_tokens} and one must be sampled"
+        )
+    _check_token_ids(tokens, "prompt", limits.vocab_size)
+    wanted = request.sampling_params.max_tokens or 0
+    if len(tokens) + wanted > limits.max_context_tokens:
+        raise InvalidField(
+            f"sampling_params.max_tokens: {wanted} after a prompt of {len(tokens)} tokens; the "
+            f"context has {limits.max_context_tokens}, so at most "
+            f"{limits.max_context_tokens - len(tokens)}"
+        )
+    if request.num_samples > limits.max_num_samples:
+        raise InvalidField(f"num_samples: {request.num_samples}; at most {limits.max_num_samples}")
+    stop = request.sampling_params.stop
+    if isinstance(stop, list) and stop and isinstance(stop[0], int):
+        _check_token_ids(np.asarray(stop, dtype=object), "sampling_params.stop", limits.vocab_size)
+    if stop == "" or (isinstance(stop, list) and "" in stop):
+        raise InvalidField("sampling_params.stop: a stop string must not be empty")
+
+
+def _check_datum(
+    datum: wire.Datum, where: str, inputs: tuple[str, ...], limits: ModelLimits
+) -> int:
+    num_tokens = _check_model_input(datum, where, limits)
+    for name in inputs:
+        if name not in datum.loss_fn_inputs:
+            raise InvalidField(f"{where}.loss_fn_inputs.{name}: missing; needed are {list(inputs)}")
+    target_shape = _shape(datum.loss_fn_inputs["target_tokens"], f"{where}.target_tokens")
+    for name in inputs:
+        field = f"{where}.loss_fn_inputs.{name}"
+        tensor = datum.loss_fn_inputs[name]
+        values, shape = _check_tensor(tensor, name, field)
+        if not shape or shape[0] != num_tokens or len(shape) > 2:
+            raise InvalidField(
+                f"{field}: shape {list(shape)}; the model input has {num_tokens} tokens, so the "
+                f"shape must be [{num_tokens}] or [{num_tokens}, K]"
+            )
+        if shape != target_shape:
+            raise InvalidField(
+                f"{field}: shape {list(shape)}; target_tokens has {list(target_shape)}"
+            )
+        if name == "target_tokens":
+            _check_token_ids(values, field, limits.vocab_size)
+    return num_tokens
+
+
+def _check_model_input(datum: wire.Datum, where: str, limits: ModelLimits) -> int:
+    field = f"{where}.model_input"
+    num_tokens = 0
+    for chunk in datum.model_input:
+        kind = chunk.WhichOneof("chunk")
+        if kind != "encoded_text":
+            raise Unsupported(f"{field}: chunk of type {kind!r}; supported is 'encoded_text'")
+        if len(chunk.encoded_text.tokens) % 4:
+            raise InvalidField(f"{field}: token bytes must be int32, a multiple of 4 bytes")
+        tokens = np.frombuffer(chunk.encoded_text.tokens, dtype="<i4")
+        _check_token_ids(tokens, field, limits.vocab_size)
+        num_tokens += len(tokens)
+    if num_tokens == 0:
+        raise InvalidField(f"{field}: empty; at least one token is needed")
+    if num_tokens > limits.max_context_tokens:
+        raise InvalidField(
+            f"{field}: {num_tokens} tokens; the model's context has {limits.max_context_tokens}"
+        )
+    return num_tokens
+
+
+def _check_token_ids(tokens: NDArray[Any], field: str, vocab_size: int) -> None:
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    if wrong.any():
+        at = int(np.argmax(wrong.reshape(-1)))
+        raise InvalidField(
+            f"{field}: token id {tokens.reshape(-1)[at]} at position {at}; the vocabulary has ids "
+            f"0 to {vocab_size - 1}"
+        )
+
+
+def _check_tensor(
+    tensor: wire.Tensor, name: str, field: str
+) -> tuple[NDArray[Any], tuple[int, ...]]:
+    """The tensor's stored values and its dense shape, after checking dtype, sizes and values."""
+    if tensor.dtype not in _DTYPES:
+        raise InvalidField(f"{field}.dtype: {tensor.dtype}; must be FLOAT32 (1) or INT64 (2)")
+    wanted = _WANTED_DTYPE.get(name)
+    if wanted is not None and tensor.dtype != wanted:
+        raise InvalidField(f"{field}.dtype: must be {wire.DType.Name(wanted)}")
+    shape = _shape(tensor, field)
+    values = _values(tensor, field)
+    if tensor.WhichOneof("encoding") == "sparse_csr":
+        _check_csr(tensor.sparse_csr, len(values), shape, field)
+    elif len(values) != prod(shape):
+        raise InvalidField(f"{field}: {len(values)} values do not fill shape {list(shape)}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise InvalidField(f"{field}: every value must be finite")
+    return values, shape
+
+
+def _values(tensor: wire.Tensor, field: str) -> NDArray[Any]:
+    sparse = tensor.WhichOneof("encoding") == "sparse_csr"
+    raw = tensor.sparse_csr.values if sparse else tensor.dense
+    dtype = np.dtype(_DTYPES[tensor.dtype])
+    if len(raw) % dtype.itemsize:
+        raise InvalidField(f"{field}: {len(raw)} bytes are no whole number of {dtype.name}")
+    return np.frombuffer(raw, dtype=dtype)
+
+
+def _shape(tensor: wire.Tensor, field: str) -> tuple[int, ...]:
+    """The dense shape; an empty one on the wire means 1-D."""
+    shape = tuple(tensor.shape)
+    if any(size < 0 for size in shape) or prod(shape) > 2**31:
+        raise InvalidField(f"{field}.shape: {list(shape)} has a negative or enormous size")
+    if shape or tensor.WhichOneof("encoding") == "sparse_csr":
+        return shape
+    itemsize = 4 if tensor.dtype == wire.DTYPE_FLOAT32 else 8
+    return (len(tensor.dense) // itemsize,)
+
+
+def _check_csr(csr: wire.SparseCsr, num_values: int, shape: tuple[int, ...], field: str) -> None:
+    if len(shape) != 2:
+        raise InvalidField(f"{field}.shape: {list(shape)}; a sparse tensor needs [rows, columns]")
+    if len(csr.crow_indices) % 8 or len(csr.col_indices) % 8:
+        raise InvalidField(f"{field}: CSR indices must be int64")
+    rows = np.frombuffer(csr.crow_indices, dtype="<i8")
+    columns = np.frombuffer(csr.col_indices, dtype="<i8")
+    fits = (
+        len(rows) == shape[0] + 1
+        and len(columns) == num_values
+        and rows[0] == 0
+        and rows[-1] == num_values
+        and bool((np.diff(rows) >= 0).all())
+        and bool(((columns >= 0) & (columns < shape[1])).all())
+    )
+    if not fits:
+        raise InvalidField(f"{field}: CSR indices do not describe a tensor of {list(shape)}")
