@@ -1,0 +1,116 @@
+"""Objects by key, with create-if-absent and compare-and-swap: the long-term truth of a deployment.
+
+A key is a relative path such as `t/ann/sessions/4f.json`; no key is the folder of another. Both
+stores keep the same promises (tests/contract/test_blobs.py): a write is there whole and for good
+once its call returns, or it is not there; of two writers that race on one condition, one wins.
+"""
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from luthier_core.config import Config
+from luthier_core.errors import ConfigError
+
+_PART = re.compile(r"[A-Za-z0-9:._=+-]{1,255}")
+MAX_KEY_CHARS = 1000
+
+
+class BlobMissing(KeyError):
+    """No object has this key."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """One object, without its bytes."""
+
+    key: str
+    num_bytes: int
+    etag: str = ""
+    """Changes with the content; empty in listings."""
+
+
+class Blobs(Protocol):
+    """An object store. Unavailable if it cannot be reached; ValueError on a key that is none."""
+
+    async def put(self, key: str, data: bytes) -> str:
+        """Store or replace; the new ETag."""
+
+    async def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Store unless the key exists; whether this call stored it."""
+
+    async def put_if_match(self, key: str, data: bytes, etag: str) -> str | None:
+        """Replace if the object still has this ETag; the new ETag, or None if it has not."""
+
+    async def get(self, key: str) -> bytes:
+        """The bytes; BlobMissing."""
+
+    async def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        """The bytes and the ETag that put_if_match takes; BlobMissing."""
+
+    async def head(self, key: str) -> BlobInfo | None:
+        """What is stored under the key, or None."""
+
+    def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
+        """Every object whose key starts with prefix, in the order of keys."""
+
+    async def delete(self, key: str) -> None:
+        """Remove the object; no error if there is none."""
+
+    def signed_url(self, key: str, expires_s: int) -> str:
+        """A URL from which anybody can GET this one object for expires_s seconds."""
+
+
+def check_key(key: str) -> str:
+    """The key; ValueError unless it is a relative path of plain names."""
+    if len(key) > MAX_KEY_CHARS or not all(
+        _PART.fullmatch(part) and part not in (".", "..") for part in key.split("/")
+    ):
+        raise ValueError(f"not an object key: {key[:200]!r}")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix; ValueError unless some key can start with it."""
+    check_key(f"{prefix}x")
+    return prefix
+
+
+@asynccontextmanager
+async def open_blobs(config: Config) -> AsyncIterator[Blobs]:
+    """The store of this deployment: file:///folder, s3+http(s)://host[:port]/bucket[?region=...]."""
+    url = urlsplit(config.store_url)
+    if url.scheme == "file":
+        if url.netloc or not url.path.startswith("/"):
+            raise ConfigError(f"store_url: {config.store_url!r} is not file:///absolute/folder")
+        from luthier_core.disk_blobs import DiskBlobs
+
+        public_url = config.public_url or f"http://{config.gateway.host}:{config.gateway.port}"
+        yield DiskBlobs(Path(url.path), public_url=public_url, secret=config.secret())
+    elif url.scheme in ("s3+http", "s3+https"):
+        bucket = url.path.strip("/")
+        if not url.netloc or not bucket or "/" in bucket:
+            raise ConfigError(f"store_url: {config.store_url!r} is not s3+http://host:port/bucket")
+        if not (config.s3_access_key and config.s3_secret_key):
+            raise ConfigError(
+                "store_url: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+            )
+        from luthier_core.s3_blobs import S3Blobs
+
+        async with S3Blobs(
+            url.netloc,
+            bucket,
+            access_key=config.s3_access_key,
+            secret_key=config.s3_secret_key,
+            secure=url.scheme == "s3+https",
+            region=parse_qs(url.query).get("region", ["us-east-1"])[0],
+        ) as blobs:
+            yield blobs
+    else:
+        raise ConfigError(
+            f"store_url: {config.store_url!r} must start with file, s3+http or s3+https"
+        )

@@ -1,0 +1,367 @@
+"""What every object store promises; and for each store how it survives its own kind of trouble."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from aiohttp import ClientSession, web
+
+from luthier_core.blobs import BlobInfo, BlobMissing, Blobs, open_blobs
+from luthier_core.config import Config
+from luthier_core.disk_blobs import DiskBlobs
+from luthier_core.errors import ConfigError, Unavailable
+from luthier_core.s3_blobs import S3Blobs
+
+KEY = "t/ann/runs/0f3a:train:0/run.json"
+
+
+async def test_what_was_put_is_read_back_and_replaced(blobs: Blobs) -> None:
+    for data in (b"first", b"", os.urandom(3 * 1024 * 1024)):
+        etag = await blobs.put(KEY, data)
+        assert await blobs.get_with_etag(KEY) == (data, etag)
+        assert await blobs.get(KEY) == data
+        assert await blobs.head(KEY) == BlobInfo(KEY, len(data), etag)
+
+
+async def test_a_missing_object_has_no_head_and_cannot_be_read(blobs: Blobs) -> None:
+    assert await blobs.head(KEY) is None
+    with pytest.raises(BlobMissing):
+        await blobs.get(KEY)
+    with pytest.raises(BlobMissing):
+        await blobs.get_with_etag(KEY)
+
+
+async def test_create_if_absent_keeps_the_first(blobs: Blobs) -> None:
+    assert await blobs.put_if_absent(KEY, b"first")
+    assert not await blobs.put_if_absent(KEY, b"second")
+    assert await blobs.get(KEY) == b"first"
+
+
+def skip_on_moto(blobs: Blobs) -> None:
+    if isinstance(blobs, S3Blobs):
+        pytest.skip("moto honours conditions, but without a lock: two of its threads can both win")
+
+
+async def test_of_many_creators_one_wins(blobs: Blobs) -> None:
+    skip_on_moto(blobs)
+    won = await asyncio.gather(*(blobs.put_if_absent(KEY, b"%d" % i) for i in range(16)))
+    assert won.count(True) == 1
+    assert await blobs.get(KEY) == b"%d" % won.index(True)
+
+
+async def test_a_swap_needs_the_current_etag(blobs: Blobs) -> None:
+    first = await blobs.put(KEY, b"first")
+    second = await blobs.put_if_match(KEY, b"second", first)
+    assert second is not None
+    assert second != first
+    assert await blobs.put_if_match(KEY, b"third", first) is None
+    assert await blobs.get_with_etag(KEY) == (b"second", second)
+
+
+async def test_a_swap_of_a_missing_object_fails(blobs: Blobs) -> None:
+    etag = await blobs.put(KEY, b"first")
+    await blobs.delete(KEY)
+    assert await blobs.put_if_match(KEY, b"second", etag) is None
+    assert await blobs.head(KEY) is None
+
+
+async def test_no_increment_is_lost_among_swappers(blobs: Blobs) -> None:
+    skip_on_moto(blobs)
+    await blobs.put(KEY, b"0")
+
+    async def increment() -> None:
+        while True:
+            value, etag = await blobs.get_with_etag(KEY)
+            if await blobs.put_if_match(KEY, b"%d" % (int(value) + 1), etag):
+                return
+
+    await asyncio.gather(*(increment() for _ in range(12)))
+    assert await blobs.get(KEY) == b"12"
+
+
+async def test_a_deleted_object_is_gone_and_deleting_again_is_no_error(blobs: Blobs) -> None:
+    await blobs.put(KEY, b"x")
+    await blobs.delete(KEY)
+    await blobs.delete(KEY)
+    assert await blobs.head(KEY) is None
+
+
+async def test_a_listing_has_every_key_of_the_prefix_in_order(blobs: Blobs) -> None:
+    for key in ("t/a/x", "t/a/y/2", "t/a/y/10", "t/a/y-b", "t/ab/x", "keys/a=b+c.json"):
+        await blobs.put(key, key.encode())
+
+    async def keys(prefix: str) -> list[str]:
+        return [info.key async for info in blobs.list(prefix)]
+
+    assert await keys("t/a/") == ["t/a/x", "t/a/y-b", "t/a/y/10", "t/a/y/2"]
+    assert await keys("t/a/y/1") == ["t/a/y/10"]
+    assert await keys("none/") == []
+    assert [info async for info in blobs.list("keys/")] == [BlobInfo("keys/a=b+c.json", 15)]
+    assert len(await keys("")) == 6
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "",
+            "/etc/passwd",
+            "t/../x",
+            "t/./x",
+            "t//x",
+            "t/",
+            "a\0b",
+            "a b",
+            "a\\b",
+            "é",
+            "x" * 256,
+        ),
+        *("%2e%2e/x", "t/a?b", "t/a#b", "/".join(["x" * 200] * 6)),
+    ],
+)
+async def test_a_key_that_could_leave_its_folder_is_refused(blobs: Blobs, key: str) -> None:
+    for call in (blobs.get, blobs.head, blobs.delete, blobs.get_with_etag):
+        with pytest.raises(ValueError, match="not an object key"):
+            await call(key)
+    for write in (blobs.put, blobs.put_if_absent):
+        with pytest.raises(ValueError, match="not an object key"):
+            await write(key, b"")
+    with pytest.raises(ValueError, match="not an object key"):
+        blobs.signed_url(key, 60)
+
+
+async def test_a_signed_url_names_the_object_and_its_end(blobs: Blobs) -> None:
+    await blobs.put(KEY, b"content")
+    url = blobs.signed_url(KEY, 60)
+    query = parse_qs(urlsplit(url).query)
+    if isinstance(blobs, DiskBlobs):
+        (expires,), (signature,) = query["expires"], query["signature"]
+        assert urlsplit(url).path.startswith("/api/v1/files/t/ann/")
+        assert blobs.signature_is_valid(KEY, int(expires), signature)
+        assert not blobs.signature_is_valid(KEY + "x", int(expires), signature)
+        assert not blobs.signature_is_valid(KEY, int(expires) + 1, signature)
+        assert not blobs.signature_is_valid(KEY, int(expires), "é")
+    else:
+        assert query["X-Amz-Expires"] == ["60"]
+        async with ClientSession() as http, http.get(url) as response:
+            assert await response.read() == b"content"
+            assert response.headers["Content-Disposition"] == "attachment"
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+
+async def test_a_signed_url_of_the_disk_store_runs_out(tmp_path: Path) -> None:
+    now = 1000.0
+    store = DiskBlobs(tmp_path, "http://gateway", b"secret", clock=lambda: now)
+    signature = parse_qs(urlsplit(store.signed_url(KEY, 60)).query)["signature"][0]
+    assert store.signature_is_valid(KEY, 1060, signature)
+    now = 1060.0
+    assert not store.signature_is_valid(KEY, 1060, signature)
+
+
+_INCREMENT = """
+import asyncio, sys
+from pathlib import Path
+from luthier_core.disk_blobs import DiskBlobs
+async def main():
+    store = DiskBlobs(Path(sys.argv[1]), "", b"")
+    for _ in range(20):
+        while True:
+            value, etag = await store.get_with_etag("n")
+            if await store.put_if_match("n", b"%d" % (int(value) + 1), etag):
+                break
+asyncio.run(main())
+"""
+
+
+async def test_swappers_in_several_processes_lose_no_increment(tmp_path: Path) -> None:
+    store = DiskBlobs(tmp_path, "", b"")
+    await store.put("n", b"0")
+    command = [sys.executable, "-c", _INCREMENT, str(tmp_path)]
+    running = [await asyncio.create_subprocess_exec(*command) for _ in range(3)]
+    assert [await process.wait() for process in running] == [0, 0, 0]
+    assert await store.get("n") == b"60"
+
+
+async def test_a_failed_write_leaves_the_object_and_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskBlobs(tmp_path, "", b"")
+    await store.put(KEY, b"whole")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        await store.put(KEY, b"other")
+    assert await store.get(KEY) == b"whole"
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+async def test_opening_removes_what_a_dead_writer_left_a_day_ago(tmp_path: Path) -> None:
+    DiskBlobs(tmp_path, "", b"")
+    old, fresh = tmp_path / "tmp" / "old", tmp_path / "tmp" / "fresh"
+    old.touch()
+    fresh.touch()
+    os.utime(old, (1.0, 1.0))
+    DiskBlobs(tmp_path, "", b"")
+    assert list((tmp_path / "tmp").iterdir()) == [fresh]
+
+
+# --- S3 -------------------------------------------------------------------------------------------
+
+
+class FlakyStore:
+    """In front of a real S3 server: answers the next requests itself, or loses the real answer."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self.faults: list[int | str] = []
+        self.num_requests = 0
+
+    async def handle(self, request: web.Request) -> web.Response:
+        self.num_requests += 1
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            return web.Response(status=fault)
+        async with (
+            ClientSession(auto_decompress=False) as http,
+            http.request(
+                request.method,
+                request.url.with_host(self._endpoint.split(":")[0]).with_port(
+                    int(self._endpoint.split(":")[1])
+                ),
+                headers=request.headers,
+                data=await request.read() or None,
+            ) as answer,
+        ):
+            body = await answer.read()
+        if fault == "lost":
+            assert request.transport is not None
+            request.transport.close()
+        headers = {"ETag": answer.headers.get("ETag", "")}
+        return web.Response(status=answer.status, body=body, headers=headers)
+
+
+@pytest.fixture
+async def flaky(s3_endpoint: str) -> AsyncIterator[tuple[FlakyStore, S3Blobs]]:
+    front = FlakyStore(s3_endpoint)
+    app = web.Application(client_max_size=2**26)
+    app.router.add_route("*", "/{path:.*}", front.handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    async with S3Blobs(
+        f"127.0.0.1:{port}",
+        "luthier",
+        access_key="key",
+        secret_key="secret",
+        secure=False,
+        region="us-east-1",
+        retry_base_s=0.0,
+    ) as store:
+        yield front, store
+        front.faults.clear()
+        await store.delete(KEY)
+    await runner.cleanup()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", [500, 503, 429, 409, "lost"])
+async def test_a_store_in_trouble_is_asked_again(
+    flaky: tuple[FlakyStore, S3Blobs], fault: int | str
+) -> None:
+    front, store = flaky
+    front.faults = [fault, fault]
+    await store.put(KEY, b"content")
+    front.faults = [fault]
+    assert await store.get(KEY) == b"content"
+
+
+@pytest.mark.s3
+async def test_a_store_that_stays_away_is_reported_after_six_tries(
+    flaky: tuple[FlakyStore, S3Blobs],
+) -> None:
+    front, store = flaky
+    front.faults = [503] * 100
+    with pytest.raises(Unavailable):
+        await store.get(KEY)
+    assert front.num_requests == 6
+
+
+@pytest.mark.s3
+async def test_a_refusal_is_not_asked_again(flaky: tuple[FlakyStore, S3Blobs]) -> None:
+    front, store = flaky
+    front.faults = [403]
+    with pytest.raises(Unavailable):
+        await store.get(KEY)
+    assert front.num_requests == 1
+
+
+@pytest.mark.s3
+async def test_a_conditional_write_whose_answer_was_lost_still_counts_as_won(
+    flaky: tuple[FlakyStore, S3Blobs],
+) -> None:
+    front, store = flaky
+    front.faults = ["lost"]
+    assert await store.put_if_absent(KEY, b"first")
+    _, etag = await store.get_with_etag(KEY)
+    front.faults = ["lost"]
+    assert await store.put_if_match(KEY, b"second", etag) is not None
+    front.faults = ["lost"]
+    assert not await store.put_if_absent(KEY, b"third")
+    assert await store.get(KEY) == b"second"
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def config(tmp_path: Path, store_url: str, *, access_key: str = "") -> Config:
+    (tmp_path / "secret").write_text("00" * 32)
+    return Config(
+        redis_url="",
+        store_url=store_url,
+        registry_url="",
+        secret_file=str(tmp_path / "secret"),
+        s3_access_key=access_key,
+        s3_secret_key=access_key,
+    )
+
+
+async def test_the_url_of_the_store_chooses_disk(tmp_path: Path) -> None:
+    async with open_blobs(config(tmp_path, f"file://{tmp_path}/store")) as store:
+        await store.put(KEY, b"x")
+        assert store.signed_url(KEY, 60).startswith("http://127.0.0.1:8080/api/v1/files/t/")
+
+
+@pytest.mark.s3
+async def test_the_url_of_the_store_chooses_s3(tmp_path: Path, s3_endpoint: str) -> None:
+    url = f"s3+http://{s3_endpoint}/luthier?region=us-east-1"
+    async with open_blobs(config(tmp_path, url, access_key="key")) as store:
+        await store.put(KEY, b"x")
+        assert await store.get(KEY) == b"x"
+        await store.delete(KEY)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("file://relative/folder", "file:///absolute/folder"),
+        ("s3+http://host:1/", "s3[+]http://host:port/bucket"),
+        ("s3+http://host:1/bucket", "AWS_ACCESS_KEY_ID"),
+        ("ftp://host/x", "file, s3[+]http or s3[+]https"),
+    ],
+)
+async def test_a_wrong_store_url_is_refused_with_what_is_right(
+    tmp_path: Path, url: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        async with open_blobs(config(tmp_path, url)):
+            pass
