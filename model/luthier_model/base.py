@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -112,17 +113,21 @@ def load_base_model(
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     transformers_logging.disable_progress_bar()
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module, info = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=DTYPES[dtype],
             attn_implementation=ATTENTION_NAME,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"model {name}: {path} cannot be loaded: {first_line}") from error
+    # transformers would only warn, and go on with random numbers in their place.
+    if missing := info["missing_keys"]:
+        raise ConfigError(f"model {name}: {path} has no weights for {min(missing)}")
     module.eval().requires_grad_(False).to(device)
     routing = Routing()
     _wrap_linears(module, routing)
