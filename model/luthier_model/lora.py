@@ -122,11 +122,12 @@ def add_deltas_loop(
     """base[T, E] + each row's delta, one segment at a time: the reference for faster twins."""
     assert segments[0].start == 0
     assert segments[-1].stop == len(x_TD)
+    if len(segments) == 1:
+        return _add_delta(base_TE, x_TD, segments[0].adapter, name)
     lengths = [segment.stop - segment.start for segment in segments]
     # split, not slices: the gradient of n slices is n zero-filled tensors of the full size.
     rows = zip(segments, torch.split(base_TE, lengths), torch.split(x_TD, lengths), strict=True)
-    parts = [_add_delta(base, x, segment.adapter, name) for segment, base, x in rows]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat([_add_delta(base, x, segment.adapter, name) for segment, base, x in rows])
 
 
 def _add_delta(base_TE: Tensor, x_TD: Tensor, adapter: LoraAdapter | None, name: str) -> Tensor:

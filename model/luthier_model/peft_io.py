@@ -97,6 +97,12 @@ def _tensor_name(module: str, factor: str) -> str:
     return f"{_PREFIX}{module}.lora_{factor}.weight"
 
 
+def _module_of(tensor_name: str) -> str:
+    if not tensor_name.startswith(_PREFIX) or ".lora_" not in tensor_name:
+        raise BadRequest(f"{WEIGHTS_FILE}: unexpected tensor {tensor_name}")
+    return tensor_name.removeprefix(_PREFIX).rpartition(".lora_")[0]
+
+
 def _plain_rank(files: Mapping[str, bytes]) -> int:
     """The rank in adapter_config.json, once it is sure that nothing else there is unusual."""
     try:
@@ -116,7 +122,7 @@ def _spec_of(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], rank: int
 ) -> tuple[LoraSpec, list[str]]:
     """The spec whose target modules are exactly the modules in the file, and these."""
-    found = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors}
+    found = {_module_of(key) for key in tensors}
     if foreign := found - shapes.keys():
         raise BadRequest(f"{WEIGHTS_FILE}: the base model has no module {min(foreign)!r}")
     last_parts = {name.rpartition(".")[2] for name in found}
