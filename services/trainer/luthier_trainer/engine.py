@@ -30,9 +30,6 @@ from luthier_trainer.packing import (
     unpack,
 )
 
-MICRO_BATCH_TOKENS = 4096
-"""Tokens whose activations exist at once. Fixed: another split adds gradients in another order."""
-
 
 class Engine:
     """Training runs on one frozen base model.
@@ -41,13 +38,25 @@ class Engine:
     leaves the run's state as it was, but for a gradient that is not finite (see optim_step).
     """
 
-    def __init__(self, model: BaseModel, *, logprob_chunk_tokens: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        *,
+        logprob_chunk_tokens: int,
+        num_threads: int,
+        micro_batch_tokens: int = 4096,
+    ) -> None:
+        """`micro_batch_tokens`: tokens whose activations exist at once, at least one datum.
+
+        Another number adds up a gradient in another order, so a run's bits depend on it.
+        """
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
         # Filling new memory with NaN finds bugs in torch, not in us, and costs a pass over it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._model = model
         self._chunk_tokens = logprob_chunk_tokens
+        self._micro_batch_tokens = micro_batch_tokens
         self._runs: dict[str, RunState] = {}
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
@@ -71,7 +80,7 @@ class Engine:
         logprobs: list[Array] = []
         total = 0.0
         with run.atomic_gradient() if backward else nullcontext(), torch.set_grad_enabled(backward):
-            for batch in micro_batches(examples, MICRO_BATCH_TOKENS):
+            for batch in micro_batches(examples, self._micro_batch_tokens):
                 batch_logprobs_TK, batch_loss = self._score(run, batch, loss)
                 if backward:
                     batch_loss.backward()  # type: ignore[no-untyped-call]
