@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from luthier_core.errors import ConfigError
-from luthier_model.attention import ATTENTION_NAME, AttentionContext
+from luthier_core.errors import ConfigError, Unsupported
+from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAttention
 from luthier_model.lora import TARGETS, MultiLoRALinear, Routing, Segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -131,7 +131,9 @@ def load_base_model(
     module.eval().requires_grad_(False).to(device)
     routing = Routing()
     _wrap_linears(module, routing)
-    return BaseModel(_facts(name, str(path), module), module, routing)
+    model = BaseModel(_facts(name, str(path), module), module, routing)
+    _check_logits(model)
+    return model
 
 
 def _check_folder(path: Path) -> None:
@@ -149,6 +151,25 @@ def _wrap_linears(module: nn.Module, routing: Routing) -> None:
         parent, _, last = name.rpartition(".")
         if isinstance(part, nn.Linear) and last in wanted:
             setattr(module.get_submodule(parent), last, MultiLoRALinear(part, name, routing))
+
+
+@torch.no_grad()
+def _check_logits(model: BaseModel) -> None:
+    """Refuses a model that does more than we do between its layers and its logits.
+
+    Some scale or cap their logits or attention scores; leaving that out would go unnoticed.
+    """
+    tokens_T = torch.arange(4, device=model.device)
+    attention = PackedAttention([len(tokens_T)])
+    try:
+        ours = model.logits(model.hidden(tokens_T, tokens_T, attention, ()), ())
+    except Unsupported as error:
+        raise ConfigError(f"model {model.facts.name}: {error.detail}") from error
+    theirs = model.module(input_ids=tokens_T[None], use_cache=False, attention=attention).logits[0]
+    if not torch.allclose(ours, theirs.float(), rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"model {model.facts.name}: {model.facts.architecture} changes its logits after lm_head"
+        )
 
 
 def _facts(name: str, path: str, module: Any) -> ModelFacts:

@@ -6,34 +6,60 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from luthier_core.errors import ConfigError
 from luthier_model.attention import PackedAttention
 from luthier_model.base import ModelFacts, load_base_model
 
+SHAPE = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=53,
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        eos_token_id=[3, 4],
-    )
     path = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=[3, 4])).save_pretrained(path)
     return path
 
 
-def test_packed_logits_without_adapter_are_those_of_transformers(folder: Path) -> None:
-    model = load_base_model("tiny", folder)
-    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+        (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=4)),
+    ],
+    ids=["llama", "mistral-window"],
+)
+def test_packed_logits_without_adapter_are_those_of_transformers(
+    architecture: type[PreTrainedModel], config: PretrainedConfig, tmp_path: Path
+) -> None:
+    reference = architecture(config).eval()
+    reference.save_pretrained(tmp_path)
+    model = load_base_model("tiny", tmp_path)
     tokens, lengths = torch.randint(0, 53, (14,)), [9, 5]
     positions = torch.cat([torch.arange(n) for n in lengths])
     with torch.no_grad():
@@ -95,3 +121,19 @@ def test_truncated_weights_are_refused_in_one_line(folder: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:
         load_base_model("tiny", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "reason"),
+    [
+        (Gemma2ForCausalLM, Gemma2Config(**SHAPE), "attention with softcap"),
+        (CohereForCausalLM, CohereConfig(**SHAPE, logit_scale=0.5), "changes its logits"),
+    ],
+    ids=["gemma2", "cohere"],
+)
+def test_a_model_that_does_more_than_we_compute_is_refused(
+    architecture: type[PreTrainedModel], config: PretrainedConfig, reason: str, tmp_path: Path
+) -> None:
+    architecture(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=reason):
+        load_base_model("tiny", tmp_path)
