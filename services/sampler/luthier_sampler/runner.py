@@ -1,0 +1,89 @@
+"""Runner: the tensors of one step, and the model call.
+
+Dimensions: T packed tokens of the step, D hidden size, B chunks that sample, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier_model.base import BaseModel
+from luthier_model.lora import Segment
+from luthier_model.paged import KvCache, PagedAttention, Span
+from luthier_sampler.sampling import most_likely
+from luthier_sampler.sequence import Chunk
+
+SCORE_CHUNK_TOKENS = 128
+"""Prompt positions whose logits exist at once."""
+
+
+class Runner:
+    """The model over the KV cache. Holds no state of a request but what its blocks hold."""
+
+    def __init__(self, model: BaseModel, cache: KvCache) -> None:
+        self.model = model
+        self.cache = cache
+
+    def run(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits float32[B, V] of the last rows of the chunks that sample, in their order.
+
+        Chunks of one token come first. Fills in prompt logprobs where a request wants them.
+        """
+        hidden_TD = self._hidden(chunks)
+        stops = np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()
+        for chunk, stop in zip(chunks, stops, strict=True):
+            if chunk.sequence.needs_scores:
+                self._score_prompt(chunk, hidden_TD[stop - chunk.num_tokens : stop])
+        sampling = [
+            (chunk, stop - 1) for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples
+        ]
+        rows_B = self._tensor([row for _, row in sampling])
+        segments = _segments((chunk, 1) for chunk, _ in sampling)
+        return self.model.logits(hidden_TD[rows_B], segments)
+
+    def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        tokens: list[int] = []
+        positions: list[int] = []
+        for chunk in chunks:
+            tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
+            positions += range(chunk.start, chunk.stop)
+        spans = [Span(c.num_tokens, c.stop, c.sequence.block_table) for c in chunks]
+        return self.model.hidden(
+            self._tensor(tokens),
+            self._tensor(positions),
+            PagedAttention(self.cache, spans),
+            _segments((chunk, chunk.num_tokens) for chunk in chunks),
+        )
+
+    def _score_prompt(self, chunk: Chunk, hidden_TD: Tensor) -> None:
+        """Raw logprobs of the prompt tokens that the chunk's rows predict, each the next one."""
+        request = chunk.sequence.request
+        first, stop = chunk.start + 1, min(chunk.stop + 1, len(request.prompt))
+        for start in range(first, stop, SCORE_CHUNK_TOKENS):
+            targets_T = self._tensor(request.prompt[start : min(start + SCORE_CHUNK_TOKENS, stop)])
+            rows_TD = hidden_TD[start - first :][: len(targets_T)]
+            logits_TV = self.model.logits(rows_TD, [Segment(0, len(rows_TD), request.adapter)])
+            logprobs_TV = logits_TV.log_softmax(-1)
+            scores_T = logprobs_TV.gather(1, targets_T[:, None])[:, 0]
+            request.prompt_logprobs[start : start + len(scores_T)] = scores_T.cpu().numpy()
+            if k := request.spec.topk_prompt_logprobs:
+                request.prompt_topk.put(start, most_likely(logprobs_TV, k))
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+
+
+def _segments(rows: Iterable[tuple[Chunk, int]]) -> list[Segment]:
+    """Runs of rows with one adapter, from (chunk, number of its rows)."""
+    segments: list[Segment] = []
+    start, before = 0, None
+    for chunk, num_rows in rows:
+        adapter = chunk.sequence.request.adapter
+        if segments and adapter is before:
+            segments[-1] = Segment(segments[-1].start, start + num_rows, adapter)
+        else:
+            segments.append(Segment(start, start + num_rows, adapter))
+        start, before = start + num_rows, adapter
+    return segments

@@ -1,0 +1,188 @@
+"""What one sampling request asks for, and the state of each of its sequences."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier_model.lora import LoraAdapter
+
+FILLER_TOKEN, FILLER_LOGPROB = 0, -99999.0
+"""An unused cell of a TopkLogprobs table (wire protocol 4.3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One sampling request; sample i of a seeded request draws with seed + i.
+
+    A sequence stops at the model's EOS, at any of stop_tokens and at any of stop_strings, and the
+    stop is part of the returned tokens. On the wire an absent `stop` is both lists empty, a list of
+    strings or ids comes on top of EOS, and `[]` is ignore_eos: then nothing stops but the length.
+    """
+
+    request_id: str
+    prompt: Seq[int] | NDArray[np.int32]
+    num_samples: int = 1
+    max_tokens: int | None = None
+    """Generated tokens; None, or more than fits, is up to the context limit."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = -1
+    top_p: float = 1.0
+    seed: int | None = None
+    """With a seed, the same request gives the same tokens whatever else runs."""
+    stop_strings: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    adapter: str = ""
+    """Key of a loaded adapter; empty is the base model."""
+    cache_scope: str | None = None
+    """Requests of one scope (a tenant) and adapter share prompt blocks; None: with no other."""
+
+
+@dataclass(slots=True)
+class TopkTable:
+    """Rows of a TopkLogprobs message: int32 ids and float32 logprobs, [length, k]."""
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+    @classmethod
+    def filler(cls, length: int, k: int) -> "TopkTable":
+        return cls(
+            np.full((length, k), FILLER_TOKEN, np.int32),
+            np.full((length, k), FILLER_LOGPROB, np.float32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def row(self, i: int, k: int) -> "TopkTable":
+        """The first k cells of one row."""
+        return TopkTable(self.token_ids[i : i + 1, :k], self.logprobs[i : i + 1, :k])
+
+    def put(self, first: int, rows: "TopkTable") -> None:
+        """Replace the rows from `first` on."""
+        self.token_ids[first : first + len(rows)] = rows.token_ids
+        self.logprobs[first : first + len(rows)] = rows.logprobs
+
+
+class Request:
+    """A SampleRequest that runs: its sequences, and what its prompt scored."""
+
+    def __init__(
+        self,
+        spec: SampleRequest,
+        *,
+        arrival: int,
+        seed: int,
+        max_new_tokens: int,
+        adapter: LoraAdapter | None,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self.spec = spec
+        self.arrival = arrival
+        self.max_new_tokens = max_new_tokens
+        self.adapter = adapter
+        self.stop_tokens = stop_tokens
+        self.prompt: list[int] = np.asarray(spec.prompt, dtype=np.int64).tolist()
+        self.prompt_logprobs = np.full(len(self.prompt), np.nan, np.float32)
+        self.prompt_topk = TopkTable.filler(len(self.prompt), spec.topk_prompt_logprobs)
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens found in the cache when its first sequence was admitted."""
+        self.sequences = [Sequence(self, i, seed + i) for i in range(spec.num_samples)]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.stop_reason for sequence in self.sequences)
+
+    @property
+    def cache_root(self) -> bytes:
+        """Where its chain of block keys begins: other scopes and weights have other keys."""
+        spec = self.spec
+        shared = spec.cache_scope is not None
+        scope = f"scope:{spec.cache_scope}" if shared else f"request:{spec.request_id}"
+        return blake2b(f"{len(scope)}:{scope}{spec.adapter}".encode(), digest_size=16).digest()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample: its tokens, how many are in the KV cache, and where."""
+
+    request: Request = field(repr=False)
+    index: int
+    seed: int
+    tokens: list[int] = field(init=False)
+    """Prompt and generated tokens; the last is generated but not yet in the cache."""
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[TopkTable] = field(default_factory=list)
+    """One row per generated token, if the request wants topk_sample_logprobs."""
+    stop_reason: str = ""
+    """stop | length; empty while it runs."""
+    needs_scores: bool = field(init=False)
+    """It computes its request's prompt logprobs, so its prompt cannot come from the cache."""
+    _block_keys: list[bytes] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        spec = self.request.spec
+        self.tokens = list(self.request.prompt)
+        scored = spec.prompt_logprobs or spec.topk_prompt_logprobs > 0
+        self.needs_scores = scored and self.index == 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Position in the line: by arrival, then by sample."""
+        return (self.request.arrival, self.index)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    def block_keys(self, num_blocks: int, block_tokens: int) -> list[bytes]:
+        """Keys of its first full blocks; each covers everything before it, so equal keys mean equal
+        prefixes."""
+        while len(self._block_keys) < num_blocks:
+            start = len(self._block_keys) * block_tokens
+            before = self._block_keys[-1] if start else self.request.cache_root
+            block = np.asarray(self.tokens[start : start + block_tokens], np.int32)
+            key = blake2b(before + block.tobytes(), digest_size=16).digest()
+            self._block_keys.append(key)
+        return self._block_keys[:num_blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens [start, stop) of a sequence that one step computes."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def samples(self) -> bool:
+        """It reaches the sequence's last token, so its last row predicts the next one."""
+        return self.stop == len(self.sequence.tokens)

@@ -1,0 +1,441 @@
+"""The sampler engine on a tiny random model: what it promises about requests that share steps."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from luthier_core.config import SamplerConfig
+from luthier_core.errors import BadRequest, ConfigError
+from luthier_core.proto import wire_pb2
+from luthier_model.base import BaseModel, load_base_model
+from luthier_model.lora import LoraSpec, init_adapter
+from luthier_model.peft_io import adapter_files
+from luthier_sampler.engine import Engine, Finished
+from luthier_sampler.sequence import SampleRequest
+
+EOS = 257
+VOCAB_SIZE = 260
+MERGES = [("a", "b"), ("ab", "c")]
+"""Tokens 258 and 259 are "ab" and "abc"; 0 to 255 are single bytes."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=96,
+        initializer_range=0.1,
+        eos_token_id=EOS,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return load_base_model("tiny", folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose id of a byte is the byte."""
+    letters = _byte_letters()
+    vocab = {letter: byte for byte, letter in letters.items()}
+    vocab |= {"<pad>": 256, "<eos>": EOS, "ab": 258, "abc": 259}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
+
+
+@pytest.fixture
+def make_engine(model: BaseModel, tokenizer: Any) -> Callable[..., Engine]:
+    def make(**settings: Any) -> Engine:
+        return Engine(model, tokenizer, SamplerConfig(**{"num_kv_blocks": 64, **settings}))
+
+    return make
+
+
+def request(request_id: str = "r", **fields: Any) -> SampleRequest:
+    return SampleRequest(**{"request_id": request_id, "prompt": (5, 6, 7), "seed": 1, **fields})
+
+
+def drain(engine: Engine) -> list[Finished]:
+    finished = []
+    while engine.has_work:
+        finished += engine.step()
+    return finished
+
+
+def answer(finished: Finished) -> wire_pb2.SampleResponse:
+    assert finished.response is not None, finished.error
+    return wire_pb2.SampleResponse.FromString(finished.response)
+
+
+def run(engine: Engine, specs: Iterable[SampleRequest]) -> dict[str, wire_pb2.SampleResponse]:
+    for spec in specs:
+        engine.add(spec)
+    return {finished.request_id: answer(finished) for finished in drain(engine)}
+
+
+def tokens_of(sequence: wire_pb2.SampledSequence) -> list[int]:
+    return np.frombuffer(sequence.tokens, "<i4").tolist()
+
+
+def sampled(engine: Engine, spec: SampleRequest) -> list[int]:
+    """Tokens of the request's only sequence."""
+    return tokens_of(run(engine, [spec])[spec.request_id].sequences[0])
+
+
+def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """From now on the model's likeliest next token after position p is tokens[p - 2]."""
+
+    def logits(chunks: Any) -> torch.Tensor:
+        rows = [c.sequence.num_new_tokens for c in chunks if c.samples]
+        return (
+            torch.nn.functional.one_hot(torch.tensor([tokens[i] for i in rows]), VOCAB_SIZE) * 9.0
+        )
+
+    run_model = engine._runner.run
+    monkeypatch.setattr(
+        engine._runner, "run", lambda chunks: (run_model(chunks), logits(chunks))[1]
+    )
+
+
+LONG = request("long", max_tokens=40, ignore_eos=True)
+SHORT = request("short", max_tokens=3, ignore_eos=True, prompt=(9, 8), seed=2)
+
+
+def test_a_late_short_request_finishes_before_an_early_long_one(make_engine):
+    engine = make_engine()
+    engine.add(LONG)
+    for _ in range(5):
+        assert engine.step() == []
+    engine.add(SHORT)
+    assert [finished.request_id for finished in drain(engine)] == ["short", "long"]
+    assert engine.stats.num_steps == 40
+
+
+def test_a_batch_gives_each_request_what_it_gets_alone(make_engine):
+    random = np.random.default_rng(0)
+    specs = [
+        request(
+            f"r{i}",
+            prompt=random.integers(0, VOCAB_SIZE, length).astype(np.int32),
+            seed=i,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_tokens=12,
+            ignore_eos=True,
+            prompt_logprobs=True,
+            topk_sample_logprobs=2,
+        )
+        for i, (length, temperature, top_k, top_p) in enumerate(
+            [
+                (1, 1.0, -1, 1.0),
+                (50, 0.0, -1, 1.0),
+                (17, 0.7, 5, 1.0),
+                (16, 1.3, -1, 0.8),
+                (3, 2.0, 9, 0.5),
+            ]
+        )
+    ]
+    together = run(make_engine(max_step_tokens=24, max_running=4), specs)
+    deviation = 0.0
+    for spec in specs:
+        alone = run(make_engine(), [spec])[spec.request_id]
+        batched = together[spec.request_id]
+        assert tokens_of(batched.sequences[0]) == tokens_of(alone.sequences[0])
+        for one, other in (
+            (batched.sequences[0].logprobs, alone.sequences[0].logprobs),
+            (batched.prompt_logprobs, alone.prompt_logprobs),
+        ):
+            one, other = np.frombuffer(one, "<f4"), np.frombuffer(other, "<f4")
+            deviation = max(deviation, np.nanmax(np.abs(one - other), initial=0.0))
+    print(f"batched and alone: logprobs differ by at most {deviation:.1e}")
+    assert deviation < 1e-5
+
+
+def test_preempted_sequences_continue_with_the_same_tokens(make_engine):
+    specs = [request(f"r{i}", seed=i, max_tokens=40, ignore_eos=True) for i in range(4)]
+    roomy, tight = make_engine(), make_engine(num_kv_blocks=6)
+    expected, got = run(roomy, specs), run(tight, specs)
+    assert roomy.stats.num_preemptions == 0
+    assert tight.stats.num_preemptions > 0
+    for spec in specs:
+        for one, other in zip(
+            expected[spec.request_id].sequences, got[spec.request_id].sequences, strict=True
+        ):
+            assert tokens_of(one) == tokens_of(other)
+    assert tight.stats.num_free_blocks == 6
+
+
+def test_samples_of_one_request_differ_and_use_consecutive_seeds(make_engine):
+    spec = request(num_samples=6, seed=10, max_tokens=8, prompt=tuple(range(40)), ignore_eos=True)
+    response = run(make_engine(max_running=4), [spec])["r"]
+    samples = [tokens_of(sequence) for sequence in response.sequences]
+    alone = [sampled(make_engine(), replace(spec, num_samples=1, seed=10 + i)) for i in range(6)]
+    assert samples == alone
+    assert len({tuple(sample) for sample in samples}) == 6
+
+
+def test_samples_of_one_request_share_its_full_prompt_blocks(make_engine):
+    engine = make_engine()
+    run(engine, [request(num_samples=4, prompt=tuple(range(40)), max_tokens=1)])
+    # The first computes 40 tokens, the others the 8 after two shared blocks of 16.
+    assert engine.stats.num_computed_tokens == 40 + 3 * 8
+
+
+def test_prompt_blocks_are_shared_within_a_scope_only(make_engine):
+    engine = make_engine()
+    spec = request(prompt=tuple(range(40)), max_tokens=1)
+    scopes = {"a": "tenant", "b": "tenant", "c": "other", "d": None, "e": None}
+    hits = {}
+    for request_id, scope in scopes.items():
+        response = run(engine, [replace(spec, request_id=request_id, cache_scope=scope)])
+        hits[request_id] = response[request_id].prompt_cache_hit_tokens
+    assert hits == {"a": 0, "b": 32, "c": 0, "d": 0, "e": 0}
+
+
+def test_a_seed_decides_the_tokens(make_engine):
+    spec = request(max_tokens=20, ignore_eos=True, seed=5)
+    assert sampled(make_engine(), spec) == sampled(make_engine(), spec)
+    assert sampled(make_engine(), spec) != sampled(make_engine(), replace(spec, seed=6))
+
+
+def test_without_a_seed_repetitions_differ(make_engine):
+    engine = make_engine()
+    spec = request(max_tokens=20, ignore_eos=True, seed=None)
+    assert sampled(engine, spec) != sampled(engine, spec)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ({}, [97, EOS]),
+        ({"stop_tokens": (99,)}, [97, EOS]),
+        ({"stop_tokens": (97,)}, [97]),
+        ({"ignore_eos": True}, [97, EOS, 98, 99, 100]),
+        ({"ignore_eos": True, "stop_tokens": (99,)}, [97, EOS, 98, 99]),
+    ],
+    ids=["null", "ids and EOS", "ids", "empty list", "ids but not EOS"],
+)
+def test_stop_tokens_and_eos(make_engine, monkeypatch, stop, expected):
+    engine = make_engine()
+    script(engine, monkeypatch, [97, EOS, 98, 99, 100])
+    sequence = run(engine, [request(temperature=0.0, max_tokens=5, **stop)])["r"].sequences[0]
+    assert tokens_of(sequence) == expected
+    stopped = len(expected) < 5
+    assert sequence.stop_reason == (
+        wire_pb2.STOP_REASON_STOP if stopped else wire_pb2.STOP_REASON_LENGTH
+    )
+
+
+@pytest.mark.parametrize(
+    ("stop_string", "num_tokens"),
+    [("cdx", 4), ("bcd", 3), ("é", 6), ("abcdx", 4), ("q", 8), ("<eos>", 7), ("dxé<", 7)],
+)
+def test_a_stop_string_ends_with_the_token_that_completes_it(
+    make_engine, monkeypatch, stop_string, num_tokens
+):
+    engine = make_engine()
+    # "abc", "z", "d": a token holds part of a stop string, several of it, or half a character.
+    script(engine, monkeypatch, [258, 99, 100, 120, *"é".encode(), EOS, 120])
+    spec = request(temperature=0.0, max_tokens=8, ignore_eos=True, stop_strings=(stop_string,))
+    assert len(sampled(engine, spec)) == num_tokens
+
+
+def test_a_stop_string_is_found_far_from_the_beginning(make_engine, monkeypatch):
+    engine = make_engine()
+    script(engine, monkeypatch, [120] * 50 + [259, 258, 99, 120])
+    spec = request(temperature=0.0, max_tokens=60, stop_strings=("xabcab",))
+    assert len(sampled(engine, spec)) == 52
+
+
+def test_a_stop_string_in_the_prompt_does_not_stop(make_engine, monkeypatch):
+    engine = make_engine()
+    script(engine, monkeypatch, [98, 97, 98, 99])
+    spec = request(prompt=(97, 98, 97), temperature=0.0, max_tokens=4, stop_strings=("ab",))
+    assert sampled(engine, spec) == [98, 97, 98]
+
+
+def test_without_max_tokens_a_sequence_ends_at_the_context_limit(make_engine):
+    sequence = run(make_engine(), [request(ignore_eos=True)])["r"].sequences[0]
+    assert len(tokens_of(sequence)) == 96 - 3
+    assert sequence.stop_reason == wire_pb2.STOP_REASON_LENGTH
+
+
+def test_a_prompt_as_long_as_the_context_can_be_scored(make_engine):
+    spec = request(prompt=(1,) * 96, max_tokens=1, prompt_logprobs=True)
+    assert len(np.frombuffer(run(make_engine(), [spec])["r"].prompt_logprobs, "<f4")) == 96
+
+
+def test_cancellation_frees_blocks_and_reports_nothing(make_engine):
+    engine = make_engine(max_running=4)
+    engine.add(SHORT)
+    engine.add(replace(LONG, num_samples=9))
+    for _ in range(2):
+        engine.step()
+    assert (engine.stats.num_running, engine.stats.num_free_blocks) == (4, 60)
+    engine.cancel("long")
+    assert engine.stats.num_free_blocks == 64 - 1
+    assert [finished.request_id for finished in drain(engine)] == ["short"]
+    assert engine.stats.num_free_blocks == 64
+    engine.cancel("long")
+
+
+def test_a_request_that_is_added_twice_runs_once(make_engine):
+    engine = make_engine()
+    engine.add(SHORT)
+    engine.add(SHORT)
+    assert [finished.request_id for finished in drain(engine)] == ["short"]
+
+
+def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(make_engine, monkeypatch):
+    engine = make_engine()
+    engine.add(LONG)
+    engine.add(SHORT)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", lambda chunks: 1 / 0)
+        failed = engine.step()
+    assert {f.request_id for f in failed} == {"long", "short"}
+    assert {f.category for f in failed} == {"server"}
+    assert all("ZeroDivisionError" in (f.error or "") for f in failed)
+    assert engine.stats.num_free_blocks == 64
+    assert len(sampled(engine, SHORT)) == 3
+
+
+def adapter_of(model: BaseModel, seed: int, spread: float) -> dict[str, bytes]:
+    """PEFT files of a rank-4 adapter with a B that is not zero."""
+    adapter = init_adapter(LoraSpec(rank=4, seed=seed), model.lora_shapes, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for pair in adapter.pairs.values():
+        pair.b.normal_(generator=generator).mul_(spread)
+    return adapter_files(adapter, "tiny")
+
+
+def test_requests_of_different_adapters_share_steps(make_engine, model):
+    specs = [
+        request(f"r{i}", adapter=adapter, temperature=0.0, max_tokens=10, ignore_eos=True)
+        for i, adapter in enumerate(["one", "", "two", "one", "", "two"])
+    ]
+    engine = make_engine()
+    for i, key in enumerate(["one", "two"]):
+        engine.add_adapter(key, adapter_of(model, i, 0.05))
+    together = run(engine, specs)
+    assert engine.stats.num_steps == 10
+    alone = [sampled(engine, spec) for spec in specs]
+    assert [tokens_of(together[spec.request_id].sequences[0]) for spec in specs] == alone
+    assert len({tuple(tokens) for tokens in alone}) == 3
+
+
+def test_an_adapter_that_diverged_fails_its_own_request_only(make_engine, model):
+    engine = make_engine(num_kv_blocks=5)
+    engine.add_adapter("nan", adapter_of(model, 0, float("nan")))
+    engine.add(LONG)
+    engine.add(request("bad", adapter="nan", max_tokens=20))
+    [failed, finished] = drain(engine)
+    assert (failed.request_id, failed.category) == ("bad", "user")
+    assert "'nan'" in (failed.error or "")
+    assert tokens_of(answer(finished).sequences[0]) == sampled(make_engine(), LONG)
+    # Its blocks are used again, by a sequence that is padded beside a longer one.
+    again = run(engine, [LONG, SHORT])
+    assert tokens_of(again["short"].sequences[0]) == sampled(make_engine(), SHORT)
+
+
+def test_an_adapter_in_use_is_not_evicted(make_engine, model):
+    engine = make_engine(max_adapters=1)
+    engine.add_adapter("used", adapter_of(model, 0, 0.05))
+    engine.add(request("r", adapter="used", max_tokens=4, ignore_eos=True))
+    engine.step()
+    engine.add_adapter("next", adapter_of(model, 1, 0.05))
+    assert engine.has_adapter("used")
+    drain(engine)
+    assert not engine.has_adapter("used")
+    assert engine.has_adapter("next")
+
+
+def test_free_slots_count_every_sequence_that_is_to_run(make_engine):
+    engine = make_engine(max_running=8)
+    assert engine.num_free_slots == 8
+    engine.add(replace(SHORT, num_samples=3))
+    assert engine.num_free_slots == 5
+    engine.add(replace(LONG, num_samples=30))
+    assert engine.num_free_slots == 0
+    drain(engine)
+    assert engine.num_free_slots == 8
+
+
+def test_topk_of_sampled_tokens_begins_with_the_greedy_token(make_engine):
+    spec = request(temperature=0.0, max_tokens=5, ignore_eos=True, topk_sample_logprobs=3)
+    sequence = run(make_engine(), [spec])["r"].sequences[0]
+    table = sequence.topk_sampled_logprobs
+    assert (table.length, table.k) == (5, 3)
+    ids = np.frombuffer(table.token_ids, "<i4").reshape(5, 3)
+    logprobs = np.frombuffer(table.logprobs, "<f4").reshape(5, 3)
+    assert ids[:, 0].tolist() == tokens_of(sequence)
+    assert logprobs[:, 0].tolist() == np.frombuffer(sequence.logprobs, "<f4").tolist()
+    assert (np.diff(logprobs) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": ()}, "prompt"),
+        ({"prompt": (VOCAB_SIZE,)}, "259"),
+        ({"prompt": (-1,)}, "prompt"),
+        ({"prompt": (1,) * 97}, "context of 96"),
+        ({"prompt": (1,) * 65}, "64 that this sampler's KV cache"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"topk_prompt_logprobs": 1000}, "from 0 to 128"),
+        ({"stop_strings": ("",)}, "stop"),
+        ({"adapter": "unknown"}, "unknown"),
+    ],
+)
+def test_a_request_that_could_not_run_is_refused(make_engine, fields, named):
+    engine = make_engine(num_kv_blocks=4)
+    with pytest.raises(BadRequest, match=named):
+        engine.add(request(**fields))
+    assert not engine.has_work
+
+
+def test_a_cache_smaller_than_the_context_bounds_the_sequence(make_engine):
+    assert len(sampled(make_engine(num_kv_blocks=4), request(ignore_eos=True))) == 64 - 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_kv_blocks": 0, "kv_cache_bytes": 100}, "kv_cache_bytes"),
+        ({"max_running": 9, "max_step_tokens": 8}, "max_step_tokens"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_the_start(make_engine, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        make_engine(**settings)
