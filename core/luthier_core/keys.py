@@ -36,6 +36,16 @@ def run_new(run_id: str) -> str:
     return f"{{{run_id}}}:new"
 
 
+def run_of_new(channel: str) -> str:
+    """The run id in the name of a run_new channel."""
+    return channel[1 : channel.rindex("}")]
+
+
+def clock_cycles(base_model: str) -> str:
+    """Counter: clock cycles set aside by the trainers of one base model."""
+    return f"cycles:{base_model}"
+
+
 # --- Redis: sampling ------------------------------------------------------------------------------
 
 SAMPLING_GROUP = "samplers"
@@ -82,11 +92,12 @@ def worker_lease(worker: str) -> str:
     return f"w:{worker}"
 
 
-WORKERS_PATTERN = "w:*"
+WORKERS = "workers"
+"""Set of the names of all workers there have been; their leases say which are alive."""
 
 
 def live_runs(base_model: str) -> str:
-    """Sorted set of run ids of one base model by time of the last admit."""
+    """Sorted set, by time, of the runs of one base model that have or may need an owner."""
     return f"runs:{base_model}"
 
 

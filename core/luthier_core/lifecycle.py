@@ -67,15 +67,14 @@ class WorkerLease:
     """
 
     def __init__(
-        self, client: redis.Redis, name: str, *, role: str, base_model: str, lease_s: float
+        self, oplog: Oplog, name: str, *, role: str, base_model: str, lease_s: float
     ) -> None:
         self.name = name
         self.incarnation = uuid.uuid4().hex[:12]
         self.lost = asyncio.Event()
-        self._oplog = Oplog(client)
+        self._oplog = oplog
         self._lease_ms = int(lease_s * 1000)
         self._fields = {"role": role, "base_model": base_model, "state": "starting"}
-        self._client = client
 
     @property
     def owner(self) -> str:
@@ -87,6 +86,7 @@ class WorkerLease:
 
         TimeoutError after wait_s: another live process has this name.
         """
+        await self._oplog.register_worker(self.name)
         async with asyncio.timeout(wait_s):
             while not await self._write():  # noqa: ASYNC110  (another process holds it)
                 await asyncio.sleep(0.5)

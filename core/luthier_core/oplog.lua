@@ -154,6 +154,15 @@ local function acquire(keys, args)
   return { 'OK', num(h[3]), num(h[4]) }
 end
 
+-- release(header; epoch) -> OK | FENCED | BUSY. An idle run gets back to having no owner.
+local function release(keys, args)
+  local h = redis.call('HMGET', keys[1], 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= tonumber(args[1]) then return 'FENCED' end
+  if num(h[2]) > num(h[3]) then return 'BUSY' end
+  redis.call('HSET', keys[1], 'owner', '')
+  return 'OK'
+end
+
 -- commit(header, outcome, channel; epoch, seq, ttl ms, outcome fields ...)
 -- -> OK | ALREADY | FENCED | ORDER. The only writer of an outcome, and it writes once.
 local function commit(keys, args)
@@ -248,6 +257,7 @@ end
 redis.register_function('lu1_admit', admit)
 redis.register_function('lu1_reject_run', reject_run)
 redis.register_function('lu1_acquire', acquire)
+redis.register_function { function_name = 'lu1_release', callback = release, flags = { 'allow-oom' } }
 -- Results can be committed and memory freed when Redis is full.
 redis.register_function { function_name = 'lu1_commit', callback = commit, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_told', callback = told, flags = { 'allow-oom' } }

@@ -4,11 +4,12 @@ Every call is idempotent, so it may be repeated after a lost reply; the client m
 does that by itself for some seconds, which hides a restart of Redis.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -22,6 +23,7 @@ from luthier_core.config import LimitsConfig
 from luthier_core.ops import Op, Outcome, SamplingJob
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
+SESSION_TTL_S = 7 * 24 * 3600
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
 
@@ -62,6 +64,30 @@ class RunHeader:
     admitted: int
     committed: int
     told: int
+
+    @property
+    def pending(self) -> bool:
+        """Whether something admitted has not been committed."""
+        return self.admitted > self.committed
+
+    @classmethod
+    def from_values(cls, values: Sequence[bytes]) -> Self:
+        """From the values of HEADER_FIELDS, in their order."""
+        text = [value.decode() for value in values]
+        return cls(
+            tenant=text[0],
+            base_model=text[1],
+            facts=json.loads(text[2]),
+            status=text[3],
+            epoch=int(text[4]),
+            owner=text[5],
+            admitted=int(text[6]),
+            committed=int(text[7]),
+            told=int(text[8]),
+        )
+
+
+HEADER_FIELDS = [field.name for field in dataclasses.fields(RunHeader)]
 
 
 class Oplog:
@@ -125,6 +151,10 @@ class Oplog:
         reply = await self._call("acquire", [keys.run_header(run_id)], [epoch, owner])
         return (int(reply[1]), int(reply[2])) if reply[0] == b"OK" else None
 
+    async def release(self, run_id: str, epoch: int) -> bool:
+        """Whether the run, held under `epoch` and with nothing pending, has no owner now."""
+        return bool(await self._call("release", [keys.run_header(run_id)], [epoch]) == b"OK")
+
     async def commit(self, run_id: str, epoch: int, seq: int, outcome: Outcome) -> str:
         """Store the outcome and move the run's cursor. OK | ALREADY | FENCED | ORDER."""
         reply = await self._call(
@@ -144,30 +174,19 @@ class Oplog:
 
     async def header(self, run_id: str) -> RunHeader | None:
         """The run's header, or None if there is no such run."""
-        values = await cast(
-            Any,
-            self.redis.hmget(
-                keys.run_header(run_id),
-                [
-                    *("tenant", "base_model", "facts", "status", "epoch", "owner"),
-                    *("admitted", "committed", "told"),
-                ],
-            ),
-        )
-        if values[0] is None:
-            return None
-        text = [value.decode() for value in values]
-        return RunHeader(
-            tenant=text[0],
-            base_model=text[1],
-            facts=json.loads(text[2]),
-            status=text[3],
-            epoch=int(text[4]),
-            owner=text[5],
-            admitted=int(text[6]),
-            committed=int(text[7]),
-            told=int(text[8]),
-        )
+        return (await self.headers([run_id])).get(run_id)
+
+    async def headers(self, run_ids: Sequence[str]) -> dict[str, RunHeader]:
+        """The headers of those runs that there are."""
+        pipe = self.redis.pipeline(transaction=False)
+        for run_id in run_ids:
+            pipe.hmget(keys.run_header(run_id), HEADER_FIELDS)
+        replies = await pipe.execute()
+        return {
+            run_id: RunHeader.from_values(values)
+            for run_id, values in zip(run_ids, replies, strict=True)
+            if values[0] is not None
+        }
 
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
@@ -197,32 +216,45 @@ class Oplog:
     # --- finding and waking workers ---------------------------------------------------------------
 
     async def announce_run(self, base_model: str, run_id: str, now_s: float) -> None:
-        """Put a run where workers look for runs to own; before its op 0 is admitted."""
-        await self.redis.zadd(keys.live_runs(base_model), {run_id: now_s})
+        """Put a run without an owner where workers look, and hint them.
+
+        The owner of a run is hinted by admit itself, in the run's own slot. Every hint may be lost:
+        workers look for themselves once a second.
+        """
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.zadd(keys.live_runs(base_model), {run_id: now_s})
+        pipe.spublish(keys.model_wake(base_model), run_id)
+        await pipe.execute()
+
+    async def retire_run(self, base_model: str, run_id: str) -> None:
+        """Take a released run off the list of live runs."""
+        await cast(Any, self.redis.zrem(keys.live_runs(base_model), run_id))
 
     async def live_runs(self, base_model: str) -> list[str]:
         members = await cast(Any, self.redis.zrange(keys.live_runs(base_model), 0, -1))
         return [member.decode() for member in members]
 
-    async def wake_workers(self, base_model: str, run_id: str) -> None:
-        """Hint all workers of a base model that this run has no owner.
-
-        The owner of a run is hinted by admit itself, in the run's own slot. Every hint may be lost:
-        workers look for themselves once a second.
-        """
-        await cast(Any, self.redis.spublish(keys.model_wake(base_model), run_id))
-
     async def live_workers(self) -> dict[str, dict[str, str]]:
         """name -> lease fields (role, base_model, state, incarnation, pid) of every live worker."""
-        names = [
-            key async for key in self.redis.scan_iter(match=keys.WORKERS_PATTERN, _type="string")
-        ]
-        values = await self.redis.mget(names) if names else []
+        names = sorted(await cast(Any, self.redis.smembers(keys.WORKERS)))
+        leases = [keys.worker_lease(name.decode()) for name in names]
+        values = await self.redis.mget(leases) if leases else []
         return {
-            key.decode().removeprefix("w:"): json.loads(value)
-            for key, value in zip(names, values, strict=True)
+            name.decode(): json.loads(value)
+            for name, value in zip(names, values, strict=True)
             if value
         }
+
+    async def register_worker(self, name: str) -> None:
+        await cast(Any, self.redis.sadd(keys.WORKERS, name))
+
+    async def heartbeat(self, session_id: str, now_s: float) -> None:
+        """Note that a client of this session is alive."""
+        header = keys.session_header(session_id)
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.hset(header, "heartbeat", str(int(now_s)))
+        pipe.expire(header, SESSION_TTL_S)
+        await pipe.execute()
 
     async def hold_lease(self, key: str, incarnation: str, value: str, ttl_ms: int) -> bool:
         return bool(await self._call("hold_lease", [key], [incarnation, value, ttl_ms]))
@@ -295,6 +327,13 @@ class Oplog:
             count=max_jobs,
         )
         return _jobs(reply[1])
+
+    async def deliveries(self, base_model: str, consumer: str) -> dict[bytes, int]:
+        """How often each job that this consumer holds has been claimed."""
+        pending: Any = await self.redis.xpending_range(
+            keys.sampling_jobs(base_model), keys.SAMPLING_GROUP, "-", "+", 1000, consumer
+        )
+        return {item["message_id"]: item["times_delivered"] for item in pending}
 
     async def touch(self, base_model: str, consumer: str, entry_ids: Sequence[bytes]) -> None:
         """Keep claimed jobs of a long generation from counting as abandoned."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import Self, cast
+from typing import Any, Literal, Self, cast
 
 from luthier_core.errors import Category
 
@@ -29,10 +29,6 @@ class Kind(StrEnum):
     LOAD_WEIGHTS = "load_weights"
     REJECTED = "rejected"
     SAMPLE = "sample"
-
-
-PROTOBUF_KINDS = frozenset({Kind.FORWARD_BACKWARD, Kind.FORWARD, Kind.SAMPLE})
-"""Kinds whose completed outcome is protobuf bytes; every other outcome is JSON."""
 
 
 def digest_of(body: bytes) -> str:
@@ -130,6 +126,8 @@ class Outcome:
     state: str
     """completed | failed"""
     body: Body = Body(inline=b"")
+    encoding: Literal["json", "protobuf", "text"] = "json"
+    """What the bytes of the body are; the message of a failure is text."""
     category: Category = "unknown"
 
     @property
@@ -137,21 +135,28 @@ class Outcome:
         return self.state == "failed"
 
     @classmethod
-    def completed(cls, body: Body) -> Self:
-        return cls(state="completed", body=body)
+    def completed(cls, body: Body, encoding: Literal["json", "protobuf"] = "json") -> Self:
+        return cls(state="completed", body=body, encoding=encoding)
 
     @classmethod
     def failure(cls, message: str, category: Category) -> Self:
-        return cls(state="failed", body=Body.of(message.encode()), category=category)
+        body = Body.of(message.encode())
+        return cls(state="failed", body=body, encoding="text", category=category)
 
     def fields(self) -> dict[str, str | bytes]:
-        return {"state": self.state, "category": self.category, **self.body.fields()}
+        return {
+            "state": self.state,
+            "encoding": self.encoding,
+            "category": self.category,
+            **self.body.fields(),
+        }
 
     @classmethod
     def from_fields(cls, fields: Mapping[bytes, bytes]) -> Self:
         category = fields.get(b"category", b"unknown").decode()
         return cls(
             state=fields[b"state"].decode(),
+            encoding=cast(Any, fields.get(b"encoding", b"json").decode()),
             category=cast(Category, category),
             body=Body.from_fields(fields),
         )

@@ -111,15 +111,16 @@ class Owner:
         self._note(op, outcome)
 
     def break_run(self, reason: str) -> None:
-        """From now on every op fails with `reason` (category server), and none is executed."""
+        """From now on nothing is executed, and every op that is not committed fails with `reason`.
+
+        Its category is server.
+        """
         self._broken = reason
-        self._step = None
-        while self._queue and self._queue[0].seq <= self._replay_to:
-            self._queue.popleft()
 
     def _replay_step(self, op: Op) -> Step:
         if op.seq not in self._recorded_failures:
-            action = Action.EXECUTE if op.kind in _REPLAYED else Action.NOTHING
+            executed = op.kind in _REPLAYED and self._broken is None
+            action = Action.EXECUTE if executed else Action.NOTHING
             decided = None if action is Action.EXECUTE else _RECORDED_SUCCESS
             return Step(op, action, publish=False, outcome=decided)
         # A failed optimizer step had cleared the gradient; every other failure had no effect.

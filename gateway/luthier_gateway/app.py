@@ -1,0 +1,138 @@
+"""The gateway's route table, middlewares and connections."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from luthier_core.registry_client import RegistryClient
+
+from luthier_core.blobs import open_blobs
+from luthier_core.config import Config
+from luthier_core.errors import LuthierError, NotFound, Unavailable
+from luthier_core.futures import Futures
+from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
+from luthier_gateway import futures, health, rest, sampling, sessions, training
+from luthier_gateway.auth import Authenticator
+from luthier_gateway.backends import BACKENDS, TENANT, Backends
+from luthier_gateway.web_io import error_response, json_response
+
+log = logging.getLogger(__name__)
+
+API = "/api/v1"
+_CHECKPOINT = (
+    "/training_runs/{run_id}/checkpoints/{kind:weights|sampler_weights|external_weights}/{name}"
+)
+OPEN_PATHS = frozenset({f"{API}/healthz", "/livez", "/readyz"})
+"""Paths that need no key."""
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.get("/livez", health.livez),
+        web.get("/readyz", health.readyz),
+        web.get(f"{API}/healthz", health.healthz),
+        web.post(f"{API}/client/config", sessions.client_config),
+        web.post(f"{API}/client/dynamic_config", sessions.client_config),
+        web.post(f"{API}/create_session", sessions.create_session),
+        web.post(f"{API}/session_heartbeat", sessions.session_heartbeat),
+        web.post(f"{API}/sessions/{{session_id}}/finish", sessions.finish_session),
+        web.post(f"{API}/telemetry", sessions.telemetry),
+        web.get(f"{API}/get_server_capabilities", sessions.get_server_capabilities),
+        web.post(f"{API}/create_model", training.create_model),
+        web.post(f"{API}/get_info", training.get_info),
+        web.post(f"{API}/forward_backward", training.forward_backward),
+        web.post(f"{API}/optim_step", training.optim_step),
+        web.post(f"{API}/save_weights", training.save_weights),
+        web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
+        web.post(f"{API}/load_weights", training.load_weights),
+        web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
+        web.post(f"{API}/asample", sampling.asample),
+        web.post(f"{API}/retrieve_future", futures.retrieve_future),
+        web.post(f"{API}/weights_info", rest.weights_info),
+        web.get(f"{API}/samplers/{{sampler_id}}", rest.get_sampler),
+        web.get(f"{API}/training_runs", rest.list_training_runs),
+        web.get(f"{API}/training_runs/{{run_id}}", rest.get_training_run),
+        web.get(f"{API}/training_runs/{{run_id}}/checkpoints", rest.list_run_checkpoints),
+        web.delete(f"{API}{_CHECKPOINT}", rest.delete_checkpoint),
+        web.get(f"{API}/checkpoints", rest.list_checkpoints),
+        web.get(f"{API}/sessions", rest.list_sessions),
+        web.get(f"{API}/sessions/{{session_id}}", rest.get_session),
+    ]
+
+
+def build_app(config: Config) -> web.Application:
+    """The application; its connections open when it starts and close when it stops."""
+    app = web.Application(
+        middlewares=[answer_errors, authenticate],
+        client_max_size=config.gateway.max_body_bytes,
+    )
+    app.add_routes(routes())
+
+    async def backends(app: web.Application) -> AsyncIterator[None]:
+        async with open_backends(config) as opened:
+            app[BACKENDS] = opened
+            yield
+
+    app.cleanup_ctx.append(backends)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def open_backends(config: Config) -> AsyncIterator[Backends]:
+    """Connections of one gateway process, closed in reverse order."""
+    async with contextlib.AsyncExitStack() as stack:
+        client = connect(config.redis_url)
+        stack.push_async_callback(client.aclose)
+        oplog = Oplog(client)
+        await oplog.load_library()
+        blobs = await stack.enter_async_context(open_blobs(config))
+        registry = await stack.enter_async_context(RegistryClient(config))
+        futures = Futures(client, recheck_s=config.gateway.recheck_s)
+        listening = asyncio.create_task(futures.listen())
+        stack.push_async_callback(_cancel, listening)
+        auth = Authenticator(registry, config.secret(), cache_s=config.gateway.key_cache_s)
+        yield Backends(
+            config=config,
+            oplog=oplog,
+            futures=futures,
+            blobs=blobs,
+            registry=registry,
+            auth=auth,
+        )
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error becomes `{"detail": ...}` with its status; ours are logged, theirs are not."""
+    try:
+        return await handler(request)
+    except LuthierError as error:
+        return error_response(error)
+    except REDIS_ERRORS:
+        log.warning("redis is away", exc_info=True)
+        return error_response(Unavailable("the operation log"))
+    except web.HTTPNotFound:
+        return error_response(NotFound(f"{request.method} {request.path}"))
+    except web.HTTPException as error:
+        return json_response({"detail": error.reason, "category": "user"}, error.status)
+    except Exception:
+        log.exception("unexpected error in %s %s", request.method, request.path)
+        return error_response(LuthierError("an unexpected error; the server's log has it"))
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every path but the health checks needs a key; handlers find its tenant in the request."""
+    if request.path not in OPEN_PATHS:
+        auth = request.app[BACKENDS].auth
+        request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
+    return await handler(request)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,124 @@
+"""What the handlers of one gateway process share: connections and caches."""
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import orjson
+from aiohttp import web
+from luthier_core.registry_client import RegistryClient
+
+from luthier_core import keys
+from luthier_core.blobs import Blobs
+from luthier_core.config import Config
+from luthier_core.errors import NotFound, Unavailable
+from luthier_core.futures import Futures
+from luthier_core.oplog import Oplog, RunHeader
+from luthier_core.records import SamplerRecord
+from luthier_core.validation import ModelLimits
+from luthier_gateway.auth import Authenticator
+
+T = TypeVar("T")
+
+CACHE_ENTRIES = 10_000
+
+
+class Cache(Generic[T]):
+    """The values of the CACHE_ENTRIES keys used last; for facts that never change."""
+
+    def __init__(self, load: Callable[[str], Awaitable[T]]) -> None:
+        self._load = load
+        self._values: OrderedDict[str, T] = OrderedDict()
+
+    async def get(self, key: str) -> T:
+        """The value, loaded on first use; what the loader raises is not remembered."""
+        if key not in self._values:
+            self._values[key] = await self._load(key)
+            if len(self._values) > CACHE_ENTRIES:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What never changes about a run, from its header."""
+
+    tenant: str
+    base_model: str
+    facts: dict[str, Any]
+
+
+class Backends:
+    """Everything a handler may reach."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        oplog: Oplog,
+        futures: Futures,
+        blobs: Blobs,
+        registry: RegistryClient,
+        auth: Authenticator,
+    ) -> None:
+        self.config = config
+        self.oplog = oplog
+        self.futures = futures
+        self.blobs = blobs
+        self.registry = registry
+        self.auth = auth
+        self._runs = Cache(self._load_run)
+        self._samplers = Cache(self._load_sampler)
+        self._models = Cache(self._load_model)
+
+    async def run(self, tenant: str, run_id: str, field: str = "model_id") -> RunFacts:
+        """The run, if it is the tenant's; NotFound otherwise, the same for absent and foreign."""
+        run = await self._runs.get(run_id)
+        if run.tenant != tenant:
+            raise NotFound(f"{field}={run_id!r}")
+        return run
+
+    async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
+        """The sampling session, if it is the tenant's; NotFound otherwise."""
+        return await self._samplers.get(f"{tenant}/{sampling_session_id}")
+
+    async def model_facts(self, base_model: str) -> dict[str, Any]:
+        """Facts of a configured base model; Unavailable until one of its workers has started."""
+        return await self._models.get(base_model)
+
+    async def limits(self, base_model: str) -> ModelLimits:
+        return self.limits_of(await self.model_facts(base_model))
+
+    def limits_of(self, facts: Mapping[str, Any]) -> ModelLimits:
+        """What requests are checked against, for a model or a run of these facts."""
+        limits = self.config.limits
+        return ModelLimits(
+            vocab_size=facts["vocab_size"],
+            max_context_tokens=facts["max_context_tokens"],
+            max_datums=limits.max_datums,
+            max_tokens_per_request=limits.max_tokens_per_request,
+            max_num_samples=limits.max_num_samples,
+        )
+
+    async def _load_run(self, run_id: str) -> RunFacts:
+        header: RunHeader | None = await self.oplog.header(run_id)
+        if header is None:
+            raise NotFound(f"model_id={run_id!r}")
+        return RunFacts(header.tenant, header.base_model, dict(header.facts))
+
+    async def _load_sampler(self, key: str) -> SamplerRecord:
+        tenant, _, sampling_session_id = key.partition("/")
+        return await self.registry.get_sampler(tenant, sampling_session_id)
+
+    async def _load_model(self, base_model: str) -> dict[str, Any]:
+        raw = await self.oplog.redis.get(keys.model_facts(base_model))
+        if raw is None:
+            raise Unavailable(f"no worker of base model {base_model!r} has started yet")
+        facts: dict[str, Any] = orjson.loads(raw)
+        return facts
+
+
+BACKENDS = web.AppKey("backends", Backends)
+TENANT = web.RequestKey("tenant", str)

@@ -1,0 +1,53 @@
+"""Reading bodies within their limit, and answering with JSON."""
+
+import zlib
+from typing import Any
+
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError
+
+from luthier_core.errors import BodyTooLarge, LuthierError, Unreadable
+
+HEAD_BYTES = 64 * 1024
+"""Of an over-size body this much is looked at, to find the ids whose seq it uses up."""
+
+
+class OversizeBody(BodyTooLarge):
+    """The request body is larger than this server accepts."""
+
+    def __init__(self, detail: str, head: bytes) -> None:
+        super().__init__(detail)
+        self.head = head
+
+
+async def read_body(request: web.Request, max_bytes: int) -> bytes:
+    """The decompressed body; OversizeBody with its first HEAD_BYTES beyond max_bytes."""
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in request.content.iter_any():
+            parts.append(part)
+            size += len(part)
+            if size > max_bytes:
+                head = b"".join(parts)[:HEAD_BYTES]
+                raise OversizeBody(f"at most {max_bytes} bytes after decompression", head)
+    except (ContentEncodingError, zlib.error):
+        raise Unreadable("Content-Encoding and the body do not agree") from None
+    except web.HTTPRequestEntityTooLarge:
+        raise OversizeBody(f"at most {max_bytes} bytes after decompression", b"") from None
+    return b"".join(parts)
+
+
+def json_response(value: dict[str, Any], status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+def error_response(error: LuthierError) -> web.Response:
+    """`{"detail": sentence}`: never an empty body, which the SDK takes for a broken connection."""
+    response = json_response(
+        {"detail": error.message, "category": error.category}, status=error.status
+    )
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response

@@ -1,0 +1,253 @@
+"""The sampler's control flow: claim jobs, feed the engine, settle each as its request finishes.
+
+Sampling has no order and is executed at least once: a job stays with its claimer until an outcome
+is stored, and the first outcome wins. A sampler that starts again takes up the jobs it had claimed;
+jobs of one that stays away are claimed by the others.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from luthier_core import keys
+from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.checkpoints import read_files
+from luthier_core.config import SamplerConfig
+from luthier_core.errors import LuthierError, Unavailable
+from luthier_core.lifecycle import WorkerLease
+from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
+from luthier_core.types import Sample
+from luthier_sampler.engine import Engine, Finished
+from luthier_sampler.sequence import SampleRequest
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BLOCK_MS = 1000
+TOUCH_S = 10.0
+RETRY_S = 1.0
+DRAIN_S = 10.0
+MAX_DELIVERIES = 3
+"""A job that was claimed this often without an outcome is failed: it may be what kills us."""
+
+
+class Worker:
+    """Jobs of one base model. `run(stop)` returns once drained, or when the lease is lost."""
+
+    def __init__(
+        self,
+        *,
+        base_model: str,
+        config: SamplerConfig,
+        lease: WorkerLease,
+        oplog: Oplog,
+        blobs: Blobs,
+        engine: Engine,
+    ) -> None:
+        self._base_model = base_model
+        self._config = config
+        self._lease = lease
+        self._oplog = oplog
+        self._blobs = blobs
+        self._engine = engine
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._jobs: dict[str, SamplingJob] = {}
+        self._work = asyncio.Event()
+        self._room = asyncio.Event()
+        self._adapter_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop`, then finish what is running, for DRAIN_S at most."""
+        await self._oplog.open_jobs(self._base_model)
+        async with asyncio.TaskGroup() as group:
+            lost = group.create_task(self._lease.keep(self._config.lease_renew_s))
+            stepping = group.create_task(self._step_for_ever(group))
+            claiming = group.create_task(self._claim_for_ever(group))
+            reclaiming = group.create_task(self._reclaim_for_ever(group))
+            await self._lease.set_state("ready")
+            stopped = group.create_task(stop.wait())
+            await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await self._lease.set_state("draining")
+            claiming.cancel()
+            reclaiming.cancel()
+            await self._drain()
+            for task in (stepping, stopped, lost):
+                task.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        await self._lease.release()
+
+    # --- claiming ---------------------------------------------------------------------------------
+
+    async def _claim_for_ever(self, group: asyncio.TaskGroup) -> None:
+        claimed_own = False
+        while True:
+            try:
+                if not claimed_own:
+                    own = await self._oplog.claim_own(self._base_model, self._lease.name)
+                    await self._start_again(group, own)
+                    claimed_own = True
+                room = self._config.max_running - len(self._jobs)
+                if room <= 0:
+                    self._room.clear()
+                    await self._room.wait()
+                    continue
+                jobs = await self._oplog.claim(
+                    self._base_model, self._lease.name, max_jobs=room, block_ms=BLOCK_MS
+                )
+                self._start(group, jobs)
+            except REDIS_ERRORS:
+                log.warning("redis is away; claiming again", exc_info=True)
+                await asyncio.sleep(RETRY_S)
+
+    async def _reclaim_for_ever(self, group: asyncio.TaskGroup) -> None:
+        """Keep our jobs from counting as abandoned, and take those that others abandoned."""
+        while True:
+            await asyncio.sleep(TOUCH_S)
+            with contextlib.suppress(*REDIS_ERRORS):
+                if self._jobs:
+                    entry_ids = [job.entry_id for job in self._jobs.values()]
+                    await self._oplog.touch(self._base_model, self._lease.name, entry_ids)
+                room = self._config.max_running - len(self._jobs)
+                if room > 0:
+                    jobs = await self._oplog.claim_abandoned(
+                        self._base_model,
+                        self._lease.name,
+                        idle_ms=int(self._config.claim_idle_s * 1000),
+                        max_jobs=room,
+                    )
+                    await self._start_again(group, jobs)
+
+    async def _start_again(self, group: asyncio.TaskGroup, jobs: list[SamplingJob]) -> None:
+        """Start jobs that have been claimed before, but for those that were too often."""
+        if not jobs:
+            return
+        deliveries = await self._oplog.deliveries(self._base_model, self._lease.name)
+        poisonous = [job for job in jobs if deliveries.get(job.entry_id, 0) > MAX_DELIVERIES]
+        for job in poisonous:
+            message = f"the sampler died {MAX_DELIVERIES} times while it had this request"
+            await self._settle(job, Outcome.failure(message, "server"))
+        self._start(group, (job for job in jobs if job not in poisonous))
+
+    def _start(self, group: asyncio.TaskGroup, jobs: Iterable[SamplingJob]) -> None:
+        for job in jobs:
+            if job.request_id not in self._jobs:
+                self._jobs[job.request_id] = job
+                group.create_task(self._admit(job))
+
+    async def _admit(self, job: SamplingJob) -> None:
+        """Give the job to the engine, with its adapter; a job it refuses fails."""
+        try:
+            request = _request(job, Sample.model_validate_json(await self._body_of(job)))
+            async with self._adapter_locks[job.weights]:
+                files = None
+                if job.weights and not self._engine.has_adapter(job.weights):
+                    files = await self._patiently(lambda: read_files(self._blobs, job.weights))
+                await self._on_engine(self._add, request, files)
+        except LuthierError as error:
+            await self._settle(job, Outcome.failure(error.message, error.category))
+        except Exception:
+            log.exception("job %s", job.request_id)
+            await self._settle(job, Outcome.failure("an internal error of the sampler", "server"))
+        else:
+            self._work.set()
+
+    def _add(self, request: SampleRequest, files: dict[str, bytes] | None) -> None:
+        # One call on the engine's thread, so that the adapter cannot be evicted in between.
+        if files is not None:
+            self._engine.add_adapter(request.adapter, files)
+        self._engine.add(request)
+
+    # --- running ----------------------------------------------------------------------------------
+
+    async def _step_for_ever(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._engine.has_work:
+                for finished in await self._on_engine(self._engine.step):
+                    group.create_task(self._finish(finished))
+
+    async def _finish(self, finished: Finished) -> None:
+        job = self._jobs[finished.request_id]
+        if finished.response is None:
+            outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
+        else:
+            body = await self._result_body(job, finished.response)
+            outcome = Outcome.completed(body, "protobuf")
+        await self._settle(job, outcome)
+
+    async def _settle(self, job: SamplingJob, outcome: Outcome) -> None:
+        """Store the outcome, waiting while Redis is away, and forget the job."""
+        while True:
+            try:
+                await self._oplog.settle(job, self._base_model, outcome)
+                break
+            except REDIS_ERRORS:
+                log.warning("redis is away; settling %s again", job.request_id)
+                await asyncio.sleep(RETRY_S)
+        self._jobs.pop(job.request_id, None)
+        self._room.set()
+
+    async def _drain(self) -> None:
+        """Finish the jobs under way; what is left stays claimed, for our next incarnation."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._jobs:
+                    self._room.clear()
+                    await self._room.wait()
+
+    # --- plumbing ---------------------------------------------------------------------------------
+
+    async def _on_engine(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+
+    async def _body_of(self, job: SamplingJob) -> bytes:
+        if job.body.inline is not None:
+            return job.body.inline
+        return await self._patiently(lambda: self._blobs.get(job.body.key))
+
+    async def _result_body(self, job: SamplingJob, response: bytes) -> Body:
+        if len(response) <= INLINE_LIMIT:
+            return Body.of(response)
+        key = keys.sample_result(job.tenant, job.sampling_session_id, job.seq)
+        await self._patiently(lambda: self._blobs.put(key, response))
+        return Body.stored(key, response)
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The call's result; while the object store is away the job waits, it does not fail."""
+        while True:
+            try:
+                return await call()
+            except Unavailable:
+                await asyncio.sleep(RETRY_S)
+            except BlobMissing as error:
+                raise LuthierError(f"stored bytes are gone: {error}") from error
+
+
+def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
+    """The engine's form of a sampling request."""
+    params = wanted.sampling_params
+    stop = params.stop
+    listed: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
+    return SampleRequest(
+        request_id=job.request_id,
+        prompt=tuple(wanted.prompt.to_ints()),
+        num_samples=wanted.num_samples,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=params.seed,
+        stop_strings=tuple(item for item in listed if isinstance(item, str)),
+        stop_tokens=tuple(item for item in listed if isinstance(item, int)),
+        ignore_eos=stop == [],
+        prompt_logprobs=wanted.prompt_logprobs,
+        topk_prompt_logprobs=wanted.topk_prompt_logprobs,
+        topk_sample_logprobs=wanted.topk_sample_logprobs,
+        adapter=job.weights,
+    )

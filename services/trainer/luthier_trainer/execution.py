@@ -1,0 +1,244 @@
+"""Carries out one op: payload in, engine call on its thread, outcome bytes out."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from luthier_core import keys
+from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, save_sampler
+from luthier_core.errors import LuthierError, Unavailable
+from luthier_core.oplog import Oplog
+from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
+from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
+from luthier_core.types import OptimStep, SaveWeights, SaveWeightsForSampler
+from luthier_model.lora import LoraSpec
+from luthier_trainer.engine import Engine
+from luthier_trainer.optim import AdamParams
+
+T = TypeVar("T")
+
+STORE_RETRY_S = 1.0
+
+Finish = Callable[[], Awaitable[Outcome]]
+"""The rest of an op that no longer needs the engine: upload, then the outcome."""
+
+
+@dataclass(slots=True)
+class RunContext:
+    """What the ops of one run need to know beside their own body."""
+
+    run_id: str
+    epoch: int
+    tenant: str
+    record: RunRecord | None = None
+    """Known once op 0 has been executed."""
+
+
+class Executor:
+    """The ops of all runs of one worker, one engine call at a time."""
+
+    def __init__(self, engine: Engine, blobs: Blobs, oplog: Oplog) -> None:
+        self.engine = engine
+        self._blobs = blobs
+        self._oplog = oplog
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._handlers: dict[Kind, Callable[[RunContext, Op, int], Awaitable[Finish]]] = {
+            Kind.CREATE_MODEL: self._create_model,
+            Kind.FORWARD: self._forward_backward,
+            Kind.FORWARD_BACKWARD: self._forward_backward,
+            Kind.OPTIM_STEP: self._optim_step,
+            Kind.SAVE_WEIGHTS: self._save_weights,
+            Kind.SAVE_WEIGHTS_FOR_SAMPLER: self._save_weights_for_sampler,
+            Kind.LOAD_WEIGHTS: self._load_weights,
+        }
+
+    async def execute(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        """Apply the op to the run's state; awaiting the returned finish gives its outcome.
+
+        LuthierError if the op fails and the state is as it was before.
+        """
+        return await self._handlers[op.kind](run, op, cycle)
+
+    async def on_engine(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The result of a call on the engine's thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: call(*args, **kwargs))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        body = json.loads(await self._payload(op))
+        run.record = RunRecord.model_validate(body["run"])
+        lora, source = run.record.lora, body["source"]
+        spec = LoraSpec(
+            rank=lora.rank,
+            seed=lora.seed,
+            train_attn=lora.train_attn,
+            train_mlp=lora.train_mlp,
+            train_unembed=lora.train_unembed,
+        )
+        await self.on_engine(self.engine.create, run.run_id, spec)
+        result = {"model_id": run.run_id, "type": "create_model"}
+        if source is not None:
+            await self._load(run, source)
+            result = {"model_id": run.run_id, "path": source["path"], "type": "load_weights"}
+        return _json_outcome(result)
+
+    async def _forward_backward(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        request = await self._payload(op)
+        output = await self.on_engine(
+            self.engine.forward_backward,
+            run.run_id,
+            request,
+            backward=op.kind is Kind.FORWARD_BACKWARD,
+            clock_cycle=cycle,
+        )
+
+        async def finish() -> Outcome:
+            return Outcome.completed(await self._result_body(run, op, output), "protobuf")
+
+        return finish
+
+    async def _optim_step(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        params = OptimStep.model_validate_json(await self._payload(op)).adam_params
+        metrics = await self.on_engine(
+            self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
+        )
+        return _json_outcome({"metrics": {**metrics, "clock_cycle": float(cycle)}})
+
+    async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        source = json.loads(await self._payload(op))
+        await self._load(run, source)
+        return _json_outcome({"path": source["path"], "model_id": run.run_id})
+
+    async def _save_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        wanted = SaveWeights.model_validate_json(await self._payload(op))
+        files = await self.on_engine(self.engine.save, run.run_id, optimizer=True)
+
+        async def finish() -> Outcome:
+            await self._save(
+                run,
+                op,
+                "weights",
+                wanted.path,
+                files,
+                overwrite=wanted.overwrite,
+                ttl_seconds=wanted.ttl_seconds,
+                user_metadata=wanted.user_metadata,
+            )
+            path = TinkerPath(run.run_id, "weights", wanted.path)
+            return _completed({"path": str(path), "type": "save_weights"})
+
+        return finish
+
+    async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
+        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+
+        async def finish() -> Outcome:
+            if wanted.path is None:
+                return await self._save_ephemeral(run, op, wanted, files)
+            await self._save(
+                run,
+                op,
+                "sampler_weights",
+                wanted.path,
+                files,
+                ttl_seconds=wanted.ttl_seconds,
+                user_metadata=wanted.user_metadata,
+            )
+            path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
+            return _completed({"path": str(path), "type": "save_weights_for_sampler"})
+
+        return finish
+
+    async def _save_ephemeral(
+        self, run: RunContext, op: Op, wanted: SaveWeightsForSampler, files: dict[str, bytes]
+    ) -> Outcome:
+        """Weights of one sampling session: no path, no listing, one immutable record."""
+        assert run.record is not None
+        session_id = run.record.session_id
+        sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
+        checkpoint = await self._save(run, op, "ephemeral", f"seq-{op.seq}", files)
+        record = SamplerRecord(
+            sampling_session_id=sampler_id,
+            tenant=run.tenant,
+            session_id=session_id,
+            base_model=run.record.base_model,
+            model_path=None,
+            weights=checkpoint.manifest,
+            created_at=datetime.now(UTC),
+        )
+        await self._patiently(lambda: save_sampler(self._blobs, self._oplog.redis, record))
+        return _completed({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+
+    async def _save(
+        self,
+        run: RunContext,
+        op: Op,
+        kind: CheckpointKind,
+        name: str,
+        files: dict[str, bytes],
+        **options: Any,
+    ) -> CheckpointRecord:
+        assert run.record is not None
+        record = run.record
+        return await self._patiently(
+            lambda: save_checkpoint(
+                self._blobs,
+                self._oplog.redis,
+                run=record,
+                kind=kind,
+                name=name,
+                seq=op.seq,
+                epoch=run.epoch,
+                files=files,
+                now=datetime.now(UTC),
+                **options,
+            )
+        )
+
+    async def _load(self, run: RunContext, source: dict[str, Any]) -> None:
+        files = await self._patiently(lambda: read_files(self._blobs, source["manifest"]))
+        await self.on_engine(
+            self.engine.load, run.run_id, files, optimizer=bool(source["optimizer"])
+        )
+
+    async def _payload(self, op: Op) -> bytes:
+        if op.body.inline is not None:
+            return op.body.inline
+        return await self._patiently(lambda: self._blobs.get(op.body.key))
+
+    async def _result_body(self, run: RunContext, op: Op, output: bytes) -> Body:
+        if len(output) <= INLINE_LIMIT:
+            return Body.of(output)
+        key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
+        await self._patiently(lambda: self._blobs.put(key, output))
+        return Body.stored(key, output)
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The call's result; while the object store is away the op waits, it does not fail."""
+        while True:
+            try:
+                return await call()
+            except Unavailable:
+                await asyncio.sleep(STORE_RETRY_S)
+            except BlobMissing as error:
+                raise LuthierError(f"stored bytes are gone: {error}") from error
+
+
+def _completed(result: dict[str, Any]) -> Outcome:
+    return Outcome.completed(Body.of(json.dumps(result).encode()))
+
+
+def _json_outcome(result: dict[str, Any]) -> Finish:
+    async def finish() -> Outcome:
+        return _completed(result)
+
+    return finish

@@ -1,0 +1,354 @@
+"""The trainer's control flow: own runs, read their logs, plan, execute, commit.
+
+Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
+itself once a second. `_run_cycles` plans and executes, one engine call at a time. Each run has a
+`_commit_in_order` of its own, so that the engine goes on while results are stored and committed.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+
+from luthier_core import keys
+from luthier_core.config import TrainerConfig
+from luthier_core.errors import LuthierError
+from luthier_core.hints import Hints
+from luthier_core.lifecycle import WorkerLease
+from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
+from luthier_core.ops import Op, Outcome
+from luthier_core.owner import Action, Diverged, Owner, Step
+from luthier_trainer.execution import Executor, Finish, RunContext
+from luthier_trainer.planner import Head, plan
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 1.0
+COMMIT_DEPTH = 4
+"""Steps of a run that may be executed ahead of their commit (reliability 1.3)."""
+DRAIN_S = 10.0
+
+
+@dataclass(slots=True)
+class OwnedRun:
+    """One run that this worker owns under `context.epoch`."""
+
+    context: RunContext
+    owner: Owner
+    commits: asyncio.Queue[tuple[Op, Finish]] = field(
+        default_factory=lambda: asyncio.Queue(COMMIT_DEPTH)
+    )
+    committer: asyncio.Task[None] | None = None
+    last_cycle: int = -1
+    may_have_more: bool = False
+    """The last read of the log was full."""
+
+    @property
+    def idle(self) -> bool:
+        return not self.owner.num_queued and self.commits.empty()
+
+
+class Worker:
+    """Runs of one base model. `run(stop)` returns once drained, or when the lease is lost."""
+
+    def __init__(
+        self,
+        *,
+        base_model: str,
+        config: TrainerConfig,
+        lease: WorkerLease,
+        oplog: Oplog,
+        executor: Executor,
+        first_cycle: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._base_model = base_model
+        self._config = config
+        self._lease = lease
+        self._oplog = oplog
+        self._executor = executor
+        self._cycles = itertools.count(first_cycle)
+        self._clock = clock
+        self._runs: dict[str, OwnedRun] = {}
+        self._hinted: set[str] = set()
+        self._news = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._unowned_since: dict[str, float] = {}
+        self._hints = Hints(oplog.redis, self._on_hint)
+        self._draining = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop`, then finish what is under way, for DRAIN_S at most."""
+        async with _background(self._hints.listen(), self._lease.keep(self._config.lease_renew_s)):
+            await self._hints.subscribe(keys.model_wake(self._base_model))
+            async with _background(self._follow(), self._run_cycles()):
+                await self._lease.set_state("ready")
+                lost = asyncio.create_task(self._lease.lost.wait())
+                stopped = asyncio.create_task(stop.wait())
+                await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                lost.cancel()
+                stopped.cancel()
+                self._draining = True
+            await self._drain()
+
+    # --- owning and reading -----------------------------------------------------------------------
+
+    def _on_hint(self, channel: str, text: str) -> None:
+        # A new run's id comes on the model's channel; a run's own channel carries seqs.
+        run_id = text if channel == keys.model_wake(self._base_model) else keys.run_of_new(channel)
+        self._hinted.add(run_id)
+        self._news.set()
+
+    async def _follow(self) -> None:
+        next_sweep = 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(next_sweep - self._clock(), 0)):
+                    await self._news.wait()
+            self._news.clear()
+            hinted, self._hinted = self._hinted, set()
+            try:
+                if self._clock() >= next_sweep or hinted - self._runs.keys():
+                    next_sweep = self._clock() + SWEEP_S
+                    hinted |= self._runs.keys()
+                    await self._adopt(await self._oplog.live_runs(self._base_model))
+                    hinted |= self._runs.keys()
+                await self._read(hinted)
+            except REDIS_ERRORS:
+                log.warning("redis is away; trying again", exc_info=True)
+                await asyncio.sleep(SWEEP_S)
+
+    async def _read(self, run_ids: set[str]) -> None:
+        """Feed the owners what is new in their logs, as far as they have room."""
+        cursors = {
+            run_id: run.owner.cursor
+            for run_id, run in self._runs.items()
+            if run_id in run_ids and run.owner.num_queued < READ_AHEAD
+        }
+        if not cursors:
+            return
+        for run_id, ops in (await self._oplog.read_log(cursors)).items():
+            if run := self._runs.get(run_id):
+                run.owner.feed(ops)
+                run.may_have_more = len(ops) == READ_AHEAD
+        self._ready.set()
+
+    async def _adopt(self, run_ids: list[str]) -> None:
+        """Take the runs that have work and no live owner; let go of those that have neither."""
+        strangers = [run_id for run_id in run_ids if run_id not in self._runs]
+        if not strangers:
+            return
+        headers = await self._oplog.headers(strangers)
+        workers = await self._oplog.live_workers()
+        trainers = [
+            name
+            for name, lease in workers.items()
+            if lease["role"] == "trainer" and lease["base_model"] == self._base_model
+        ]
+        for run_id, header in headers.items():
+            # A run under my own name that I do not have is one whose state I threw away.
+            is_mine = header.owner == self._lease.owner
+            if not is_mine and _is_live(header.owner, workers):
+                continue
+            if not self._is_my_turn(run_id, trainers):
+                continue
+            if header.pending:
+                if len(self._runs) < self._config.max_runs or await self._make_room():
+                    await self._acquire(run_id, header)
+            elif not header.owner or await self._oplog.release(run_id, header.epoch):
+                await self._oplog.retire_run(self._base_model, run_id)
+        self._unowned_since = {
+            run_id: since for run_id, since in self._unowned_since.items() if run_id in headers
+        }
+
+    def _is_my_turn(self, run_id: str, trainers: list[str]) -> bool:
+        """At once for the trainer that ranks first for this run, for others after a lease time."""
+        if max(trainers, key=lambda name: _rank(run_id, name), default="") == self._lease.name:
+            return True
+        since = self._unowned_since.setdefault(run_id, self._clock())
+        return self._clock() - since > self._config.lease_s
+
+    async def _acquire(self, run_id: str, header: RunHeader) -> None:
+        epoch = header.epoch + 1
+        cursors = await self._oplog.acquire(run_id, epoch, self._lease.owner)
+        if cursors is None:
+            return  # another worker was first
+        _, committed = cursors
+        failed = await self._oplog.failed_seqs(run_id)
+        context = RunContext(run_id=run_id, epoch=epoch, tenant=header.tenant)
+        run = OwnedRun(context, Owner(run_id, epoch, committed, failed))
+        run.committer = asyncio.create_task(self._commit_in_order(run))
+        self._runs[run_id] = run
+        await self._hints.subscribe(keys.run_new(run_id))
+        log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
+
+    async def _make_room(self) -> bool:
+        """Release the run that has been idle longest; False if every run is busy."""
+        for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
+            if run.idle and await self._oplog.release(run.context.run_id, run.context.epoch):
+                await self._oplog.retire_run(self._base_model, run.context.run_id)
+                await self._forget(run)
+                return True
+        return False
+
+    async def _forget(self, run: OwnedRun) -> None:
+        """Drop a run's state here; its log is untouched, whoever owns it next replays it."""
+        run_id = run.context.run_id
+        if self._runs.get(run_id) is not run:
+            return
+        del self._runs[run_id]
+        await self._hints.unsubscribe(keys.run_new(run_id))
+        await self._executor.on_engine(self._executor.engine.drop, run_id)
+        if run.committer is not None and run.committer is not asyncio.current_task():
+            run.committer.cancel()
+        # Nobody commits these any more; whoever waits for room or for the last of them goes on.
+        while not run.commits.empty():
+            run.commits.get_nowait()
+            run.commits.task_done()
+
+    # --- executing --------------------------------------------------------------------------------
+
+    async def _run_cycles(self) -> None:
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            while heads := self._heads():
+                cycle = next(self._cycles)
+                for share in plan(heads):
+                    for _ in range(share.num_ops):
+                        await self._run_step(share.run_id, cycle)
+
+    def _heads(self) -> list[Head]:
+        return [
+            Head(run_id, tuple(op.kind for op in run.owner.queued), run.last_cycle)
+            for run_id, run in self._runs.items()
+            if run.owner.num_queued
+        ]
+
+    async def _run_step(self, run_id: str, cycle: int) -> None:
+        """Carry out the next step of a run and hand its commit over."""
+        run = self._runs.get(run_id)
+        step = run.owner.next_step() if run else None
+        if run is None or step is None:
+            return
+        run.last_cycle = cycle
+        broken = False
+        try:
+            finish = await self._carry_out(run, step, cycle)
+            outcome = Outcome(state="completed")
+        except LuthierError as error:
+            outcome = Outcome.failure(error.message, error.category)
+            finish = _already(outcome)
+        except Exception:
+            # What is left of the run's state is not known: fail this op, then rebuild by replay.
+            log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, run_id)
+            outcome = Outcome.failure("an internal error of the trainer", "server")
+            finish, broken = _already(outcome), True
+        if step.outcome is not None:
+            outcome = step.outcome
+        try:
+            run.owner.ended(outcome)
+        except Diverged as error:
+            log.error("%s diverged: %s", run_id, error)
+            reason = f"the run's state could not be rebuilt after a restart: {error}"
+            run.owner.break_run(reason)
+            return
+        if step.publish:
+            await run.commits.put((step.op, finish))
+        if self._runs.get(run_id) is not run:
+            return  # a commit found the run taken over
+        if broken:
+            await run.commits.join()
+            await self._forget(run)
+        elif run.may_have_more and run.owner.num_queued < READ_AHEAD // 2:
+            self._hinted.add(run_id)
+            self._news.set()
+
+    async def _carry_out(self, run: OwnedRun, step: Step, cycle: int) -> Finish:
+        engine, run_id = self._executor.engine, run.context.run_id
+        if step.action is Action.CLEAR_GRADIENT:
+            await self._executor.on_engine(engine.clear_gradient, run_id)
+        if step.outcome is not None:
+            return _already(step.outcome)
+        return await self._executor.execute(run.context, step.op, cycle)
+
+    # --- committing -------------------------------------------------------------------------------
+
+    async def _commit_in_order(self, run: OwnedRun) -> None:
+        while True:
+            op, finish = await run.commits.get()
+            try:
+                if not await self._commit(run, op, await self._finished(op, finish)):
+                    run.commits.task_done()
+                    await self._forget(run)
+                    return
+            except Exception:
+                log.exception("commit of seq %d of %s", op.seq, run.context.run_id)
+                run.commits.task_done()
+                await self._forget(run)
+                return
+            run.commits.task_done()
+
+    async def _finished(self, op: Op, finish: Finish) -> Outcome:
+        try:
+            return await finish()
+        except LuthierError as error:
+            return Outcome.failure(error.message, error.category)
+
+    async def _commit(self, run: OwnedRun, op: Op, outcome: Outcome) -> bool:
+        """Whether the run is still ours. Waits while Redis is away: only a commit counts."""
+        run_id, epoch = run.context.run_id, run.context.epoch
+        while True:
+            try:
+                status = await self._oplog.commit(run_id, epoch, op.seq, outcome)
+                break
+            except REDIS_ERRORS:
+                log.warning("redis is away; committing seq %d of %s again", op.seq, run_id)
+                await asyncio.sleep(SWEEP_S)
+        if status in ("OK", "ALREADY"):
+            return True
+        log.warning("commit of seq %d of %s: %s; leaving the run", op.seq, run_id, status)
+        return False
+
+    async def _drain(self) -> None:
+        """Let what has been executed be committed, then let others have the runs."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await asyncio.gather(*(run.commits.join() for run in self._runs.values()))
+        for run in list(self._runs.values()):
+            if run.committer is not None:
+                run.committer.cancel()
+        await self._lease.release()
+
+
+@contextlib.asynccontextmanager
+async def _background(*coroutines: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Tasks that live as long as the block; the first that fails ends the block with its error."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _already(outcome: Outcome) -> Finish:
+    async def finish() -> Outcome:
+        return outcome
+
+    return finish
+
+
+def _is_live(owner: str, workers: dict[str, dict[str, str]]) -> bool:
+    name, _, incarnation = owner.partition("/")
+    return name in workers and workers[name]["incarnation"] == incarnation
+
+
+def _rank(run_id: str, worker: str) -> bytes:
+    """Rendezvous hashing: every worker ranks the same trainer first for a run."""
+    return hashlib.sha256(f"{run_id} {worker}".encode()).digest()
