@@ -190,6 +190,37 @@ def test_preempted_sequences_continue_with_the_same_tokens(make_engine):
     assert tight.stats.num_free_blocks == 6
 
 
+def test_whatever_comes_and_goes_each_request_gets_its_own_tokens(make_engine):
+    random = np.random.default_rng(8)
+    specs = [
+        request(
+            f"r{i}",
+            prompt=random.integers(0, VOCAB_SIZE, random.integers(1, 40)),
+            num_samples=int(random.integers(1, 4)),
+            max_tokens=int(random.integers(1, 30)),
+            temperature=float(random.choice([0.0, 1.0])),
+            seed=i,
+            cache_scope="tenant",
+        )
+        for i in range(40)
+    ]
+    expected = run(make_engine(), specs)
+    engine = make_engine(num_kv_blocks=8, max_running=6, max_step_tokens=16)
+    got: dict[str, wire_pb2.SampleResponse] = {}
+    for spec in specs:
+        engine.add(spec)
+        engine.add(replace(spec, request_id=f"{spec.request_id} is cancelled"))
+        for _ in range(random.integers(0, 6)):
+            got |= {finished.request_id: answer(finished) for finished in engine.step()}
+        engine.cancel(f"{spec.request_id} is cancelled")
+    got |= {finished.request_id: answer(finished) for finished in drain(engine)}
+    for spec in specs:
+        one, other = got[spec.request_id].sequences, expected[spec.request_id].sequences
+        assert [tokens_of(s) for s in one] == [tokens_of(s) for s in other]
+    assert engine.stats.num_preemptions > 0
+    assert engine.stats.num_free_blocks == 8
+
+
 def test_samples_of_one_request_differ_and_use_consecutive_seeds(make_engine):
     spec = request(num_samples=6, seed=10, max_tokens=8, prompt=tuple(range(40)), ignore_eos=True)
     response = run(make_engine(max_running=4), [spec])["r"]
