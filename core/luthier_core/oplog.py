@@ -23,7 +23,6 @@ from luthier_core.config import LimitsConfig
 from luthier_core.ops import Op, Outcome, SamplingJob
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
-SESSION_TTL_S = 7 * 24 * 3600
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
 
@@ -247,14 +246,6 @@ class Oplog:
 
     async def register_worker(self, name: str) -> None:
         await cast(Any, self.redis.sadd(keys.WORKERS, name))
-
-    async def heartbeat(self, session_id: str, now_s: float) -> None:
-        """Note that a client of this session is alive."""
-        header = keys.session_header(session_id)
-        pipe = self.redis.pipeline(transaction=False)
-        pipe.hset(header, "heartbeat", str(int(now_s)))
-        pipe.expire(header, SESSION_TTL_S)
-        await pipe.execute()
 
     async def hold_lease(self, key: str, incarnation: str, value: str, ttl_ms: int) -> bool:
         return bool(await self._call("hold_lease", [key], [incarnation, value, ttl_ms]))

@@ -1,7 +1,5 @@
 """Bootstrap and sessions: client config, sessions, heartbeats, capabilities, telemetry."""
 
-import time
-
 from aiohttp import web
 
 from luthier_core.errors import Gone
@@ -37,10 +35,9 @@ async def session_heartbeat(request: web.Request) -> web.Response:
     """410 once the session is finished: the SDK's heartbeat loop then stops."""
     backends = request.app[BACKENDS]
     wanted = parse(SessionHeartbeat, await read_body(request, MAX_SMALL_BODY))
-    session = await backends.registry.get_session(request[TENANT], wanted.session_id)
+    session = await backends.registry.heartbeat(request[TENANT], wanted.session_id)
     if session.status != "active":
         raise Gone(f"session {wanted.session_id} is finished")
-    await backends.oplog.heartbeat(wanted.session_id, time.time())
     return json_response({"type": "session_heartbeat"})
 
 

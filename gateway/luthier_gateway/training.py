@@ -160,7 +160,7 @@ async def load_weights(request: web.Request) -> web.Response:
         )
     loaded = {
         "path": wanted.path,
-        "manifest": source.manifest,
+        "manifest": source.manifest_key,
         "optimizer": wanted.optimizer,
     }
     return await _create(backends, tenant, run, digest=json_digest(value), source=loaded)
@@ -180,7 +180,7 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
         body = orjson.dumps(
             {
                 "path": wanted.path,
-                "manifest": source.manifest,
+                "manifest": source.manifest_key,
                 "optimizer": wanted.optimizer,
             }
         )

@@ -172,7 +172,7 @@ class Executor:
             session_id=session_id,
             base_model=run.record.base_model,
             model_path=None,
-            weights=checkpoint.manifest,
+            weights=checkpoint.manifest_key,
             created_at=datetime.now(UTC),
         )
         await self._patiently(lambda: save_sampler(self._blobs, self._oplog.redis, record))

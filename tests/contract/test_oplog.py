@@ -1,0 +1,285 @@
+"""The promises of the operation log's function library, on a real server."""
+
+import asyncio
+from itertools import permutations
+
+import pytest
+
+from luthier_core import keys
+from luthier_core.config import LimitsConfig
+from luthier_core.oplog import Oplog
+from luthier_core.ops import Body, Kind, Op, Outcome, digest_of
+
+RUN = "s1:train:0"
+TENANT = "ann"
+LIMITS = LimitsConfig()
+DONE = Outcome.completed(Body.of(b"{}"))
+HEADER = {"base_model": "m", "facts": "{}"}
+
+
+def op(seq: int, body: bytes = b"x", kind: Kind = Kind.FORWARD_BACKWARD) -> Op:
+    return Op(run_id=RUN, seq=seq, kind=kind, digest=digest_of(body), body=Body.of(body))
+
+
+async def admit(oplog: Oplog, wanted: Op, limits: LimitsConfig = LIMITS) -> str:
+    header = HEADER if wanted.seq == 0 else None
+    admission = await oplog.admit(wanted, tenant=TENANT, limits=limits, header=header)
+    return admission.status
+
+
+@pytest.fixture
+async def run(oplog: Oplog) -> Oplog:
+    """A run whose creation is admitted, owned under epoch 1 and committed."""
+    assert await admit(oplog, op(0, kind=Kind.CREATE_MODEL)) == "OK"
+    assert await oplog.acquire(RUN, 1, "trainer-0/a") == (0, -1)
+    assert await oplog.commit(RUN, 1, 0, DONE) == "OK"
+    return oplog
+
+
+async def seqs(oplog: Oplog) -> list[int]:
+    return [entry.seq for entry in (await oplog.read_log({RUN: 0})).get(RUN, [])]
+
+
+@pytest.mark.parametrize("order", list(permutations((1, 2, 3))))
+async def test_ops_enter_the_log_in_order_of_seq_whatever_the_order_of_arrival(run, order):
+    for seq in order:
+        assert await admit(run, op(seq)) == "OK"
+    assert await seqs(run) == [0, 1, 2, 3]
+
+
+async def test_an_op_above_a_gap_is_accepted_and_waits(run):
+    assert await admit(run, op(3)) == "OK"
+    assert await seqs(run) == [0]
+    assert await run.is_parked(RUN, 3)
+
+
+async def test_a_repeated_post_is_a_duplicate_in_the_log_above_a_gap_and_after_commit(run):
+    await admit(run, op(1))
+    await admit(run, op(3))
+    assert [await admit(run, op(seq)) for seq in (1, 3)] == ["DUP", "DUP"]
+    await run.commit(RUN, 1, 1, DONE)
+    assert await admit(run, op(1)) == "DUP"
+    assert await seqs(run) == [0, 1]
+
+
+async def test_another_body_under_a_used_seq_is_refused_and_changes_nothing(run):
+    await admit(run, op(1, b"first"))
+    await admit(run, op(3, b"first"))
+    assert [await admit(run, op(seq, b"second")) for seq in (1, 3)] == ["MISMATCH", "MISMATCH"]
+    await admit(run, op(2))
+    log = (await run.read_log({RUN: 0}))[RUN]
+    assert [entry.body.inline for entry in log[1:]] == [b"first", b"x", b"first"]
+
+
+async def test_the_same_post_on_two_gateways_at_once_is_admitted_once(run):
+    statuses = await asyncio.gather(*(admit(run, op(1)) for _ in range(20)))
+    assert sorted(statuses) == ["DUP"] * 19 + ["OK"]
+    assert await seqs(run) == [0, 1]
+
+
+async def test_another_tenants_run_is_no_run(run):
+    admission = await run.admit(op(1), tenant="eve", limits=LIMITS)
+    assert admission.status == "NORUN"
+
+
+async def test_an_op_of_an_unknown_run_is_refused(oplog):
+    assert await admit(oplog, op(1)) == "NORUN"
+
+
+async def test_a_seq_too_far_ahead_is_refused(run):
+    limits = LimitsConfig(max_seq_ahead=10)
+    assert await admit(run, op(11), limits) == "FAR"
+    assert await admit(run, op(10), limits) == "OK"
+
+
+async def test_a_full_queue_refuses_only_while_something_can_be_executed(run):
+    limits = LimitsConfig(max_pending_ops=2)
+    # Chunks 2 and 3 fill the queue while chunk 1 is withheld until chunk 4 is accepted.
+    assert [await admit(run, op(seq), limits) for seq in (2, 3, 4, 5)] == ["OK"] * 4
+    assert await admit(run, op(1), limits) == "OK"
+    assert await admit(run, op(6), limits) == "BUSY"
+    for seq in range(1, 6):
+        await run.commit(RUN, 1, seq, DONE)
+    assert await admit(run, op(6), limits) == "OK"
+
+
+async def test_pending_bytes_fill_the_queue_until_they_are_committed(run):
+    limits = LimitsConfig(max_pending_bytes=10)
+    assert await admit(run, op(1, b"12345678"), limits) == "OK"
+    assert await admit(run, op(2, b"12345678"), limits) == "BUSY"
+    await run.commit(RUN, 1, 1, DONE)
+    assert await admit(run, op(2, b"12345678"), limits) == "OK"
+
+
+async def test_parked_bytes_have_a_limit_of_their_own(run):
+    limits = LimitsConfig(max_parked_bytes=10)
+    assert await admit(run, op(3, b"12345678"), limits) == "OK"
+    assert await admit(run, op(4, b"12345678"), limits) == "FULL"
+    assert await admit(run, op(2), limits) == "OK"
+
+
+async def test_only_a_larger_epoch_takes_a_run_and_a_lost_reply_can_be_repeated(run):
+    assert await run.acquire(RUN, 1, "trainer-1/b") is None
+    assert await run.acquire(RUN, 2, "trainer-1/b") == (0, 0)
+    assert await run.acquire(RUN, 2, "trainer-1/b") == (0, 0)
+    assert await run.acquire(RUN, 2, "trainer-0/a") is None
+
+
+async def test_an_older_owner_is_fenced(run):
+    await admit(run, op(1))
+    await run.acquire(RUN, 2, "trainer-1/b")
+    assert await run.commit(RUN, 1, 1, DONE) == "FENCED"
+    assert await run.training_outcome(RUN, 1) is None
+    assert not await run.release(RUN, 1)
+
+
+async def test_an_outcome_is_written_once(run):
+    await admit(run, op(1))
+    assert await run.commit(RUN, 1, 1, Outcome.completed(Body.of(b"first"))) == "OK"
+    assert await run.commit(RUN, 1, 1, Outcome.completed(Body.of(b"second"))) == "ALREADY"
+    outcome = await run.training_outcome(RUN, 1)
+    assert outcome is not None
+    assert outcome.body.inline == b"first"
+
+
+async def test_nothing_is_committed_out_of_order_or_without_admission(run):
+    await admit(run, op(1))
+    await admit(run, op(2))
+    assert await run.commit(RUN, 1, 2, DONE) == "ORDER"
+    await run.commit(RUN, 1, 1, DONE)
+    await run.commit(RUN, 1, 2, DONE)
+    assert await run.commit(RUN, 1, 3, DONE) == "ORDER"
+
+
+async def test_failures_are_remembered_for_replay(run):
+    await admit(run, op(1))
+    await admit(run, op(2))
+    await run.commit(RUN, 1, 1, Outcome.failure("no", "user"))
+    await run.commit(RUN, 1, 2, DONE)
+    assert await run.failed_seqs(RUN) == {1}
+
+
+async def test_an_op_carries_the_failures_its_client_knew_of(run):
+    await admit(run, op(1))
+    await admit(run, op(4))
+    await run.told(RUN, 1)
+    await admit(run, op(2))
+    await admit(run, op(3))
+    assert [entry.told for entry in (await run.read_log({RUN: 1}))[RUN]] == [-1, 1, 1, -1]
+
+
+async def test_a_run_with_work_is_not_released(run):
+    await admit(run, op(1))
+    assert not await run.release(RUN, 1)
+    await run.commit(RUN, 1, 1, DONE)
+    assert await run.release(RUN, 1)
+    header = await run.header(RUN)
+    assert header is not None
+    assert (header.owner, header.epoch) == ("", 1)
+
+
+async def test_a_refused_creation_fails_at_once_and_takes_no_ops(oplog):
+    failure = Outcome.failure("rank: too large", "user")
+    reject = {"tenant": TENANT, "digest": digest_of(b"a"), "header": HEADER, "outcome": failure}
+    assert await oplog.reject_run(RUN, **reject) == "OK"
+    assert await oplog.reject_run(RUN, **reject) == "DUP"
+    assert await oplog.reject_run(RUN, **{**reject, "digest": digest_of(b"b")}) == "MISMATCH"
+    assert await oplog.reject_run(RUN, **{**reject, "tenant": "eve"}) == "NORUN"
+    outcome = await oplog.training_outcome(RUN, 0)
+    assert outcome is not None
+    assert outcome.failed
+    assert await admit(oplog, op(1)) == "DEAD"
+
+
+async def test_the_log_survives_a_reload_of_the_library(run):
+    await admit(run, op(1))
+    await run.load_library()
+    assert await admit(run, op(1)) == "DUP"
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+SAMPLER = "s1:sample:0"
+BIG_SEQ = str(10**18 + 1)
+
+
+async def enqueue(oplog: Oplog, seq: str = BIG_SEQ, body: bytes = b"{}", max_jobs: int = 9) -> str:
+    return await oplog.enqueue(
+        tenant=TENANT,
+        base_model="m",
+        sampling_session_id=SAMPLER,
+        seq=seq,
+        digest=digest_of(body),
+        job={"session": SAMPLER, "tenant": TENANT, "weights": "", **Body.of(body).fields()},
+        max_jobs=max_jobs,
+        header={"base_model": "m", "weights": ""},
+    )
+
+
+@pytest.fixture
+async def jobs(oplog: Oplog) -> Oplog:
+    await oplog.open_jobs("m")
+    return oplog
+
+
+async def test_a_job_with_a_seq_beyond_2_to_the_53_keeps_every_digit(jobs):
+    assert await enqueue(jobs) == "OK"
+    (job,) = await jobs.claim("m", "sampler-0", max_jobs=5, block_ms=1)
+    assert (job.seq, job.request_id) == (BIG_SEQ, f"{SAMPLER}:{BIG_SEQ}")
+
+
+async def test_a_repeated_sample_is_queued_once_and_another_body_is_refused(jobs):
+    assert [await enqueue(jobs), await enqueue(jobs)] == ["OK", "DUP"]
+    assert await enqueue(jobs, body=b'{"other": 1}') == "MISMATCH"
+    assert len(await jobs.claim("m", "sampler-0", max_jobs=5, block_ms=1)) == 1
+
+
+async def test_a_full_sampling_queue_refuses(jobs):
+    assert [await enqueue(jobs, seq, max_jobs=2) for seq in "123"] == ["OK", "OK", "BUSY"]
+
+
+async def test_the_first_outcome_of_a_sample_wins_and_the_job_is_gone(jobs):
+    await enqueue(jobs)
+    (job,) = await jobs.claim("m", "sampler-0", max_jobs=1, block_ms=1)
+    assert await jobs.settle(job, "m", Outcome.completed(Body.of(b"first"))) == "OK"
+    assert await jobs.settle(job, "m", Outcome.completed(Body.of(b"second"))) == "ALREADY"
+    fields = await jobs.redis.hgetall(keys.sampling_outcome(SAMPLER, BIG_SEQ))
+    assert fields[b"body"] == b"first"
+    assert await jobs.redis.xlen(keys.sampling_jobs("m")) == 0
+    assert await jobs.claim_own("m", "sampler-0") == []
+
+
+async def test_a_job_of_a_dead_sampler_is_claimed_by_another_and_by_itself_again(jobs):
+    await enqueue(jobs)
+    await jobs.claim("m", "sampler-0", max_jobs=1, block_ms=1)
+    assert len(await jobs.claim_own("m", "sampler-0")) == 1
+    assert len(await jobs.claim_abandoned("m", "sampler-1", idle_ms=0, max_jobs=5)) == 1
+    assert (await jobs.deliveries("m", "sampler-1")).popitem()[1] > 1
+
+
+async def test_a_refused_sample_fails_without_a_job(jobs):
+    refused = Outcome.failure("prompt: empty", "user").fields()
+    status = await jobs.enqueue(
+        tenant=TENANT,
+        base_model="m",
+        sampling_session_id=SAMPLER,
+        seq="1",
+        digest=digest_of(b"{}"),
+        job=refused,
+        max_jobs=9,
+        header={"base_model": "m", "weights": ""},
+    )
+    assert status == "OK"
+    assert await enqueue(jobs, seq="1") == "DUP"
+    assert await jobs.redis.xlen(keys.sampling_jobs("m")) == 0
+
+
+async def test_a_lease_is_held_by_one_incarnation_until_it_is_released(oplog):
+    first, second = '{"incarnation": "a"}', '{"incarnation": "b"}'
+    assert await oplog.hold_lease("w:x", "a", first, 60_000)
+    assert not await oplog.hold_lease("w:x", "b", second, 60_000)
+    assert await oplog.hold_lease("w:x", "a", first, 60_000)
+    await oplog.release_lease("w:x", "b")
+    assert not await oplog.hold_lease("w:x", "b", second, 60_000)
+    await oplog.release_lease("w:x", "a")
+    assert await oplog.hold_lease("w:x", "b", second, 60_000)
