@@ -1,0 +1,188 @@
+"""Indexes for listing, in Redis: sorted sets for the order, a hash with the whole row beside each.
+
+Whoever writes a record adds its row afterwards; both can be done again. A page reads no object, and
+`luthier admin rebuild-index` can make every index anew from the bucket. Redis errors pass through.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, cast
+
+import redis.asyncio as redis
+from redis.exceptions import WatchError
+
+from luthier_core import keys
+from luthier_core.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
+
+EXPIRING = "expiring"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Part of a list, latest first."""
+
+    rows: Sequence[dict[str, Any]]
+    total_count: int
+
+
+class Listing:
+    """One tenant's indexes. All its keys share a slot, so each change is one transaction."""
+
+    def __init__(self, client: redis.Redis, tenant: str) -> None:
+        self._redis = client
+        self._tenant = tenant
+
+    async def add_session(self, record: SessionRecord) -> None:
+        await self._add("sessions", record.session_id, {}, record.created_at, ["sessions"])
+
+    async def add_run(self, record: RunRecord) -> None:
+        lists = ["runs", f"runs:{record.session_id}"]
+        await self._add("runs", record.run_id, record.row(), record.created_at, lists)
+
+    async def add_sampler(self, record: SamplerRecord) -> None:
+        lists = [f"samplers:{record.session_id}"]
+        await self._add("samplers", record.sampling_session_id, {}, record.created_at, lists)
+
+    async def add_checkpoint(self, record: CheckpointRecord) -> None:
+        row_id = f"{record.run_id}/{record.kind}/{record.name}"
+        await self._add(
+            "checkpoints",
+            row_id,
+            record.row(),
+            record.created_at,
+            _checkpoint_lists(row_id),
+            expires_at=record.expires_at,
+        )
+
+    async def remove_checkpoint(self, run_id: str, kind: str, name: str) -> None:
+        async with self._redis.pipeline(transaction=True) as pipe:
+            self._remove(pipe, f"{run_id}/{kind}/{name}")
+            await pipe.execute()
+
+    async def ids(self, what: str) -> list[str]:
+        """All ids of a list, oldest first."""
+        found: Any = await self._redis.zrange(keys.index_order(self._tenant, what), 0, -1)
+        return [item.decode() for item in found]
+
+    async def id_page(self, what: str, *, offset: int, limit: int) -> tuple[list[str], int]:
+        """(ids of one page, latest first; how many there are in all)."""
+        order = keys.index_order(self._tenant, what)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.zrevrange(order, offset, offset + limit - 1)
+            pipe.zcard(order)
+            found, total = await pipe.execute()
+        return [item.decode() for item in found], total
+
+    async def checkpoint_page(self, what: str, *, offset: int, limit: int, now: datetime) -> Page:
+        """One page of `checkpoints` or `checkpoints:{run}[:{kind}]`, without what has expired."""
+        await self._drop_expired(now)
+        ids, total = await self.id_page(what, offset=offset, limit=limit)
+        return Page(await self._rows("checkpoints", ids), total)
+
+    async def run_page(self, *, offset: int, limit: int, now: datetime) -> Page:
+        """One page of TrainingRun objects with their last checkpoints."""
+        ids, total = await self.id_page("runs", offset=offset, limit=limit)
+        rows = await self._rows("runs", ids)
+        return Page(await self.with_activity(rows, now), total)
+
+    async def with_activity(
+        self, rows: Sequence[Mapping[str, Any]], now: datetime
+    ) -> list[dict[str, Any]]:
+        """TrainingRun rows with last_checkpoint, last_sampler_checkpoint and last_request_time."""
+        await self._drop_expired(now)
+        pipe = self._redis.pipeline(transaction=False)
+        for row in rows:
+            run_id = row["training_run_id"]
+            for kind in ("weights", "sampler_weights"):
+                order = keys.index_order(self._tenant, f"checkpoints:{run_id}:{kind}")
+                pipe.zrevrange(order, 0, 0)
+            pipe.zscore(keys.live_runs(row["base_model"]), run_id)
+        replies = await pipe.execute()
+        last_ids = [item.decode() for reply in replies if isinstance(reply, list) for item in reply]
+        checkpoints = await self._rows_by_id("checkpoints", last_ids)
+        return [
+            {
+                **row,
+                "last_checkpoint": _first(checkpoints, weights),
+                "last_sampler_checkpoint": _first(checkpoints, sampler_weights),
+                "last_request_time": _later(row["last_request_time"], last_admit_s),
+            }
+            for row, weights, sampler_weights, last_admit_s in zip(
+                rows, replies[0::3], replies[1::3], replies[2::3], strict=True
+            )
+        ]
+
+    async def _add(
+        self,
+        table: str,
+        row_id: str,
+        row: Mapping[str, Any],
+        time: datetime,
+        lists: Sequence[str],
+        expires_at: datetime | None = None,
+    ) -> None:
+        expiring = keys.index_order(self._tenant, EXPIRING)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            if row:
+                pipe.hset(keys.index_rows(self._tenant, table), row_id, json.dumps(row))
+            for name in lists:
+                pipe.zadd(keys.index_order(self._tenant, name), {row_id: time.timestamp()})
+            if expires_at:
+                pipe.zadd(expiring, {row_id: expires_at.timestamp()})
+            elif table == "checkpoints":
+                pipe.zrem(expiring, row_id)
+            await pipe.execute()
+
+    def _remove(self, pipe: Any, row_id: str) -> None:
+        pipe.hdel(keys.index_rows(self._tenant, "checkpoints"), row_id)
+        for name in (*_checkpoint_lists(row_id), EXPIRING):
+            pipe.zrem(keys.index_order(self._tenant, name), row_id)
+
+    async def _drop_expired(self, now: datetime) -> None:
+        """Take expired checkpoints off the lists; their records and files are swept later."""
+        expiring = keys.index_order(self._tenant, EXPIRING)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            # Watched: a name that is saved again in this moment must keep its new row.
+            await pipe.watch(expiring)
+            expired: Any = await pipe.zrangebyscore(expiring, 0, now.timestamp())
+            if not expired:
+                return
+            pipe.multi()  # type: ignore[no-untyped-call]
+            for row_id in expired:
+                self._remove(pipe, row_id.decode())
+            try:
+                await pipe.execute()
+            except WatchError:
+                return  # another listing did it, or the next one will
+
+    async def _rows(self, table: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+        rows = await self._rows_by_id(table, ids)
+        return [rows[row_id] for row_id in ids if row_id in rows]
+
+    async def _rows_by_id(self, table: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        if not ids:
+            return {}
+        values = await cast(Any, self._redis.hmget(keys.index_rows(self._tenant, table), list(ids)))
+        return {
+            row_id: json.loads(value)
+            for row_id, value in zip(ids, values, strict=True)
+            if value is not None
+        }
+
+
+def _checkpoint_lists(row_id: str) -> list[str]:
+    run_id, kind, _ = row_id.split("/")
+    return ["checkpoints", f"checkpoints:{run_id}", f"checkpoints:{run_id}:{kind}"]
+
+
+def _first(rows: Mapping[str, dict[str, Any]], ids: Sequence[bytes]) -> dict[str, Any] | None:
+    return rows.get(ids[0].decode()) if ids else None
+
+
+def _later(time: str, seconds: float | None) -> str:
+    created = datetime.fromisoformat(time)
+    if seconds is None or seconds <= created.timestamp():
+        return time
+    return datetime.fromtimestamp(seconds, created.tzinfo).isoformat()

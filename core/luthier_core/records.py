@@ -1,0 +1,155 @@
+"""Records that live as JSON objects in the store: frozen, versioned, unknown keys ignored.
+
+Every change of one is a create-if-absent or a compare-and-swap (design 6). Times carry an offset
+and come from the caller's clock.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+CheckpointKind = Literal["weights", "sampler_weights", "external_weights", "ephemeral"]
+FinishReason = Literal["success", "errored", "interrupted"]
+
+_CHECKPOINT_TYPES = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+
+
+class Record(BaseModel):
+    """A JSON object of the store. pydantic's ValidationError if one does not fit its format."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: Literal[1] = 1
+
+    def to_bytes(self) -> bytes:
+        """The same bytes for equal records."""
+        return self.model_dump_json().encode()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for a record inside another message."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        return cls.model_validate_json(data)
+
+
+class LoraConfig(BaseModel):
+    """Which LoRA a run trains, with its seed drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rank: int
+    seed: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class SessionRecord(Record):
+    """`sessions/{session}.json`: one ServiceClient."""
+
+    session_id: str
+    tenant: str
+    created_at: AwareDatetime
+    tags: tuple[str, ...] = ()
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+    status: Literal["active", "finished"] = "active"
+    finish_reason: FinishReason | None = None
+    finish_detail: str | None = None
+
+
+class RunRecord(Record):
+    """`runs/{run}/run.json`: facts of a training run, written before its op 0 is admitted."""
+
+    run_id: str
+    tenant: str
+    session_id: str
+    base_model: str
+    lora: LoraConfig
+    optimizer_config: dict[str, Any]
+    user_metadata: dict[str, str] | None = None
+    created_at: AwareDatetime
+    source_path: str | None = None
+    """tinker:// path of the checkpoint that the run was created from."""
+
+    def row(self) -> dict[str, Any]:
+        """The TrainingRun object of wire protocol 8.1, as far as this record knows it."""
+        return {
+            "training_run_id": self.run_id,
+            "base_model": self.base_model,
+            "model_owner": self.tenant,
+            "is_lora": True,
+            "corrupted": False,
+            "lora_rank": self.lora.rank,
+            "last_request_time": self.created_at.isoformat(),
+            "user_metadata": self.user_metadata,
+        }
+
+
+class CheckpointRecord(Record):
+    """`names/{run}/{kind}/{name}.json`: a name, and the checkpoint it stands for."""
+
+    tenant: str
+    run_id: str
+    kind: CheckpointKind
+    name: str
+    seq: int
+    """The op that saved it."""
+    manifest_key: str
+    manifest_digest: str
+    """sha256 of the manifest's bytes."""
+    size_bytes: int
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None = None
+    public: bool = False
+    user_metadata: dict[str, str] | None = None
+    base_model: str
+    lora: LoraConfig
+
+    @property
+    def tinker_path(self) -> str:
+        return f"tinker://{self.run_id}/{self.kind}/{self.name}"
+
+    def row(self) -> dict[str, Any]:
+        """The Checkpoint object of wire protocol 8.1."""
+        return {
+            "checkpoint_id": f"{self.kind}/{self.name}",
+            "checkpoint_type": _CHECKPOINT_TYPES[self.kind],
+            "time": self.created_at.isoformat(),
+            "tinker_path": self.tinker_path,
+            "size_bytes": self.size_bytes,
+            "public": self.public,
+            "user_metadata": self.user_metadata,
+            "expires_at": self.expires_at.isoformat() if self.expires_at else None,
+        }
+
+
+class SamplerRecord(Record):
+    """`samplers/{sampling session}.json`: which weights a sampling session samples from."""
+
+    sampling_session_id: str
+    tenant: str
+    session_id: str
+    base_model: str
+    model_path: str | None = None
+    """tinker:// path; None for a base model and for ephemeral weights."""
+    weights: str = ""
+    """Object key of the checkpoint's manifest; empty for the base model."""
+    created_at: AwareDatetime
+
+
+class ApiKeyRecord(Record):
+    """`keys/{hmac}.json`: what an API key may do. The key itself is stored nowhere."""
+
+    tenant: str
+    scopes: tuple[str, ...] = ()
+    created_at: AwareDatetime
+    note: str = ""
