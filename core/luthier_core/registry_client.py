@@ -1,0 +1,260 @@
+"""HTTP client of the registry: one method per call, errors as the exceptions they were there.
+
+Every call may be repeated (the registry creates if absent), so a broken connection is tried again.
+"""
+
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import orjson
+
+from luthier_core import errors
+from luthier_core.auth import service_token
+from luthier_core.config import Config
+from luthier_core.errors import ConfigError, LuthierError, NotFound, Unavailable
+from luthier_core.records import (
+    ApiKeyRecord,
+    CheckpointRecord,
+    Record,
+    RunRecord,
+    SamplerRecord,
+    SessionRecord,
+)
+
+R = TypeVar("R", bound=Record)
+
+MAX_TRIES = 3
+TIMEOUT_S = 15.0
+"""Of one try: the registry waits up to 10 s for Redis."""
+
+
+class RegistryClient:
+    """`async with` opens and closes its connections. Unavailable if the registry is not there."""
+
+    def __init__(self, config: Config) -> None:
+        url = urlsplit(config.registry_url)
+        self._socket = url.path if url.scheme == "unix" else ""
+        if not self._socket and url.scheme not in ("http", "https"):
+            raise ConfigError(
+                f"registry_url: {config.registry_url!r} is not unix:///path or http://host:port"
+            )
+        self._base = "http://registry" if self._socket else config.registry_url.rstrip("/")
+        self._authorization = f"Bearer {service_token(config.secret())}"
+        self._http: aiohttp.ClientSession
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.UnixConnector(self._socket) if self._socket else aiohttp.TCPConnector()
+        self._http = aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S, sock_connect=2),
+            headers={"Authorization": self._authorization},
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._http.close()
+
+    async def ready(self) -> None:
+        """Unavailable unless the registry, its Redis and its object store answer; asked once."""
+        await self._call("GET", "/readyz", max_tries=1)
+
+    async def get_key(self, key_hmac: str) -> ApiKeyRecord:
+        """Whose key this is; NotFound if nobody's."""
+        return await self._record(ApiKeyRecord, "GET", f"/keys/{_part(key_hmac)}")
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    async def create_session(
+        self,
+        tenant: str,
+        *,
+        tags: Sequence[str] = (),
+        user_metadata: Mapping[str, Any] | None = None,
+        sdk_version: str = "",
+        project_id: str | None = None,
+        display_name: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> SessionRecord:
+        """A new session, or the one made before under this idempotency key."""
+        body = {
+            "tags": list(tags),
+            "user_metadata": user_metadata,
+            "sdk_version": sdk_version,
+            "project_id": project_id,
+            "display_name": display_name,
+            "idempotency_key": idempotency_key,
+        }
+        return await self._record(SessionRecord, "POST", "/sessions", tenant, body)
+
+    async def get_session(self, tenant: str, session_id: str) -> SessionRecord:
+        return await self._record(SessionRecord, "GET", f"/sessions/{_part(session_id)}", tenant)
+
+    async def describe_session(self, tenant: str, session_id: str) -> dict[str, Any]:
+        """training_run_ids, sampler_ids, user_metadata, display_name (wire protocol 8.2)."""
+        session = await self._object("GET", f"/sessions/{_part(session_id)}", tenant)
+        wanted = ("training_run_ids", "sampler_ids", "user_metadata", "display_name")
+        return {name: session[name] for name in wanted}
+
+    async def list_sessions(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
+        return await self._object("GET", f"/sessions?{_page(limit, offset)}", tenant)
+
+    async def heartbeat(self, tenant: str, session_id: str) -> SessionRecord:
+        """Note that the client is alive; the record says whether the session is."""
+        path = f"/sessions/{_part(session_id)}/heartbeat"
+        return await self._record(SessionRecord, "POST", path, tenant)
+
+    async def finish_session(
+        self, tenant: str, session_id: str, *, reason: str, detail: str | None = None
+    ) -> SessionRecord:
+        path = f"/sessions/{_part(session_id)}/finish"
+        body = {"reason": reason, "detail": detail}
+        return await self._record(SessionRecord, "POST", path, tenant, body)
+
+    # --- training runs and checkpoints ------------------------------------------------------------
+
+    async def create_run(
+        self,
+        tenant: str,
+        *,
+        session_id: str,
+        model_seq_id: int,
+        base_model: str | None = None,
+        lora_config: Mapping[str, Any] | None = None,
+        optimizer_config: Mapping[str, Any] | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        source_path: str | None = None,
+    ) -> RunRecord:
+        """The run's facts with its seed drawn. With source_path its LoRA is the checkpoint's."""
+        body: dict[str, Any] = {
+            "session_id": session_id,
+            "model_seq_id": model_seq_id,
+            "base_model": base_model,
+            "optimizer_config": optimizer_config,
+            "user_metadata": user_metadata,
+            "source_path": source_path,
+        }
+        if lora_config is not None:
+            body["lora_config"] = lora_config
+        return await self._record(RunRecord, "POST", "/runs", tenant, body)
+
+    async def describe_run(self, tenant: str, run_id: str) -> dict[str, Any]:
+        """The TrainingRun object of wire protocol 8.1."""
+        return await self._object("GET", f"/runs/{_part(run_id)}", tenant)
+
+    async def list_runs(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
+        return await self._object("GET", f"/runs?{_page(limit, offset)}", tenant)
+
+    async def list_run_checkpoints(self, tenant: str, run_id: str) -> dict[str, Any]:
+        return await self._object("GET", f"/runs/{_part(run_id)}/checkpoints", tenant)
+
+    async def list_checkpoints(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
+        return await self._object("GET", f"/checkpoints?{_page(limit, offset)}", tenant)
+
+    async def delete_checkpoint(self, tenant: str, run_id: str, kind: str, name: str) -> None:
+        path = f"/runs/{_part(run_id)}/checkpoints/{_part(kind)}/{_part(name)}"
+        await self._call("DELETE", path, tenant)
+
+    async def resolve(self, tenant: str, tinker_path: str) -> CheckpointRecord:
+        """What the path stands for now; NotFound if it is not the tenant's or has expired."""
+        body = {"tinker_path": tinker_path}
+        return await self._record(CheckpointRecord, "POST", "/resolve", tenant, body)
+
+    async def weights_info(self, tenant: str, tinker_path: str) -> dict[str, Any]:
+        return await self._object("POST", "/weights_info", tenant, {"tinker_path": tinker_path})
+
+    # --- samplers ---------------------------------------------------------------------------------
+
+    async def create_sampler(
+        self,
+        tenant: str,
+        *,
+        session_id: str,
+        sampling_session_seq_id: int,
+        base_model: str | None = None,
+        model_path: str | None = None,
+    ) -> SamplerRecord:
+        body = {
+            "session_id": session_id,
+            "sampling_session_seq_id": sampling_session_seq_id,
+            "base_model": base_model,
+            "model_path": model_path,
+        }
+        return await self._record(SamplerRecord, "POST", "/samplers", tenant, body)
+
+    async def get_sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
+        path = f"/samplers/{_part(sampling_session_id)}"
+        return await self._record(SamplerRecord, "GET", path, tenant)
+
+    # --- plumbing ---------------------------------------------------------------------------------
+
+    async def _record(
+        self, kind: type[R], method: str, path: str, tenant: str = "", body: Any = None
+    ) -> R:
+        return kind.from_bytes(await self._call(method, path, tenant, body))
+
+    async def _object(
+        self, method: str, path: str, tenant: str, body: Any = None
+    ) -> dict[str, Any]:
+        answer: dict[str, Any] = orjson.loads(await self._call(method, path, tenant, body))
+        return answer
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        tenant: str = "",
+        body: Any = None,
+        *,
+        max_tries: int = MAX_TRIES,
+    ) -> bytes:
+        """The body of a 200; what the registry raised; Unavailable after max_tries."""
+        data = orjson.dumps(body) if body is not None else None
+        headers = {"X-Luthier-Tenant": tenant} if tenant else {}
+        for attempt in range(max_tries):
+            if attempt:
+                await asyncio.sleep(random.uniform(0.05, 0.4) * attempt)
+            try:
+                async with self._http.request(
+                    method, self._base + path, data=data, headers=headers
+                ) as response:
+                    answer = await response.read()
+                    if response.status == 200:
+                        return answer
+                    raise _error(response.status, answer)
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                continue
+        raise Unavailable("the registry")
+
+
+def _error(status: int, body: bytes) -> LuthierError:
+    """What the registry raised, by the name of its class; Unavailable for what it did not say."""
+    try:
+        answer = orjson.loads(body)
+        kind = getattr(errors, answer["error"])
+        if issubclass(kind, LuthierError):
+            error: LuthierError = kind(answer["detail"])
+            return error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return Unavailable(f"the registry answered {status}")
+
+
+def _part(text: str) -> str:
+    """One part of a path, whatever a client put into it; NotFound for what would walk the path."""
+    if text in ("", ".", ".."):
+        raise NotFound(repr(text))
+    return quote(text, safe=":")
+
+
+def _page(limit: int, offset: int) -> str:
+    return f"limit={limit}&offset={offset}"

@@ -1,0 +1,62 @@
+"""Load the configuration, serve until told to stop, drain, exit."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from luthier_core.config import Config, load_config
+from luthier_core.errors import ConfigError
+from luthier_core.lifecycle import run_service, service_lifetime
+from luthier_core.telemetry import setup_logging
+from luthier_registry.app import build_app
+
+DRAIN_S = 5.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="luthier-registry", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="TOML file")
+    parser.add_argument("--name", default="registry")
+    arguments = parser.parse_args(argv)
+    setup_logging(arguments.name)
+    try:
+        config = load_config(arguments.config, os.environ)
+        return run_service(_serve(config))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+async def _serve(config: Config) -> int:
+    runner = web.AppRunner(build_app(config), access_log=None, shutdown_timeout=DRAIN_S)
+    async with service_lifetime() as stop:
+        await runner.setup()
+        try:
+            try:
+                await _site(runner, config.registry_url).start()
+            except OSError as error:
+                raise ConfigError(f"registry_url: {config.registry_url}: {error}") from error
+            await stop.wait()
+        finally:
+            await runner.cleanup()
+    return 0
+
+
+def _site(runner: web.AppRunner, url: str) -> web.BaseSite:
+    """Where registry_url says: unix:///path/to/socket or http://host:port."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix" and parts.path:
+        # A socket that a killed process left would make this start fail.
+        Path(parts.path).unlink(missing_ok=True)
+        return web.UnixSite(runner, parts.path)
+    if parts.scheme == "http" and parts.hostname and parts.port:
+        return web.TCPSite(runner, parts.hostname, parts.port)
+    raise ConfigError(f"registry_url: {url!r} is not unix:///path or http://host:port")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Bodies of the registry's own REST, checked once at its edge."""
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from luthier_core.errors import InvalidField, Unreadable
+from luthier_core.records import FinishReason
+
+
+class Body(BaseModel):
+    """Unknown fields are ignored: a newer gateway may send more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CreateSession(Body):
+    tags: tuple[str, ...] = ()
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+    idempotency_key: str | None = Field(None, min_length=1, max_length=500)
+
+
+class FinishSession(Body):
+    reason: FinishReason
+    detail: str | None = None
+
+
+class WantedLora(Body):
+    """As a client asks for it: the seed may be left to the server."""
+
+    rank: int = Field(32, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class CreateRun(Body):
+    session_id: str
+    model_seq_id: int = Field(ge=0, lt=10**10)
+    base_model: str | None = None
+    lora_config: WantedLora = WantedLora()
+    optimizer_config: dict[str, Any] | None = None
+    user_metadata: dict[str, str] | None = None
+    source_path: str | None = None
+
+
+class CreateSampler(Body):
+    session_id: str
+    sampling_session_seq_id: int = Field(ge=0, lt=10**10)
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class Path(Body):
+    tinker_path: str
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], data: bytes) -> B:
+    """The body; Unreadable if it is no JSON, InvalidField that names each wrong field."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        if problems[0]["type"] == "json_invalid":
+            raise Unreadable(problems[0]["msg"]) from None
+        raise InvalidField(
+            "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems)
+        ) from None
