@@ -16,7 +16,7 @@ import orjson
 from luthier_core import errors
 from luthier_core.auth import service_token
 from luthier_core.config import Config
-from luthier_core.errors import ConfigError, LuthierError, NotFound, Unavailable
+from luthier_core.errors import BodyTooLarge, ConfigError, LuthierError, NotFound, Unavailable
 from luthier_core.records import (
     ApiKeyRecord,
     CheckpointRecord,
@@ -27,6 +27,10 @@ from luthier_core.records import (
 )
 
 R = TypeVar("R", bound=Record)
+
+MAX_BODY_BYTES = 1024 * 1024
+"""Largest request that the registry reads."""
+TENANT_HEADER = "X-Luthier-Tenant"
 
 MAX_TRIES = 3
 TIMEOUT_S = 15.0
@@ -219,7 +223,9 @@ class RegistryClient:
     ) -> bytes:
         """The body of a 200; what the registry raised; Unavailable after max_tries."""
         data = orjson.dumps(body) if body is not None else None
-        headers = {"X-Luthier-Tenant": tenant} if tenant else {}
+        if data is not None and len(data) > MAX_BODY_BYTES:
+            raise BodyTooLarge(f"metadata of {len(data)} bytes; at most {MAX_BODY_BYTES}")
+        headers = {TENANT_HEADER: tenant} if tenant else {}
         for attempt in range(max_tries):
             if attempt:
                 await asyncio.sleep(random.uniform(0.05, 0.4) * attempt)

@@ -27,6 +27,7 @@ from luthier_core.errors import (
 )
 from luthier_core.oplog import REDIS_ERRORS, connect
 from luthier_core.records import Record
+from luthier_core.registry_client import MAX_BODY_BYTES, TENANT_HEADER
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -40,10 +41,8 @@ from luthier_registry.store import Store
 log = logging.getLogger(__name__)
 
 STORE = web.AppKey("store", Store)
-MAX_BODY_BYTES = 1024 * 1024
 MAX_PAGE = 1000
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
-TENANT_HEADER = "X-Luthier-Tenant"
 
 
 def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
