@@ -1,0 +1,134 @@
+"""The `luthier` command. Heavy imports wait until a command needs them."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from luthier import __version__
+
+SERVER_MODULES = ("psutil", "redis", "minio", "torch", "transformers", "peft", "safetensors")
+
+app = typer.Typer(
+    help="Luthier: post-train language models on your own machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of the stack. [default: $XDG_DATA_HOME/luthier]",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def up(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8080,
+    data: DataOption = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH_OR_HF_ID", help="Model to serve. [default: a tiny demo model]"
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[=TENANT]", help="Key to accept. [default: one made at first start]"
+        ),
+    ] = None,
+    redis: Annotated[
+        str, typer.Option(metavar="URL", help="Redis to use in place of our own Valkey.")
+    ] = "",
+    s3: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="s3+http://HOST:PORT/BUCKET in place of this disk; credentials from "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+        ),
+    ] = "",
+    trainers: Annotated[int, typer.Option(min=1, help="Trainers per model.")] = 1,
+    samplers: Annotated[int, typer.Option(min=1, help="Samplers per model.")] = 1,
+    run: Annotated[
+        str,
+        typer.Option(
+            metavar="COMMAND",
+            help="Once ready, run COMMAND with TINKER_BASE_URL and TINKER_API_KEY set, then stop "
+            "everything and exit with its code.",
+        ),
+    ] = "",
+) -> None:
+    """Start the whole stack on this machine; Ctrl-C drains and stops it."""
+    missing = [name for name in SERVER_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        _refuse("up", f"needs {', '.join(missing)}: pip install 'luthier[worker]'")
+    from luthier.up import options
+    from luthier.up.run import run_up
+    from luthier_core.errors import ConfigError
+
+    try:
+        code = run_up(
+            options.UpOptions(
+                data=data or options.default_data_dir(os.environ),
+                host=host,
+                port=port,
+                models=options.parse_models(model or ()),
+                api_keys=options.parse_api_keys(api_key or ()),
+                redis_url=options.check_redis_url(redis) if redis else "",
+                s3_url=options.check_s3_url(s3) if s3 else "",
+                num_trainers=trainers,
+                num_samplers=samplers,
+                command=run,
+            ),
+            os.environ,
+        )
+    except ConfigError as error:
+        _refuse("up", str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(data: DataOption = None) -> None:
+    """Show the parts of the running stack, their memory, and its time to ready."""
+    from rich.console import Console
+
+    from luthier.up.options import default_data_dir
+    from luthier.up.status import parts_table, read_status
+
+    folder = data or default_data_dir(os.environ)
+    stack = read_status(folder)
+    if stack is None:
+        typer.echo(f"luthier status: nothing runs on {folder}", err=True)
+        raise typer.Exit(1)
+    console = Console()
+    console.print(parts_table(stack.parts, with_pss=True))
+    ready = (
+        "not ready yet" if stack.ready_after_s is None else f"ready in {stack.ready_after_s:.1f} s"
+    )
+    console.print(f"{stack.url}: {ready}", highlight=False)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _refuse(command: str, reason: str) -> NoReturn:
+    """One line on standard error, exit 2."""
+    typer.echo(f"luthier {command}: {' '.join(reason.split())}", err=True)
+    raise typer.Exit(2)

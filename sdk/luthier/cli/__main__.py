@@ -1,0 +1,5 @@
+"""python -m luthier.cli: the same as `luthier`."""
+
+from luthier.cli import main
+
+main()

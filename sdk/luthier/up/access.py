@@ -1,0 +1,38 @@
+"""API keys of the embedded stack, as records in the object store."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from luthier.up.options import ApiKey
+from luthier_core import keys
+from luthier_core.auth import key_hmac
+from luthier_core.blobs import BlobMissing, Blobs, open_blobs
+from luthier_core.config import Config
+from luthier_core.errors import ConfigError, LuthierError
+from luthier_core.records import ApiKeyRecord
+
+SCOPES = ("train", "sample", "read")
+
+
+async def register_keys(config: Config, secret: bytes, api_keys: Sequence[ApiKey]) -> None:
+    """Makes every key valid for its tenant; ConfigError if the store cannot be written."""
+    try:
+        async with open_blobs(config) as blobs:
+            for api_key in api_keys:
+                await _register(blobs, key_hmac(secret, api_key.key), api_key.tenant)
+    except (LuthierError, OSError) as error:
+        raise ConfigError(f"cannot write to {config.store_url}: {error}") from error
+
+
+async def _register(blobs: Blobs, name: str, tenant: str) -> None:
+    """Writes the record unless it says the same already: a start changes nothing that is right."""
+    path = keys.api_key_record(name)
+    try:
+        if ApiKeyRecord.from_bytes(await blobs.get(path)).tenant == tenant:
+            return
+    except BlobMissing:
+        pass
+    record = ApiKeyRecord(
+        tenant=tenant, scopes=SCOPES, created_at=datetime.now(UTC), note="luthier up"
+    )
+    await blobs.put(path, record.to_bytes())

@@ -1,0 +1,130 @@
+"""The options of `luthier up`, checked: a malformed one is a ConfigError of one line."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
+
+from luthier_core.errors import ConfigError
+
+TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A base model to serve: the name clients use, and a folder or Hugging Face id."""
+
+    name: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key that clients send, and the tenant it stands for."""
+
+    key: str = field(repr=False)
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    """What `luthier up` was asked for."""
+
+    data: Path
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0: any free port."""
+    models: tuple[ModelSource, ...] = ()
+    """Empty: the demo model."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Empty: one key, made at the first start."""
+    redis_url: str = ""
+    """Empty: a Valkey of our own."""
+    s3_url: str = ""
+    """Empty: objects on this disk, under the data folder."""
+    num_trainers: int = 1
+    """Trainers per model."""
+    num_samplers: int = 1
+    """Samplers per model."""
+    command: str = ""
+    """A shell command to run once everything is ready; its exit code ends the stack."""
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """$XDG_DATA_HOME/luthier, or ~/.local/share/luthier. A relative $XDG_DATA_HOME is ignored."""
+    base = environ.get("XDG_DATA_HOME", "")
+    root = Path(base) if base.startswith("/") else Path.home() / ".local" / "share"
+    return root / "luthier"
+
+
+def parse_models(texts: Sequence[str]) -> tuple[ModelSource, ...]:
+    """NAME=PATH_OR_HF_ID, several; a name may be there once."""
+    models = tuple(_parse_model(text) for text in texts)
+    names = [model.name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--model: the name {name!r} is there twice")
+    return models
+
+
+def _parse_model(text: str) -> ModelSource:
+    name, equals, where = text.partition("=")
+    if not equals or not where:
+        raise ConfigError(f"--model {text!r}: expected NAME=PATH_OR_HF_ID")
+    if not MODEL_NAME.fullmatch(name):
+        raise ConfigError(f"--model {text!r}: a NAME has letters, digits, '.', '_', '-' and '/'")
+    return ModelSource(name, where)
+
+
+def parse_api_keys(texts: Sequence[str]) -> tuple[ApiKey, ...]:
+    """KEY[=TENANT], several. A message never repeats the key: it may end in a log."""
+    return tuple(_parse_api_key(text) for text in texts)
+
+
+def _parse_api_key(text: str) -> ApiKey:
+    # From the right: a key may end in base64's padding, a tenant has no "=".
+    key, equals, tenant = text.rpartition("=")
+    if not equals:
+        key, tenant = text, "default"
+    if not re.fullmatch(r"tml-[!-~]{1,250}", key):
+        raise ConfigError("--api-key: a KEY starts with 'tml-' and has no spaces")
+    if not TENANT.fullmatch(tenant):
+        raise ConfigError(f"--api-key: TENANT {tenant!r} does not match {TENANT.pattern}")
+    return ApiKey(key, tenant)
+
+
+def check_redis_url(url: str) -> str:
+    """`url` if it is redis://, rediss:// or unix://. A message never repeats the password."""
+    parts = _split(url, "--redis")
+    if parts.scheme == "unix" and parts.path.startswith("/"):
+        return url
+    if parts.scheme in ("redis", "rediss") and parts.hostname:
+        return url
+    raise ConfigError(
+        "--redis: expected redis://HOST[:PORT][/DATABASE], rediss://... or unix:///SOCKET"
+    )
+
+
+def check_s3_url(url: str) -> str:
+    """`url` if it names a server and a bucket and carries no credentials."""
+    parts = _split(url, "--s3")
+    if parts.username is not None:
+        raise ConfigError(
+            "--s3: credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY only"
+        )
+    named = parts.hostname and BUCKET.fullmatch(parts.path.strip("/"))
+    if parts.scheme not in ("s3+http", "s3+https") or not named:
+        raise ConfigError("--s3: expected s3+http://HOST[:PORT]/BUCKET or s3+https://HOST/BUCKET")
+    return url
+
+
+def _split(url: str, option: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where the port is no number
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+    return parts
