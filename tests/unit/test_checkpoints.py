@@ -164,6 +164,28 @@ async def test_a_save_that_died_anywhere_is_completed_by_the_next_owner(
     assert num_deaths >= 12
 
 
+async def test_the_first_complete_files_of_an_op_are_its_checkpoint(
+    disk: DiskBlobs, client: redis.Redis
+) -> None:
+    first = await save(disk, client)
+    again = await save(disk, client, epoch=2, files={"adapter_config.json": b"[]"})
+    assert again == first
+    assert await read_files(disk, first.manifest_key) == FILES
+    assert hashlib.sha256(await disk.get(first.manifest_key)).hexdigest() == first.manifest_digest
+
+
+async def test_a_save_whose_files_the_store_lost_is_not_listed(
+    disk: DiskBlobs, client: redis.Redis
+) -> None:
+    async def lose_a_file() -> None:
+        await disk.delete(keys.checkpoint_prefix("ann", RUN.run_id, 3, 1) + "adapter_config.json")
+
+    paused: Any = Paused(disk, lose_a_file)
+    with pytest.raises(CheckpointDamaged, match=r"adapter_config\.json"):
+        await save(paused, client)
+    assert await listed(client) == []
+
+
 async def test_a_save_that_died_before_its_row_is_listed_by_the_repeat(
     disk: DiskBlobs, client: redis.Redis
 ) -> None:
