@@ -15,6 +15,7 @@ from luthier_model.base import BaseModel, load_base_model
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter
 from luthier_model.peft_io import adapter_files, adapter_from_files
+from luthier_sampler import runner
 from luthier_sampler.engine import Engine
 from luthier_sampler.sequence import SampleRequest
 
@@ -112,7 +113,10 @@ def generate(reference: torch.nn.Module, prompt: list[int]) -> tuple[list[int], 
 
 
 @pytest.mark.parametrize("adapter", ["", "lora"])
-def test_prompt_logprobs_are_those_of_the_trainers_forward(model, lora_files, prompts, adapter):
+def test_prompt_logprobs_are_those_of_the_trainers_forward(
+    model, lora_files, prompts, adapter, monkeypatch
+):
+    monkeypatch.setattr(runner, "SCORE_CHUNK_TOKENS", 7)  # Several in one prefill chunk.
     engine = small_engine(model)
     if adapter:
         engine.add_adapter(adapter, lora_files)

@@ -248,10 +248,37 @@ def test_prompt_blocks_are_shared_within_a_scope_only(make_engine):
     assert hits == {"a": 0, "b": 32, "c": 0, "d": 0, "e": 0}
 
 
+def test_prompt_blocks_are_not_shared_between_adapters(make_engine, model):
+    engine = make_engine()
+    engine.add_adapter("lora", adapter_of(model, 0, 0.05))
+    spec = request(prompt=tuple(range(40)), max_tokens=1, cache_scope="tenant")
+    run(engine, [spec])
+    response = run(engine, [replace(spec, adapter="lora")])["r"]
+    assert response.prompt_cache_hit_tokens == 0
+
+
 def test_a_seed_decides_the_tokens(make_engine):
     spec = request(max_tokens=20, ignore_eos=True, seed=5)
     assert sampled(make_engine(), spec) == sampled(make_engine(), spec)
     assert sampled(make_engine(), spec) != sampled(make_engine(), replace(spec, seed=6))
+
+
+def test_each_token_of_a_sequence_has_a_random_number_of_its_own(make_engine):
+    # So hot that every token is equally likely, whatever the model says.
+    spec = request(max_tokens=20, ignore_eos=True, temperature=1e6)
+    assert len(set(sampled(make_engine(), spec))) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_tempered_logprobs_are_other_numbers_for_the_same_tokens(make_engine, temperature):
+    spec = request(temperature=temperature, max_tokens=5, ignore_eos=True)
+    raw, tempered = (
+        run(make_engine(sample_logprobs=kind), [spec])["r"].sequences[0]
+        for kind in ("raw", "tempered")
+    )
+    assert tokens_of(raw) == tokens_of(tempered)
+    one, other = (np.frombuffer(s.logprobs, "<f4") for s in (raw, tempered))
+    assert np.allclose(one, other) == (temperature != 0.5)
 
 
 def test_without_a_seed_repetitions_differ(make_engine):
@@ -298,9 +325,9 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(
 
 def test_a_stop_string_is_found_far_from_the_beginning(make_engine, monkeypatch):
     engine = make_engine()
-    script(engine, monkeypatch, [120] * 50 + [259, 258, 99, 120])
-    spec = request(temperature=0.0, max_tokens=60, stop_strings=("xabcab",))
-    assert len(sampled(engine, spec)) == 52
+    script(engine, monkeypatch, [120] * 50 + [*b"0123456789012345", 259, 258, 99, 120])
+    spec = request(temperature=0.0, max_tokens=80, stop_strings=("x0123456789012345abcab",))
+    assert len(sampled(engine, spec)) == 68
 
 
 def test_a_stop_string_in_the_prompt_does_not_stop(make_engine, monkeypatch):
@@ -386,7 +413,9 @@ def test_an_adapter_that_diverged_fails_its_own_request_only(make_engine, model)
     engine.add_adapter("nan", adapter_of(model, 0, float("nan")))
     engine.add(LONG)
     engine.add(request("bad", adapter="nan", max_tokens=20))
-    [failed, finished] = drain(engine)
+    engine.add(request("bad at once", adapter="nan", max_tokens=1))
+    [failed, failed_at_once, finished] = drain(engine)
+    assert failed_at_once.request_id == "bad at once"
     assert (failed.request_id, failed.category) == ("bad", "user")
     assert "'nan'" in (failed.error or "")
     assert tokens_of(answer(finished).sequences[0]) == sampled(make_engine(), LONG)

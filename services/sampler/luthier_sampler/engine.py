@@ -205,7 +205,6 @@ class Engine:
 
     def _append(self, sequence: SampledSequence, token: int, logprob: float) -> None:
         if sequence.index == 0 and sequence.num_new_tokens == 0:
-            sequence.needs_scores = False
             for sibling in sequence.request.sequences[1:]:
                 self._scheduler.add(sibling)
         sequence.tokens.append(token)

@@ -62,10 +62,6 @@ class TopkTable:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def row(self, i: int, k: int) -> "TopkTable":
-        """The first k cells of one row."""
-        return TopkTable(self.token_ids[i : i + 1, :k], self.logprobs[i : i + 1, :k])
-
     def put(self, first: int, rows: "TopkTable") -> None:
         """Replace the rows from `first` on."""
         self.token_ids[first : first + len(rows)] = rows.token_ids
@@ -127,15 +123,10 @@ class Sequence:
     """One row per generated token, if the request wants topk_sample_logprobs."""
     stop_reason: str = ""
     """stop | length; empty while it runs."""
-    needs_scores: bool = field(init=False)
-    """It computes its request's prompt logprobs, so its prompt cannot come from the cache."""
     _block_keys: list[bytes] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        spec = self.request.spec
         self.tokens = list(self.request.prompt)
-        scored = spec.prompt_logprobs or spec.topk_prompt_logprobs > 0
-        self.needs_scores = scored and self.index == 0
 
     @property
     def order(self) -> tuple[int, int]:
@@ -157,6 +148,13 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def needs_scores(self) -> bool:
+        """It computes its request's prompt logprobs, so its prompt cannot come from the cache."""
+        spec = self.request.spec
+        scored = spec.prompt_logprobs or spec.topk_prompt_logprobs > 0
+        return scored and self.index == 0 and self.num_new_tokens == 0
 
     def block_keys(self, num_blocks: int, block_tokens: int) -> list[bytes]:
         """Keys of its first full blocks; each covers everything before it, so equal keys mean equal
