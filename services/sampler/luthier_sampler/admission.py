@@ -8,7 +8,7 @@ import numpy as np
 from luthier_core.errors import BadRequest, InvalidField
 from luthier_sampler.sequence import SampleRequest
 
-MAX_TOPK_LOGPROBS = 128
+MAX_TOPK_LOGPROBS = 100
 """Bounds a response: prompt length x k cells of 8 bytes."""
 
 
@@ -41,8 +41,7 @@ def check(spec: SampleRequest, limits: Limits) -> None:
     _in_range("topk_sample_logprobs", spec.topk_sample_logprobs, 0, MAX_TOPK_LOGPROBS)
     if not (math.isfinite(spec.temperature) and spec.temperature >= 0):
         raise InvalidField(f"temperature={spec.temperature}: must be a finite number from 0")
-    if spec.top_k < 1 and spec.top_k != -1:
-        raise InvalidField(f"top_k={spec.top_k}: must be -1 (off) or at least 1")
+    _in_range("top_k", spec.top_k, -1)
     if not 0 < spec.top_p <= 1:
         raise InvalidField(f"top_p={spec.top_p}: must be above 0 and at most 1")
     if "" in spec.stop_strings:

@@ -30,6 +30,7 @@ class SampleRequest:
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = -1
+    """-1 and 0 are off."""
     top_p: float = 1.0
     seed: int | None = None
     """With a seed, the same request gives the same tokens whatever else runs."""
