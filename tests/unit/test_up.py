@@ -350,7 +350,7 @@ async def test_a_part_that_exits_is_started_again_and_counted(
         view,
     ):
         await view.seen("gateway: exited with 3; starts again", times=3)
-        assert stack.statuses()[0].restarts >= 2
+        assert stack.statuses()[1].restarts >= 2
 
 
 async def test_what_a_part_said_last_is_shown_when_it_exits(redis_url: str, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ async def test_a_worker_is_ready_when_the_lease_of_its_own_process_says_so(
                 client.set(
                     keys.worker_lease("sampler-0"), json.dumps({"state": "ready", "pid": pid})
                 )
-                before = stack.statuses()[0].state
+                before = stack.statuses()[1].state
                 await stack.look()
 
     assert before == "starting"
@@ -408,13 +408,14 @@ async def test_a_stopped_stack_leaves_no_process_not_even_a_deaf_one_or_a_grandc
         "signal.pause()\n"
     )
     specs = [part(tmp_path, "trainer-0", deaf), part(tmp_path, "registry", SLEEP)]
-    async with running(specs, redis_url, tmp_path, grace_s=0.2) as (stack, _):
+    async with running(specs, redis_url, tmp_path, grace_s=0.2) as (stack, view):
         await until(lambda: has_said(specs[0], "deaf"))
         family = psutil.Process().children(recursive=True)
         assert len([process for process in family if "-c" in process.cmdline()]) == 3
 
     assert not any(process.is_running() and _is_ours(process) for process in family)
-    assert [status.state for status in stack.statuses()] == ["stopped", "stopped"]
+    assert [part.state for part in stack.parts] == ["stopped", "stopped"]
+    assert "trainer-0: did not drain within 0.2 s: killed" in view.events
 
 
 def _is_ours(process: psutil.Process) -> bool:
@@ -508,7 +509,7 @@ async def test_status_shows_each_part_with_its_memory(redis_url: str, tmp_path: 
             result = CliRunner().invoke(app, ["status", "--data", str(tmp_path)])
 
     assert status is not None
-    assert [part.name for part in status.parts] == ["gateway"]
+    assert [part.name for part in status.parts] == ["up", "gateway"]
     assert result.exit_code == 0
     assert "PSS MB" in result.stdout
     assert "ready in" in result.stdout

@@ -117,6 +117,7 @@ class Part:
             async with asyncio.timeout(grace_s):
                 await self._ended.wait()
         except TimeoutError:
+            self._move(DRAINING, f"did not drain within {grace_s:g} s: killed")
             self.kill()
             await self._ended.wait()
 

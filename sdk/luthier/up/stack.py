@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from luthier.up.parts import READY, Backoff, Part
@@ -44,9 +45,13 @@ class Stack:
         self._running: list[Part] = []
 
     def statuses(self) -> list[PartStatus]:
+        """This process, then every part."""
         return [
-            PartStatus(part.name, part.state, part.pid, part.spec.port, part.num_restarts)
-            for part in self.parts
+            PartStatus("up", "running", os.getpid(), None, 0),
+            *(
+                PartStatus(part.name, part.state, part.pid, part.spec.port, part.num_restarts)
+                for part in self.parts
+            ),
         ]
 
     @contextlib.asynccontextmanager

@@ -58,7 +58,7 @@ class StatusFile:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of one process and its descendants, in bytes; PSS counts shared pages once in all."""
+    """Memory of one process, in bytes; PSS counts a page shared by n processes as an nth."""
 
     rss_bytes: int
     pss_bytes: int
@@ -77,16 +77,13 @@ def read_status(data: Path) -> StackStatus | None:
 
 
 def measure_memory(pid: int | None, *, with_pss: bool) -> Memory | None:
-    """Memory of a process with its descendants, None if it has gone. PSS costs milliseconds."""
+    """Memory of a process, None if it has gone. PSS costs milliseconds."""
     if pid is None:
         return None
     try:
         process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-        rss_bytes = sum(member.memory_info().rss for member in family)
-        # Only Linux has PSS; elsewhere the column stays at 0.
-        full = [member.memory_full_info() for member in family] if with_pss else []
-        return Memory(rss_bytes, sum(getattr(info, "pss", 0) for info in full))
+        info = process.memory_full_info() if with_pss else process.memory_info()
+        return Memory(info.rss, getattr(info, "pss", 0))  # only Linux has PSS
     except psutil.Error:
         return None
 
