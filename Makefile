@@ -1,0 +1,49 @@
+# One command each: set up, check, test, run. CI runs the same ones (.ci/run).
+# `make VENV=/path ...` uses another environment than .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= .luthier
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart setup fmt check test up proto bench build
+
+quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
+	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
+
+setup: $(READY)                         ## the environment with everything, made once
+
+# torch by name first: a looser range pulls several GB of CUDA packages. Groups need pip 25.1.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[worker]' --group dev
+	touch $(READY)
+
+fmt: $(READY)                           ## rewrite the code as `check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: $(READY)                         ## lint, format, types, who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+test: $(READY)                          ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+up: $(READY)                            ## the whole stack on this machine, tiny model
+	$(BIN)/luthier up --data $(DATA)
+
+proto: $(READY)                         ## generate the code of our .proto anew
+	$(BIN)/python -m grpc_tools.protoc -I core --python_out=core --pyi_out=core \
+		core/luthier_core/proto/wire.proto
+
+bench: $(READY)                         ## milliseconds per step through the whole stack
+	$(BIN)/python benchmarks/bench_gateway.py
+
+build: $(READY)                         ## the wheel, into dist/
+	$(BIN)/python -m build --wheel
