@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier_core.errors import BadRequest, InvalidField, Unsupported
+from luthier_core.errors import InvalidField, Unreadable, Unsupported
 from luthier_core.proto import wire_pb2 as wire
 from luthier_core.types import Sample
 
 LOSS_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("target_tokens", "weights")}
 """Loss -> the inputs it needs, each of the shape of target_tokens (wire protocol 7.3)."""
+
+MAX_TARGET_CELLS = 2**24
+"""Tokens of a request times its widest datum's targets: a CSR tensor of a few bytes can be any size
+once it is dense, and it widens the datums that it is packed with."""
 
 _DTYPES: Mapping[int, str] = {wire.DTYPE_FLOAT32: "<f4", wire.DTYPE_INT64: "<i8"}
 _WANTED_DTYPE = {"target_tokens": wire.DTYPE_INT64}
@@ -35,12 +39,12 @@ class ModelLimits:
 
 
 def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
-    """The protobuf request; BadRequest if the bytes are none."""
+    """The protobuf request; Unreadable if the bytes are none."""
     request = wire.ForwardBackwardRequest()
     try:
         request.ParseFromString(body)
     except Exception:
-        raise BadRequest("the body is not a ForwardBackwardRequest in protobuf") from None
+        raise Unreadable("the body is not a ForwardBackwardRequest in protobuf") from None
     return request
 
 
@@ -52,11 +56,20 @@ def check_forward_backward(request: wire.ForwardBackwardRequest, limits: ModelLi
         raise InvalidField("data: empty; at least one datum is needed")
     if len(request.data) > limits.max_datums:
         raise InvalidField(f"data: {len(request.data)} datums; at most {limits.max_datums}")
-    total = 0
+    total = most_targets = 0
     for index, datum in enumerate(request.data):
-        total += _check_datum(datum, f"data[{index}]", LOSS_INPUTS[request.loss_fn], limits)
+        num_tokens, num_targets = _check_datum(
+            datum, f"data[{index}]", LOSS_INPUTS[request.loss_fn], limits
+        )
+        total += num_tokens
+        most_targets = max(most_targets, num_targets)
     if total > limits.max_tokens_per_request:
         raise InvalidField(f"data: {total} tokens; at most {limits.max_tokens_per_request}")
+    if total * most_targets > MAX_TARGET_CELLS:
+        raise InvalidField(
+            f"data: {total} tokens with up to {most_targets} targets each; the product may be at "
+            f"most {MAX_TARGET_CELLS}"
+        )
     return total
 
 
@@ -89,20 +102,22 @@ def check_sample(request: Sample, limits: ModelLimits) -> None:
 
 def _check_datum(
     datum: wire.Datum, where: str, inputs: tuple[str, ...], limits: ModelLimits
-) -> int:
+) -> tuple[int, int]:
+    """(tokens, targets per token)."""
     num_tokens = _check_model_input(datum, where, limits)
     for name in inputs:
         if name not in datum.loss_fn_inputs:
             raise InvalidField(f"{where}.loss_fn_inputs.{name}: missing; needed are {list(inputs)}")
-    target_shape = _shape(datum.loss_fn_inputs["target_tokens"], f"{where}.target_tokens")
+    target_field = f"{where}.loss_fn_inputs.target_tokens"
+    target_shape = _shape(datum.loss_fn_inputs["target_tokens"], target_field)
     for name in inputs:
         field = f"{where}.loss_fn_inputs.{name}"
         tensor = datum.loss_fn_inputs[name]
         values, shape = _check_tensor(tensor, name, field)
-        if not shape or shape[0] != num_tokens or len(shape) > 2:
+        if shape[:1] != (num_tokens,) or len(shape) > 2 or 0 in shape:
             raise InvalidField(
                 f"{field}: shape {list(shape)}; the model input has {num_tokens} tokens, so the "
-                f"shape must be [{num_tokens}] or [{num_tokens}, K]"
+                f"shape must be [{num_tokens}] or [{num_tokens}, K] with K at least 1"
             )
         if shape != target_shape:
             raise InvalidField(
@@ -110,7 +125,7 @@ def _check_datum(
             )
         if name == "target_tokens":
             _check_token_ids(values, field, limits.vocab_size)
-    return num_tokens
+    return num_tokens, prod(target_shape[1:])
 
 
 def _check_model_input(datum: wire.Datum, where: str, limits: ModelLimits) -> int:
