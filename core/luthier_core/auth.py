@@ -10,9 +10,10 @@ import hmac
 
 def key_hmac(secret: bytes, key: str) -> str:
     """HMAC-SHA256 of an API key under the server secret, in hex: the name of its record."""
-    return hmac.new(secret, key.encode(), hashlib.sha256).hexdigest()
+    # The prefix keeps a key that somebody sends from being any other text that is signed.
+    return hmac.new(secret, b"api-key:" + key.encode(), hashlib.sha256).hexdigest()
 
 
 def service_token(secret: bytes) -> str:
     """The bearer token with which the gateway and the workers speak to the registry, in hex."""
-    return hmac.new(secret, b"registry", hashlib.sha256).hexdigest()
+    return hmac.new(secret, b"service:registry", hashlib.sha256).hexdigest()

@@ -246,6 +246,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
+    if config.sampler.max_running > config.sampler.max_step_tokens:
+        raise ConfigError("sampler.max_running: must not be above sampler.max_step_tokens")
     if not 0 <= config.gateway.port <= 65535:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
     if config.gateway.poll_hold_s > 40:

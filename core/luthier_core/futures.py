@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
 import redis.asyncio as redis
 
 from luthier_core import keys
 from luthier_core.hints import Hints
+from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Outcome
 
 _REQUEST_ID = re.compile(r"([0-9a-zA-Z_-]{1,64}):(train|sample):(\d{1,10}):(\d{1,19})")
@@ -55,6 +56,14 @@ class FutureId:
         return keys.sampling_done(self.parent)
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """Who waits for one outcome."""
+
+    outcome_key: str
+    events: set[asyncio.Event] = field(default_factory=set)
+
+
 class Futures:
     """Waits for outcomes on behalf of many long polls of one process.
 
@@ -66,7 +75,7 @@ class Futures:
         self._recheck_s = recheck_s
         self._hints = Hints(client, lambda channel, seq: self._notify((channel, seq)))
         self._idle_rechecks: Counter[str] = Counter()
-        self._waiters: dict[tuple[str, str], set[asyncio.Event]] = {}
+        self._waiting: dict[tuple[str, str], _Waiting] = {}
 
     async def outcome(self, future: FutureId) -> Outcome | None:
         """The outcome if it is there, else None."""
@@ -78,8 +87,9 @@ class Futures:
     async def wait(self, future: FutureId, *, timeout_s: float) -> Outcome | None:
         """The outcome, or None after timeout_s: the caller answers try_again."""
         event = asyncio.Event()
-        waiters = self._waiters.setdefault((future.channel, future.seq), set())
-        waiters.add(event)
+        key = (future.channel, future.seq)
+        waiting = self._waiting.setdefault(key, _Waiting(future.outcome_key))
+        waiting.events.add(event)
         try:
             async with asyncio.timeout(timeout_s):
                 # Subscribe, then read, then wait: an outcome stored in between is never missed.
@@ -91,13 +101,13 @@ class Futures:
         except TimeoutError:
             return None
         finally:
-            waiters.discard(event)
-            if not waiters:
-                self._waiters.pop((future.channel, future.seq), None)
+            waiting.events.discard(event)
+            if not waiting.events:
+                self._waiting.pop(key, None)
 
     @property
     def num_waiting(self) -> int:
-        return sum(len(waiters) for waiters in self._waiters.values())
+        return sum(len(waiting.events) for waiting in self._waiting.values())
 
     async def listen(self) -> None:
         """Turn hints into wake-ups, and re-check all waiters at an interval; runs for ever."""
@@ -110,18 +120,29 @@ class Futures:
                 await self._hints.aclose()
 
     def _notify(self, key: tuple[str, str]) -> None:
-        for event in self._waiters.get(key, ()):
-            event.set()
+        if waiting := self._waiting.get(key):
+            for event in waiting.events:
+                event.set()
 
     async def _recheck(self) -> None:
         while True:
             await asyncio.sleep(self._recheck_s)
-            for key in list(self._waiters):
+            with contextlib.suppress(*REDIS_ERRORS):
+                await self._notify_the_done()
+                await self._drop_idle_channels()
+
+    async def _notify_the_done(self) -> None:
+        """Look for every outcome that somebody waits for, in one round trip."""
+        waiting = dict(self._waiting)
+        pipe = self._redis.pipeline(transaction=False)
+        for item in waiting.values():
+            pipe.hexists(item.outcome_key, "size")  # every outcome has it, no queued sample does
+        for key, done in zip(waiting, await pipe.execute() if waiting else (), strict=True):
+            if done:
                 self._notify(key)
-            await self._drop_idle_channels()
 
     async def _drop_idle_channels(self) -> None:
-        waited_for = {channel for channel, _ in self._waiters}
+        waited_for = {channel for channel, _ in self._waiting}
         for channel in self._hints.channels:
             if channel in waited_for:
                 self._idle_rechecks.pop(channel, None)

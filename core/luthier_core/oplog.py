@@ -23,6 +23,7 @@ from luthier_core.config import LimitsConfig
 from luthier_core.ops import Op, Outcome, SamplingJob
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
+MAX_CONNECTIONS = 32
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
 
@@ -30,14 +31,20 @@ REDIS_ERRORS = (redis.RedisError, OSError)
 
 
 def connect(url: str) -> redis.Redis:
-    """A client that retries each call for about 10 s while Redis is away, then raises."""
-    return redis.Redis.from_url(
+    """A client that retries each call for about 10 s while Redis is away, then raises.
+
+    Calls beyond MAX_CONNECTIONS at once wait for a connection; they are short, so it is soon free.
+    """
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=20,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.01), 24),
         retry_on_error=[RedisConnectionError, RedisTimeoutError, ConnectionError],
         socket_timeout=10,
         socket_connect_timeout=5,
     )
+    return redis.Redis.from_pool(pool)
 
 
 @dataclass(frozen=True, slots=True)

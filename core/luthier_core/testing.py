@@ -22,10 +22,16 @@ def valkey_binary() -> str:
 
 
 @contextmanager
-def running_valkey(*, fsync: str = "everysec") -> Iterator[str]:
-    """The URL of a fresh, empty Valkey on a Unix socket; stopped and deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix="lu-vk-") as folder:
-        socket = Path(folder) / "s"
+def running_valkey(*, fsync: str = "everysec", disk: Path | None = None) -> Iterator[str]:
+    """The URL of a fresh, empty Valkey on a Unix socket; stopped and deleted at the end.
+
+    Its append-only file lies in a new folder below `disk`, or where temporary files do.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="lu-vk-") as sockets,
+        tempfile.TemporaryDirectory(prefix="lu-vk-", dir=disk) as folder,
+    ):
+        socket = Path(sockets) / "s"
         process = subprocess.Popen(
             [
                 valkey_binary(),

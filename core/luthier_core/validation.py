@@ -78,18 +78,19 @@ def check_sample(request: Sample, limits: ModelLimits) -> None:
     tokens = np.asarray(request.prompt.to_ints(), dtype=object)
     if not len(tokens):
         raise InvalidField("prompt: empty; at least one token is needed")
-    if len(tokens) >= limits.max_context_tokens:
+    if len(tokens) > limits.max_context_tokens:
         raise InvalidField(
-            f"prompt: {len(tokens)} tokens; at most {limits.max_context_tokens - 1}, because the "
-            f"model's context has {limits.max_context_tokens} and one must be sampled"
+            f"prompt: {len(tokens)} tokens; the model's context has {limits.max_context_tokens}"
         )
     _check_token_ids(tokens, "prompt", limits.vocab_size)
     wanted = request.sampling_params.max_tokens or 0
-    if len(tokens) + wanted > limits.max_context_tokens:
+    # One more than the context holds: the last token is sampled and never fed back, which is how
+    # logprobs of a prompt of full length are asked for.
+    if len(tokens) + wanted > limits.max_context_tokens + 1:
         raise InvalidField(
             f"sampling_params.max_tokens: {wanted} after a prompt of {len(tokens)} tokens; the "
             f"context has {limits.max_context_tokens}, so at most "
-            f"{limits.max_context_tokens - len(tokens)}"
+            f"{limits.max_context_tokens + 1 - len(tokens)}"
         )
     if request.num_samples > limits.max_num_samples:
         raise InvalidField(f"num_samples: {request.num_samples}; at most {limits.max_num_samples}")

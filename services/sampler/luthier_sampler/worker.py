@@ -143,11 +143,12 @@ class Worker:
         """Give the job to the engine, with its adapter; a job it refuses fails."""
         try:
             request = _request(job, Sample.model_validate_json(await self._body_of(job)))
+            # One load for all who wait for the same adapter.
             async with self._adapter_locks[job.weights]:
-                files = None
-                if job.weights and not self._engine.has_adapter(job.weights):
+                added = await self._on_engine(self._add, request, None)
+                if not added:
                     files = await self._patiently(lambda: read_files(self._blobs, job.weights))
-                await self._on_engine(self._add, request, files)
+                    await self._on_engine(self._add, request, files)
         except LuthierError as error:
             await self._settle(job, Outcome.failure(error.message, error.category))
         except Exception:
@@ -156,11 +157,17 @@ class Worker:
         else:
             self._work.set()
 
-    def _add(self, request: SampleRequest, files: dict[str, bytes] | None) -> None:
-        # One call on the engine's thread, so that the adapter cannot be evicted in between.
+    def _add(self, request: SampleRequest, files: dict[str, bytes] | None) -> bool:
+        """Whether the engine has the request; False if it lacks the adapter and has no files.
+
+        One call on the engine's thread, so that the adapter cannot be evicted in between.
+        """
         if files is not None:
             self._engine.add_adapter(request.adapter, files)
+        elif request.adapter and not self._engine.has_adapter(request.adapter):
+            return False
         self._engine.add(request)
+        return True
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -250,4 +257,5 @@ def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
         topk_prompt_logprobs=wanted.topk_prompt_logprobs,
         topk_sample_logprobs=wanted.topk_sample_logprobs,
         adapter=job.weights,
+        cache_scope=job.tenant,
     )

@@ -45,7 +45,7 @@ class OwnedRun:
     committer: asyncio.Task[None] | None = None
     last_cycle: int = -1
     may_have_more: bool = False
-    """The last read of the log was full."""
+    """The last read of the log was full, or left out for want of room."""
 
     @property
     def idle(self) -> bool:
@@ -124,17 +124,20 @@ class Worker:
 
     async def _read(self, run_ids: set[str]) -> None:
         """Feed the owners what is new in their logs, as far as they have room."""
-        cursors = {
-            run_id: run.owner.cursor
-            for run_id, run in self._runs.items()
-            if run_id in run_ids and run.owner.num_queued < READ_AHEAD
-        }
+        cursors = {}
+        for run_id in run_ids & self._runs.keys():
+            run = self._runs[run_id]
+            if run.owner.num_queued < READ_AHEAD:
+                cursors[run_id] = run.owner.cursor
+            else:
+                # The hint is used up: whoever makes room must ask for this run again.
+                run.may_have_more = True
         if not cursors:
             return
         for run_id, ops in (await self._oplog.read_log(cursors)).items():
-            if run := self._runs.get(run_id):
-                run.owner.feed(ops)
-                run.may_have_more = len(ops) == READ_AHEAD
+            if (fed := self._runs.get(run_id)) is not None:
+                fed.owner.feed(ops)
+                fed.may_have_more = len(ops) == READ_AHEAD
         self._ready.set()
 
     async def _adopt(self, run_ids: list[str]) -> None:
