@@ -32,7 +32,8 @@ MAX_BODY_BYTES = 1024 * 1024
 """Largest request that the registry reads."""
 TENANT_HEADER = "X-Luthier-Tenant"
 
-MAX_TRIES = 3
+MAX_TRIES = 12
+"""Some 8 s in all while nothing listens: the registry is back sooner when its parent restarts it."""
 TIMEOUT_S = 15.0
 """Of one try: the registry waits up to 10 s for Redis."""
 
@@ -228,7 +229,7 @@ class RegistryClient:
         headers = {TENANT_HEADER: tenant} if tenant else {}
         for attempt in range(max_tries):
             if attempt:
-                await asyncio.sleep(random.uniform(0.05, 0.4) * attempt)
+                await asyncio.sleep(random.uniform(0.05, 0.4) * min(attempt, 4))
             try:
                 async with self._http.request(
                     method, self._base + path, data=data, headers=headers

@@ -12,7 +12,7 @@ from luthier_core.registry_client import RegistryClient
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import Config
-from luthier_core.errors import NotFound, Unavailable
+from luthier_core.errors import BadRequest, NotFound, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import Oplog, RunHeader
 from luthier_core.records import SamplerRecord
@@ -78,6 +78,13 @@ class Backends:
         run = await self._runs.get(run_id)
         if run.tenant != tenant:
             raise NotFound(f"{field}={run_id!r}")
+        return run
+
+    async def live_run(self, tenant: str, run_id: str) -> RunFacts:
+        """The tenant's run, as one that takes ops; BadRequest if its creation had failed."""
+        run = await self.run(tenant, run_id)
+        if not run.base_model:
+            raise BadRequest(f"model_id: {run_id} could not be created; create another")
         return run
 
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:

@@ -46,7 +46,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
         reason = "the server's queue is restarting; nothing accepted is lost"
         return _try_again(wanted.request_id, "paused_capacity", reason)
     if outcome.failed and future.kind == "train":
-        await _note_told(backends, future)
+        await _tell(request, response, backends, future)
     return response
 
 
@@ -94,8 +94,15 @@ async def _bytes_of(blobs: Blobs, body: Body) -> bytes:
         raise Gone("the result's bytes have expired") from None
 
 
-async def _note_told(backends: Backends, future: FutureId) -> None:
-    """Record that the client knows of this failure (reliability 1.6)."""
+async def _tell(
+    request: web.Request, response: web.Response, backends: Backends, future: FutureId
+) -> None:
+    """Send an error, then record that the client knows of this failure (reliability 1.6).
+
+    In this order: a client that was not told must not have its optimizer step obeyed.
+    """
+    await response.prepare(request)
+    await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):
         await backends.oplog.told(future.parent, int(future.seq))
 

@@ -69,9 +69,7 @@ async def create_model(request: web.Request) -> web.Response:
 async def get_info(request: web.Request) -> web.Response:
     backends = request.app[BACKENDS]
     wanted = parse(ModelId, await read_body(request, MAX_JSON_BODY))
-    run = await backends.run(request[TENANT], wanted.model_id)
-    if not run.base_model:
-        raise NotFound(f"model_id={wanted.model_id!r}")
+    run = await backends.live_run(request[TENANT], wanted.model_id)
     facts = run.facts
     return json_response(
         {
@@ -103,7 +101,7 @@ async def forward_backward(request: web.Request) -> web.Response:
     message = await off_loop_if_large(len(body), parse_forward_backward, body)
     if message.seq_id < 1:
         raise InvalidField("seq_id: must be 1 or more")
-    run = await backends.run(tenant, message.model_id)
+    run = await backends.live_run(tenant, message.model_id)
     problem: LuthierError | None = None
     try:
         limits = backends.limits_of(run.facts)
@@ -168,7 +166,7 @@ async def load_weights(request: web.Request) -> web.Response:
 
 async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any]) -> web.Response:
     run_id, seq = ids_of(value)
-    run = await backends.run(tenant, run_id)
+    run = await backends.live_run(tenant, run_id)
     problem: LuthierError | None = None
     body = b""
     try:
@@ -203,7 +201,7 @@ async def _submit_json(request: web.Request, model: type[WireModel], kind: Kind)
     backends, tenant = request.app[BACKENDS], request[TENANT]
     value = read_object(await read_body(request, MAX_JSON_BODY))
     run_id, seq = ids_of(value)
-    run = await backends.run(tenant, run_id)
+    run = await backends.live_run(tenant, run_id)
     problem: LuthierError | None = None
     body = b""
     try:
@@ -277,7 +275,7 @@ async def _use_up_seq(backends: Backends, tenant: str, error: OversizeBody) -> N
     if ids is None:
         return
     run_id, seq = ids
-    run = await backends.run(tenant, run_id)
+    run = await backends.live_run(tenant, run_id)
     await submit(
         backends,
         tenant,
