@@ -278,7 +278,8 @@ class ModelInput(WireModel):
     @model_validator(mode="before")
     @classmethod
     def _text_only(cls, value: Any) -> Any:
-        for chunk in value.get("chunks") or () if isinstance(value, dict) else ():
+        chunks = value.get("chunks") if isinstance(value, dict) else None
+        for chunk in chunks if isinstance(chunks, list) else ():
             if isinstance(chunk, dict) and "tokens" not in chunk:
                 kind = chunk.get("type") or next(iter(chunk), "empty")
                 raise ValueError(f"chunk of type {kind!r} is not supported; use encoded_text")
