@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ async def service_lifetime() -> AsyncIterator[asyncio.Event]:
     the other end, so no part outlives it, however it dies.
     """
     stop = asyncio.Event()
+    faulthandler.register(signal.SIGUSR1)  # `kill -USR1 PID` writes every thread's stack to the log
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

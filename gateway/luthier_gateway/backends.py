@@ -7,7 +7,6 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 from aiohttp import web
-from luthier_core.registry_client import RegistryClient
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs
@@ -16,6 +15,7 @@ from luthier_core.errors import BadRequest, NotFound, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import Oplog, RunHeader
 from luthier_core.records import SamplerRecord
+from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
 from luthier_gateway.auth import Authenticator
 
