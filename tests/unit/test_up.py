@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+from rich.console import Console
 from typer.testing import CliRunner
 
 from luthier.cli import app
@@ -28,6 +30,7 @@ from luthier.up.run import free_port, run_command
 from luthier.up.stack import Stack
 from luthier.up.status import PartStatus, StatusFile, read_status
 from luthier.up.valkey import find_server, server_config
+from luthier.up.view import LogView
 from luthier_core import keys
 from luthier_core.auth import key_hmac
 from luthier_core.blobs import open_blobs
@@ -496,6 +499,14 @@ async def test_a_valkey_that_cannot_start_is_one_clear_error(tmp_path: Path) -> 
             pass
 
     assert caught.group_contains(ConfigError, match="valkey: Bad file format")
+
+
+def test_events_are_lost_without_harm_when_nobody_can_read_them() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as broken:
+        LogView(Console(file=broken)).event("trainer-0: draining")
 
 
 # --- status and --run -----------------------------------------------------------------------------

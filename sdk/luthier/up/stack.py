@@ -151,7 +151,8 @@ class Stack:
         self.view.event(f"{part.name}: {sentence}")
         statuses = self.statuses()
         self.view.show(statuses)
-        self.status_file.write(statuses)
+        with contextlib.suppress(OSError):  # a full disk may cost a report, not the stack
+            self.status_file.write(statuses)
 
     async def _on_exit(self, part: Part) -> None:
         if complaint := last_line(part.spec.log_file):

@@ -2,13 +2,23 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 
 from luthier.up.status import PartStatus, parts_table
+
+
+@contextmanager
+def outlives_its_reader() -> Iterator[None]:
+    """A terminal that was closed must not keep the parts from draining.
+
+    rich turns a broken pipe into SystemExit.
+    """
+    with suppress(OSError, SystemExit):
+        yield
 
 
 class View(Protocol):
@@ -31,7 +41,8 @@ class LogView:
         self._console = console
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with outlives_its_reader():
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def event(self, text: str) -> None:
         self.say(f"{time.strftime('%H:%M:%S')} {text}")
@@ -48,7 +59,8 @@ class LiveView(LogView):
         self._live = live
 
     def show(self, parts: Sequence[PartStatus]) -> None:
-        self._live.update(parts_table(parts), refresh=True)
+        with outlives_its_reader():
+            self._live.update(parts_table(parts), refresh=True)
 
 
 @contextmanager
