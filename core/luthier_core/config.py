@@ -5,6 +5,7 @@ Unknown keys, wrong types and values out of range are refused with one line that
 """
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from luthier_core.errors import ConfigError
+
+MIN_SECRET_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +143,15 @@ class Config:
     def secret(self) -> bytes:
         """The server secret: API keys and service tokens are HMACs under it."""
         try:
-            return bytes.fromhex(Path(self.secret_file).read_text().strip())
+            secret = bytes.fromhex(Path(self.secret_file).read_text().strip())
         except (OSError, ValueError) as error:
             raise ConfigError(f"secret_file {self.secret_file}: {error}") from error
+        if len(secret) < MIN_SECRET_BYTES:  # an empty file is valid hex, and anybody's secret
+            raise ConfigError(
+                f"secret_file {self.secret_file}: {len(secret)} bytes; needed are "
+                f"{MIN_SECRET_BYTES}, in hex"
+            )
+        return secret
 
 
 _ENVIRON_ONLY = {"s3_access_key": "AWS_ACCESS_KEY_ID", "s3_secret_key": "AWS_SECRET_ACCESS_KEY"}
@@ -195,8 +204,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's; DEL is the one character that only TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)
 
 
