@@ -1,0 +1,67 @@
+"""SIGKILL to each part of a stack while the quickstart and samplers use it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tinker
+from tinker import types
+
+from tests.acceptance.quickstart import Ended, run_quickstart
+from tests.acceptance.stack import ANSWER_S, BASE_MODEL, Stack, running_stack
+
+
+@pytest.fixture(scope="module")
+def stack(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack for these tests alone; each of them leaves it whole again."""
+    with running_stack(tmp_path_factory.mktemp("hurt") / "data", demo_model) as own:
+        yield own
+
+
+# The registry and the sampler are needed again only after the last step: for the samples.
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [("valkey", 20), ("gateway", 40), ("trainer-0", 60), ("registry", 100), ("sampler-0", 100)],
+)
+def test_the_quickstart_survives_the_kill_of(
+    part: str, step: int, stack: Stack, undisturbed: Ended, tmp_path: Path
+) -> None:
+    restarts, moment = stack.num_restarts(part), f"step {step} of"
+
+    def kill(line: str) -> None:
+        if line.startswith(moment):
+            stack.kill(part)
+
+    ended = run_quickstart(stack, stack.api_key, tmp_path, on_line=kill)
+    stack.wait_ready()
+
+    assert ended.exit_code == 0, ended.output
+    print(f"{part}, killed after step {step}: longest wait {ended.longest_wait_s(moment):.1f} s")
+    assert ended.learnt == undisturbed.learnt
+    assert stack.num_restarts(part) == restarts + 1
+
+
+def test_samples_under_way_outlive_the_sampler(stack: Stack) -> None:
+    def submit() -> list[tinker.APIFuture[types.SampleResponse]]:
+        """Requests that end one after the other, each at the length it was given."""
+        return [
+            sampling.sample(
+                prompt=types.ModelInput.from_ints(list(range(first, first + 8))),
+                num_samples=1,
+                sampling_params=types.SamplingParams(
+                    max_tokens=64 * first, temperature=0.0, stop=[]
+                ),
+            )
+            for first in range(1, 11)
+        ]
+
+    def tokens(futures: list[tinker.APIFuture[types.SampleResponse]]) -> list[list[int]]:
+        return [future.result(timeout=ANSWER_S).sequences[0].tokens for future in futures]
+
+    with stack.service(stack.api_key) as service:
+        sampling = service.create_sampling_client(base_model=BASE_MODEL).result()
+        futures = submit()
+        first = tokens(futures[:1])
+        stack.kill("sampler-0")
+        disturbed = first + tokens(futures[1:])
+        assert disturbed == tokens(submit())
