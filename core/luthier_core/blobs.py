@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from luthier_core.config import Config
 from luthier_core.errors import ConfigError
@@ -90,7 +90,7 @@ async def open_blobs(config: Config) -> AsyncIterator[Blobs]:
         from luthier_core.disk_blobs import DiskBlobs
 
         public_url = config.public_url or f"http://{config.gateway.host}:{config.gateway.port}"
-        yield DiskBlobs(Path(url.path), public_url=public_url, secret=config.secret())
+        yield DiskBlobs(Path(unquote(url.path)), public_url=public_url, secret=config.secret())
     elif url.scheme in ("s3+http", "s3+https"):
         bucket = url.path.strip("/")
         if not url.netloc or not bucket or "/" in bucket:

@@ -33,7 +33,7 @@ MAX_BODY_BYTES = 1024 * 1024
 TENANT_HEADER = "X-Luthier-Tenant"
 
 MAX_TRIES = 12
-"""Some 8 s in all while nothing listens: the registry is back sooner when its parent restarts it."""
+"""Some 8 s in all while nothing listens: a parent restarts the registry sooner than that."""
 TIMEOUT_S = 15.0
 """Of one try: the registry waits up to 10 s for Redis."""
 

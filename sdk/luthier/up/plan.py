@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from luthier.up.folder import DataFolder
 from luthier.up.options import UpOptions
@@ -56,7 +57,7 @@ def build_config(
     """The configuration of every part; credentials come from `environ` and are not written."""
     config = Config(
         redis_url=redis_url,
-        store_url=options.s3_url or f"file://{folder.objects}",
+        store_url=options.s3_url or f"file://{quote(str(folder.objects))}",
         registry_url=f"unix://{registry_socket}",
         secret_file=str(folder.secret_file),
         models=tuple(

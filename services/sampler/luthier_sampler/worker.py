@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -57,6 +57,8 @@ class Worker:
         self._engine = engine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._jobs: dict[str, SamplingJob] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        """One per job that is being admitted or settled."""
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._adapter_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -76,7 +78,7 @@ class Worker:
             claiming.cancel()
             reclaiming.cancel()
             await self._drain()
-            for task in (stepping, stopped, lost):
+            for task in (stepping, stopped, lost, *self._tasks):
                 task.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
         await self._lease.release()
@@ -137,7 +139,7 @@ class Worker:
         for job in jobs:
             if job.request_id not in self._jobs:
                 self._jobs[job.request_id] = job
-                group.create_task(self._admit(job))
+                self._spawn(group, self._admit(job))
 
     async def _admit(self, job: SamplingJob) -> None:
         """Give the job to the engine, with its adapter; a job it refuses fails."""
@@ -177,7 +179,7 @@ class Worker:
             self._work.clear()
             while self._engine.has_work:
                 for finished in await self._on_engine(self._engine.step):
-                    group.create_task(self._finish(finished))
+                    self._spawn(group, self._finish(finished))
 
     async def _finish(self, finished: Finished) -> None:
         job = self._jobs[finished.request_id]
@@ -209,6 +211,11 @@ class Worker:
                     await self._room.wait()
 
     # --- plumbing ---------------------------------------------------------------------------------
+
+    def _spawn(self, group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
+        task = group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _on_engine(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
