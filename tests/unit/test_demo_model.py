@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from luthier_model import demo
+from luthier_model import demo, demo_build
 from luthier_model.base import load_base_model
 from luthier_model.demo_text import chat_turn, document
 
 
 def build(folder: Path, *, num_steps: int = 2) -> Path:
-    demo.build_demo_model(folder, num_steps=num_steps)
+    demo_build.build_demo_model(folder, num_steps=num_steps)
     return folder
 
 
@@ -50,7 +50,7 @@ def test_a_build_leaves_the_callers_random_numbers_and_threads_alone(tmp_path: P
 
 def test_training_lowers_the_loss(tmp_path: Path):
     losses: list[float] = []
-    demo.build_demo_model(
+    demo_build.build_demo_model(
         tmp_path / "model", num_steps=20, progress=lambda step, steps, loss: losses.append(loss)
     )
     assert len(losses) == 20
@@ -67,7 +67,7 @@ def test_the_tokenizer_is_fast_and_has_the_end_and_padding_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ):
     assert tokenizer.is_fast
-    assert len(tokenizer) == demo.VOCAB_SIZE
+    assert len(tokenizer) == demo_build.VOCAB_SIZE
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id]
@@ -91,8 +91,8 @@ def test_the_training_text_holds_none_of_the_quickstarts_phrases():
 
 def test_the_folder_loads_as_a_base_model(folder: Path, tokenizer: PreTrainedTokenizerFast):
     facts = load_base_model("luthier/demo", folder).facts
-    assert facts.vocab_size == demo.VOCAB_SIZE
-    assert facts.max_context_tokens == demo.MAX_CONTEXT_TOKENS
+    assert facts.vocab_size == demo_build.VOCAB_SIZE
+    assert facts.max_context_tokens == demo_build.MAX_CONTEXT_TOKENS
     assert facts.eos_token_ids == (tokenizer.eos_token_id,)
 
 
@@ -101,7 +101,7 @@ def test_a_build_that_stops_halfway_leaves_nothing_behind(tmp_path: Path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.build_demo_model(tmp_path / "model", num_steps=2, progress=interrupt)
+        demo_build.build_demo_model(tmp_path / "model", num_steps=2, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +132,7 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_status_2(
 
 @pytest.mark.slow
 def test_the_whole_model_answers_and_stops(tmp_path: Path):
-    demo.build_demo_model(tmp_path / "model")
+    demo_build.build_demo_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     prompt = tokenizer("User: hello\nAssistant:", return_tensors="pt")
