@@ -430,7 +430,7 @@ async def test_a_protobuf_request_without_a_seq_id_is_refused(api: Api):
     message = run.message(datum())
     message.ClearField("seq_id")
     answer = await run.post_message(message)
-    assert answer.status == 400
+    assert answer.status == 422
     assert "seq_id" in answer.detail
 
 
