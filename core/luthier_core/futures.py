@@ -76,6 +76,7 @@ class Futures:
         self._hints = Hints(client, lambda channel, seq: self._notify((channel, seq)))
         self._idle_rechecks: Counter[str] = Counter()
         self._waiting: dict[tuple[str, str], _Waiting] = {}
+        self._ending = False
 
     async def outcome(self, future: FutureId) -> Outcome | None:
         """The outcome if it is there, else None."""
@@ -94,7 +95,7 @@ class Futures:
             async with asyncio.timeout(timeout_s):
                 # Subscribe, then read, then wait: an outcome stored in between is never missed.
                 await self._hints.subscribe(future.channel)
-                while (outcome := await self.outcome(future)) is None:
+                while (outcome := await self.outcome(future)) is None and not self._ending:
                     await event.wait()
                     event.clear()
                 return outcome
@@ -104,6 +105,12 @@ class Futures:
             waiting.events.discard(event)
             if not waiting.events:
                 self._waiting.pop(key, None)
+
+    def end_waits(self) -> None:
+        """From now on nobody waits: who does gets None at once. For a process that stops."""
+        self._ending = True
+        for key in self._waiting:
+            self._notify(key)
 
     @property
     def num_waiting(self) -> int:
