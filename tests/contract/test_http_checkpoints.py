@@ -212,10 +212,9 @@ async def test_checkpoints_come_in_pages_latest_first(api: Api):
     for index in range(5):
         await save(run, f"c{index}")
     whole = (await api.get("checkpoints?limit=1000")).json()
-    mine = [
-        row["checkpoint_id"] for row in whole["checkpoints"] if run.run_id in row["tinker_path"]
-    ]
-    assert mine == [f"weights/c{index}" for index in reversed(range(5))]
+    paths = [row["tinker_path"] for row in whole["checkpoints"]]
+    latest_first = [f"tinker://{run.run_id}/weights/c{index}" for index in (4, 3, 2, 1, 0)]
+    assert [path for path in paths if run.run_id in path] == latest_first
     assert whole["cursor"] == {
         "offset": 0,
         "limit": 1000,
