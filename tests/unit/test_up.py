@@ -412,7 +412,8 @@ async def test_a_stopped_stack_leaves_no_process_not_even_a_deaf_one_or_a_grandc
     )
     specs = [part(tmp_path, "trainer-0", deaf), part(tmp_path, "registry", SLEEP)]
     async with running(specs, redis_url, tmp_path, grace_s=0.2) as (stack, view):
-        await until(lambda: has_said(specs[0], "deaf"))
+        # It may speak before its parent's own call that starts it has returned.
+        await until(lambda: has_said(specs[0], "deaf") and stack.parts[0].pid is not None)
         family = psutil.Process().children(recursive=True)
         assert len([process for process in family if "-c" in process.cmdline()]) == 3
 
