@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from luthier_core.registry_client import RegistryClient
 
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
+from luthier_core.registry_client import RegistryClient
 from luthier_gateway import futures, health, rest, sampling, sessions, training
 from luthier_gateway.auth import Authenticator
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
