@@ -134,6 +134,14 @@ def test_port_0_is_a_port_that_one_can_listen_on() -> None:
 # --- the data folder ------------------------------------------------------------------------------
 
 
+def test_what_a_killed_stack_said_of_itself_is_gone_before_the_next_one_is_ready(tmp_path: Path):
+    (tmp_path / "endpoint").write_text("http://127.0.0.1:1\n")
+    (tmp_path / "status.json").write_text("{}")
+    with open_data_folder(tmp_path) as folder:
+        assert not folder.endpoint_file.exists()
+        assert read_status(tmp_path) is None
+
+
 def test_secrets_and_data_folder_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     with open_data_folder(tmp_path / "new" / "data") as folder:
         folder.secret()

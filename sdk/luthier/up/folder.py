@@ -56,8 +56,10 @@ class DataFolder:
     def log_file(self, part: str) -> Path:
         return self.logs / f"{part}.log"
 
-    def rotate_logs(self) -> None:
-        """Moves every log of the last stack aside, one generation deep."""
+    def clear_last(self) -> None:
+        """Forgets where a killed stack listened; moves the last logs aside, one generation deep."""
+        self.endpoint_file.unlink(missing_ok=True)
+        self.status_file.unlink(missing_ok=True)
         for log in self.logs.glob("*.log"):
             log.replace(log.with_suffix(".log.old"))
 
@@ -77,7 +79,7 @@ def open_data_folder(path: Path) -> Iterator[DataFolder]:
         try:
             for sub in (folder.logs, folder.models, folder.objects, folder.valkey):
                 sub.mkdir(mode=0o700, exist_ok=True)
-            folder.rotate_logs()
+            folder.clear_last()
         except OSError as error:
             raise ConfigError(f"--data {path}: {error.filename}: {error.strerror}") from error
         yield folder
