@@ -29,7 +29,8 @@ local function field_of(fields, name)
   end
 end
 
--- Per-seq fields of the header: d:{seq} = digest and payload bytes, x:{seq} = the op failed.
+-- Per-seq fields of the header, deleted by trim: d:{seq} = digest and payload bytes, x:{seq} = the
+-- op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death.
 local function remember(header, seq, digest, bytes)
   redis.call('HSET', header, 'd:' .. seq, string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes)
 end
@@ -163,24 +164,125 @@ local function release(keys, args)
   return 'OK'
 end
 
--- commit(header, outcome, channel; epoch, seq, ttl ms, outcome fields ...)
--- -> OK | ALREADY | FENCED | ORDER. The only writer of an outcome, and it writes once.
-local function commit(keys, args)
-  local header, outcome, channel = keys[1], keys[2], keys[3]
-  local epoch, seq = tonumber(args[1]), tonumber(args[2])
+-- What `begin` notes about an attempt. -> attempts so far, deaths so far
+local function note_attempt(header, seq)
+  local attempts = redis.call('HINCRBY', header, 'n:' .. seq, 1)
+  return attempts, num(redis.call('HGET', header, 'b:' .. seq), 0)
+end
+
+-- begin(header; epoch, seq) -> {OK, attempts, deaths} | {FENCED} | {ALREADY} | {ORDER}
+-- The owner is about to execute this op: what it does outside of Redis is its own from here on.
+local function begin(keys, args)
+  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
-  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
-  if seq <= num(h[3]) then return 'ALREADY' end
-  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return 'ORDER' end
-  local fields = rest(args, 4)
+  if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
+  if seq <= num(h[3]) then return { 'ALREADY' } end
+  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
+  return { 'OK', note_attempt(header, seq) }
+end
+
+-- One outcome, written once: shared by commit and fail_range.
+local function store_outcome(header, outcome, channel, seq, ttl, fields)
   redis.call('HSET', outcome, unpack(fields))
-  redis.call('PEXPIRE', outcome, args[3])
+  redis.call('PEXPIRE', outcome, ttl)
   local _, bytes = recall(header, seq)
   redis.call('HSET', header, 'committed', seq)
   redis.call('HINCRBY', header, 'bytes', -bytes)
+  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq)
   -- Replay follows the recorded outcome, which outlives the outcome's own record.
   if field_of(fields, 'state') == 'failed' then redis.call('HSET', header, 'x:' .. seq, 1) end
   redis.call('SPUBLISH', channel, seq)
+end
+
+-- commit(header, outcome, channel; epoch, seq, ttl ms, next seq to begin or -1, outcome fields ...)
+-- -> {OK, attempts, deaths of the next} | {ALREADY} | {FENCED} | {ORDER}
+-- The only writer of an outcome, and it writes once.
+local function commit(keys, args)
+  local header = keys[1]
+  local epoch, seq, next_seq = tonumber(args[1]), tonumber(args[2]), tonumber(args[4])
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
+  if seq <= num(h[3]) then return { 'ALREADY' } end
+  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
+  store_outcome(header, keys[2], keys[3], seq, args[3], rest(args, 5))
+  if next_seq == seq + 1 and next_seq <= num(h[2]) then
+    return { 'OK', note_attempt(header, next_seq) }
+  end
+  return { 'OK', 0, 0 }
+end
+
+-- blame(header; epoch, seq) -> deaths so far | -1 if fenced | -2 if this op is not under way
+-- The engine died while it executed this op.
+local function blame(keys, args)
+  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return -1 end
+  if seq ~= num(h[2]) + 1 then return -2 end
+  return redis.call('HINCRBY', header, 'b:' .. seq, 1)
+end
+
+-- trim(header, log; epoch, seq) -> OK | FENCED | ORDER
+-- A snapshot at or after seq is confirmed: the log and the per-seq fields up to it are not needed.
+local function trim(keys, args)
+  local header, log, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'committed', 'trimmed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if seq > num(h[2]) then return 'ORDER' end
+  for s = num(h[3], -1) + 1, seq do
+    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 'n:' .. s, 'b:' .. s)
+  end
+  if seq > num(h[3], -1) then redis.call('HSET', header, 'trimmed', seq) end
+  redis.call('XTRIM', log, 'MINID', entry_id(seq + 1))
+  return 'OK'
+end
+
+-- ffwd(header, parked; epoch, seq) -> OK | FENCED | ALREADY
+-- Redis was rolled back behind a snapshot: the effects up to seq are in it, the ids are used up.
+local function ffwd(keys, args)
+  local header, parked, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if seq <= num(h[3]) then return 'ALREADY' end
+  for _, s in ipairs(redis.call('HKEYS', parked)) do
+    if tonumber(s) <= seq then redis.call('HDEL', parked, s) end
+  end
+  redis.call('HSET', header, 'committed', seq)
+  if seq > num(h[2]) then redis.call('HSET', header, 'admitted', seq) end
+  return 'OK'
+end
+
+-- publish(header; epoch, seq, key) -> OK | FENCED | STALE
+-- The in-flight sampler weights of a run move forward, never back.
+local function publish(keys, args)
+  local h = redis.call('HMGET', keys[1], 'epoch', 'published_epoch', 'published_seq')
+  local epoch, seq = tonumber(args[1]), tonumber(args[2])
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  local e, s = num(h[2], -1), num(h[3], -1)
+  if epoch < e or (epoch == e and seq <= s) then return 'STALE' end
+  redis.call('HSET', keys[1], 'published_epoch', epoch, 'published_seq', seq, 'published', args[3])
+  return 'OK'
+end
+
+-- fail_range(header, parked, channel, outcome ...; epoch, first seq, ttl ms, status, fields ...)
+-- -> OK | ALREADY | FENCED | ORDER. Fail consecutive seqs from committed+1 on, one per outcome key,
+-- whether they are admitted, parked or never arrived; the run's status becomes `status`.
+local function fail_range(keys, args)
+  local header, parked, channel = keys[1], keys[2], keys[3]
+  local epoch, first, last = tonumber(args[1]), tonumber(args[2]), tonumber(args[2]) + #keys - 4
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if last <= num(h[3]) then return 'ALREADY' end
+  if first ~= num(h[3]) + 1 then return 'ORDER' end
+  local fields = rest(args, 5)
+  for seq = first, last do
+    if redis.call('HDEL', parked, seq) == 1 then
+      local _, bytes = recall(header, seq)
+      redis.call('HINCRBY', header, 'parked_bytes', -bytes)
+    end
+    store_outcome(header, keys[4 + seq - first], channel, seq, args[3], fields)
+  end
+  if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end
+  redis.call('HSET', header, 'status', args[4])
   return 'OK'
 end
 
@@ -259,7 +361,13 @@ redis.register_function('lu1_reject_run', reject_run)
 redis.register_function('lu1_acquire', acquire)
 redis.register_function { function_name = 'lu1_release', callback = release, flags = { 'allow-oom' } }
 -- Results can be committed and memory freed when Redis is full.
+redis.register_function { function_name = 'lu1_begin', callback = begin, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_commit', callback = commit, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_blame', callback = blame, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_trim', callback = trim, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_ffwd', callback = ffwd, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_publish', callback = publish, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_fail_range', callback = fail_range, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_told', callback = told, flags = { 'allow-oom' } }
 redis.register_function('lu1_enqueue', enqueue)
 redis.register_function { function_name = 'lu1_settle', callback = settle, flags = { 'allow-oom' } }

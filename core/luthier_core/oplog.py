@@ -93,6 +93,22 @@ class RunHeader:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The answer of begin and commit."""
+
+    status: str
+    """OK | ALREADY | FENCED | ORDER"""
+    attempts: int = 0
+    """How often the op that was begun has been, now included; 0 if none was."""
+    deaths: int = 0
+    """How many of those ended with the engine's death."""
+
+    @classmethod
+    def from_reply(cls, reply: Sequence[Any]) -> Self:
+        return cls(reply[0].decode(), *(int(number) for number in reply[1:]))
+
+
 HEADER_FIELDS = [field.name for field in dataclasses.fields(RunHeader)]
 
 
@@ -161,8 +177,18 @@ class Oplog:
         """Whether the run, held under `epoch` and with nothing pending, has no owner now."""
         return bool(await self._call("release", [keys.run_header(run_id)], [epoch]) == b"OK")
 
-    async def commit(self, run_id: str, epoch: int, seq: int, outcome: Outcome) -> str:
-        """Store the outcome and move the run's cursor. OK | ALREADY | FENCED | ORDER."""
+    async def begin(self, run_id: str, epoch: int, seq: int) -> Attempt:
+        """Note that the owner is about to execute this op: OK | ALREADY | FENCED | ORDER."""
+        reply = await self._call("begin", [keys.run_header(run_id)], [epoch, seq])
+        return Attempt.from_reply(reply)
+
+    async def commit(
+        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
+    ) -> Attempt:
+        """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
+
+        With `begin_next` an OK also begins seq + 1 if it is admitted: one write instead of two.
+        """
         reply = await self._call(
             "commit",
             [
@@ -170,7 +196,45 @@ class Oplog:
                 keys.run_outcome(run_id, seq),
                 keys.run_done(run_id),
             ],
-            [epoch, seq, OUTCOME_TTL_MS, *_flat(outcome.fields())],
+            [epoch, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, *_flat(outcome.fields())],
+        )
+        return Attempt.from_reply(reply)
+
+    async def blame(self, run_id: str, epoch: int, seq: int) -> int:
+        """How often the engine has died of this op, now included; negative if it is not ours."""
+        return int(await self._call("blame", [keys.run_header(run_id)], [epoch, seq]))
+
+    async def trim(self, run_id: str, epoch: int, seq: int) -> str:
+        """Drop the log up to seq: a snapshot at or after it is confirmed. OK | FENCED | ORDER."""
+        call_keys = [keys.run_header(run_id), keys.run_log(run_id)]
+        return cast(bytes, await self._call("trim", call_keys, [epoch, seq])).decode()
+
+    async def ffwd(self, run_id: str, epoch: int, seq: int) -> str:
+        """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED."""
+        call_keys = [keys.run_header(run_id), keys.run_parked(run_id)]
+        return cast(bytes, await self._call("ffwd", call_keys, [epoch, seq])).decode()
+
+    async def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:
+        """Move the in-flight sampler weights forward, never back. OK | STALE | FENCED."""
+        reply = await self._call("publish", [keys.run_header(run_id)], [epoch, seq, key])
+        return cast(bytes, reply).decode()
+
+    async def fail_range(
+        self, run_id: str, epoch: int, seqs: range, outcome: Outcome, *, status: str
+    ) -> str:
+        """Fail consecutive seqs from committed + 1 on, admitted or not, and set the run's status.
+
+        OK | ALREADY | FENCED | ORDER.
+        """
+        reply = await self._call(
+            "fail_range",
+            [
+                keys.run_header(run_id),
+                keys.run_parked(run_id),
+                keys.run_done(run_id),
+                *(keys.run_outcome(run_id, seq) for seq in seqs),
+            ],
+            [epoch, seqs.start, OUTCOME_TTL_MS, status, *_flat(outcome.fields())],
         )
         return cast(bytes, reply).decode()
 

@@ -307,7 +307,7 @@ class Worker:
         run_id, epoch = run.context.run_id, run.context.epoch
         while True:
             try:
-                status = await self._oplog.commit(run_id, epoch, op.seq, outcome)
+                status = (await self._oplog.commit(run_id, epoch, op.seq, outcome)).status
                 break
             except REDIS_ERRORS:
                 log.warning("redis is away; committing seq %d of %s again", op.seq, run_id)
