@@ -1,5 +1,7 @@
 """What the handlers of one gateway process share: connections and caches."""
 
+import contextlib
+import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from luthier_core.blobs import Blobs
 from luthier_core.config import Config
 from luthier_core.errors import BadRequest, NotFound, Unavailable
 from luthier_core.futures import Futures
-from luthier_core.oplog import Oplog, RunHeader
+from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
@@ -22,6 +24,7 @@ from luthier_gateway.auth import Authenticator
 T = TypeVar("T")
 
 CACHE_ENTRIES = 10_000
+_RUN_ID = re.compile(r"[0-9a-zA-Z_-]{1,64}:train:\d{1,10}", re.ASCII)
 
 
 class Cache(Generic[T]):
@@ -75,10 +78,11 @@ class Backends:
 
     async def run(self, tenant: str, run_id: str, field: str = "model_id") -> RunFacts:
         """The run, if it is the tenant's; NotFound otherwise, the same for absent and foreign."""
-        run = await self._runs.get(run_id)
-        if run.tenant != tenant:
-            raise NotFound(f"{field}={run_id!r}")
-        return run
+        with contextlib.suppress(NotFound):
+            run = await self._runs.get(run_id)
+            if run.tenant == tenant:
+                return run
+        raise NotFound(f"{field}={run_id[:100]!r}")
 
     async def live_run(self, tenant: str, run_id: str) -> RunFacts:
         """The tenant's run, as one that takes ops; BadRequest if its creation had failed."""
@@ -110,7 +114,8 @@ class Backends:
         )
 
     async def _load_run(self, run_id: str) -> RunFacts:
-        header: RunHeader | None = await self.oplog.header(run_id)
+        # Only ids of ours are looked up: the header of a session has a key of the same form.
+        header = await self.oplog.header(run_id) if _RUN_ID.fullmatch(run_id) else None
         if header is None:
             raise NotFound(f"model_id={run_id!r}")
         return RunFacts(header.tenant, header.base_model, dict(header.facts))

@@ -1,12 +1,21 @@
-"""The object stores that one contract suite runs on."""
+"""The object stores that one contract suite runs on, and a gateway to speak HTTP with."""
 
-from collections.abc import AsyncIterator, Iterator
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp.test_utils import TestServer
 
 from luthier_core.blobs import Blobs
 from luthier_core.disk_blobs import DiskBlobs
+from luthier_gateway.app import build_app
+from tests.contract.gateway_client import Api
+from tests.contract.gateway_stack import KEYS, GatewayStack, running_gateway_stack
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +55,51 @@ async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield store
         async for info in store.list(""):
             await store.delete(info.key)
+
+
+@pytest.fixture(scope="session")
+def gateway_stack() -> Iterator[GatewayStack]:
+    """A whole stack that all tests share and leave running."""
+    with (
+        tempfile.TemporaryDirectory(prefix="lu-gw-") as folder,
+        running_gateway_stack(Path(folder)) as stack,
+    ):
+        yield stack
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        yield session
+
+
+@pytest.fixture
+def api(gateway_stack: GatewayStack, http: aiohttp.ClientSession) -> Api:
+    """The gateway with a good key."""
+    return Api(http, gateway_stack.url, KEYS["ann"])
+
+
+@pytest.fixture
+def stranger(gateway_stack: GatewayStack, http: aiohttp.ClientSession) -> Api:
+    """The gateway with the good key of another tenant."""
+    return Api(http, gateway_stack.url, KEYS["bob"])
+
+
+@pytest.fixture
+def keyless(gateway_stack: GatewayStack, http: aiohttp.ClientSession) -> Api:
+    return Api(http, gateway_stack.url, None)
+
+
+@pytest.fixture
+async def second_gateway(
+    gateway_stack: GatewayStack, http: aiohttp.ClientSession
+) -> AsyncIterator[Callable[..., Any]]:
+    """Starts one more gateway on the same stack, with parts of its configuration changed."""
+    async with contextlib.AsyncExitStack() as servers:
+
+        async def start(**changes: Any) -> Api:
+            app = build_app(replace(gateway_stack.config, **changes))
+            server = await servers.enter_async_context(TestServer(app))
+            return Api(http, str(server.make_url("")).rstrip("/"), KEYS["ann"])
+
+        yield start

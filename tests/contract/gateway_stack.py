@@ -1,0 +1,175 @@
+"""A gateway with everything behind it, as processes: registry, trainer, sampler, Valkey, disk."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from luthier_core import keys
+from luthier_core.auth import key_hmac
+from luthier_core.blobs import open_blobs
+from luthier_core.config import Config, GatewayConfig, LimitsConfig, ModelConfig, dump_config
+from luthier_core.records import ApiKeyRecord
+from luthier_core.testing import running_valkey
+from tests.contract.gateway_client import BASE_MODEL
+
+KEYS = {"ann": "tml-key-of-ann", "bob": "tml-key-of-bob"}
+"""Tenant -> its API key."""
+
+LETTERS = [chr(code) for code in range(33, 127)]
+"""Token id -> what it decodes to; one token more is the end of a sequence."""
+EOS = len(LETTERS)
+VOCAB_SIZE = EOS + 1
+MAX_CONTEXT_TOKENS = 64
+
+LIMITS = LimitsConfig(
+    max_rank=16, max_datums=8, max_num_samples=32, max_seq_ahead=64, max_pending_ops=48
+)
+MAX_BODY_BYTES = 256 * 1024
+POLL_HOLD_S = 1.0
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+
+_ENVIRON = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStack:
+    """What is running."""
+
+    config: Config
+    url: str
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A random Qwen3 with a tokenizer of one printable character a token."""
+    torch.manual_seed(11)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=MAX_CONTEXT_TOKENS,
+            initializer_range=0.1,
+            eos_token_id=EOS,
+        )
+    )
+    model.save_pretrained(folder)
+    vocab = {letter: index for index, letter in enumerate(LETTERS)} | {"<eos>": EOS}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def running_gateway_stack(folder: Path) -> Iterator[GatewayStack]:
+    """All parts, ready; `folder` must have a short path, for the sockets in it."""
+    with running_valkey() as redis_url:
+        config = _configure(folder, redis_url)
+        stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}")
+        with contextlib.ExitStack() as processes:
+            for role in ("registry", "gateway"):
+                processes.enter_context(_running(folder, role))
+            for role in ("trainer", "sampler"):
+                processes.enter_context(_running(folder, role, "--model", BASE_MODEL))
+            _wait_until_healthy(stack, folder)
+            yield stack
+
+
+def _configure(folder: Path, redis_url: str) -> Config:
+    """Writes the configuration, the secret, the model and the records of the API keys."""
+    save_tiny_model(folder / "model")
+    secret = os.urandom(32)
+    (folder / "secret").write_text(secret.hex())
+    config = Config(
+        redis_url=redis_url,
+        store_url=f"file://{folder}/objects",
+        registry_url=f"unix://{folder}/registry.sock",
+        secret_file=str(folder / "secret"),
+        models=(ModelConfig(name=BASE_MODEL, path=str(folder / "model"), dtype="float32"),),
+        gateway=GatewayConfig(
+            port=_free_port(), max_body_bytes=MAX_BODY_BYTES, poll_hold_s=POLL_HOLD_S
+        ),
+        limits=LIMITS,
+    )
+    (folder / "config.toml").write_text(dump_config(config))
+    asyncio.run(_store_keys(config))
+    return config
+
+
+async def _store_keys(config: Config) -> None:
+    async with open_blobs(config) as blobs:
+        for tenant, key in KEYS.items():
+            record = ApiKeyRecord(tenant=tenant, created_at=datetime.now(UTC))
+            name = keys.api_key_record(key_hmac(config.secret(), key))
+            await blobs.put(name, record.to_bytes())
+
+
+@contextlib.contextmanager
+def _running(folder: Path, role: str, *arguments: str) -> Iterator[None]:
+    """One service; the end of its standard input stops it, however this process ends."""
+    argv = [sys.executable, "-m", f"luthier_{role}", "--config", str(folder / "config.toml")]
+    with (folder / f"{role}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*argv, "--name", role, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **_ENVIRON},
+        )
+    assert process.stdin is not None
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
+    """Returns once every part is ready; TimeoutError with the parts' last words."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{stack.url}/api/v1/healthz", timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()
+        except OSError:
+            pass
+        time.sleep(0.05)
+    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    raise TimeoutError(f"the stack did not get ready: {logs}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
