@@ -29,16 +29,17 @@ local function field_of(fields, name)
   end
 end
 
--- Per-seq fields of the header, deleted by trim: d:{seq} = digest and payload bytes, x:{seq} = the
--- op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death.
-local function remember(header, seq, digest, bytes)
-  redis.call('HSET', header, 'd:' .. seq, string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes)
+-- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
+-- admission, x:{seq} = the op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death.
+local function remember(header, seq, digest, bytes, now)
+  local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
+  redis.call('HSET', header, 'd:' .. seq, known)
 end
 
 local function recall(header, seq)
   local value = redis.call('HGET', header, 'd:' .. seq)
   if not value then return nil, 0 end
-  local digest, bytes = string.match(value, '^(%S+) (%d+)$')
+  local digest, bytes = string.match(value, '^(%S+) (%d+)')
   return digest, tonumber(bytes)
 end
 
@@ -52,20 +53,20 @@ local function append(log, seq, fields)
 end
 
 -- admit(header, log, parked, news channel; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
---       max_parked_bytes, header fields as JSON for op 0 or '', entry fields ...)
+--       max_parked_bytes, now ms, header fields as JSON for op 0 or '', entry fields ...)
 -- -> {status, owner, admitted}. OK | DUP | MISMATCH | NORUN | FAR | BUSY | FULL | DEAD
 local function admit(keys, args)
   local header, log, parked = keys[1], keys[2], keys[3]
   local tenant, seq, digest, bytes = args[1], tonumber(args[2]), args[3], tonumber(args[4])
   local max_ahead, max_ops = tonumber(args[5]), tonumber(args[6])
   local max_bytes, max_parked_bytes = tonumber(args[7]), tonumber(args[8])
-  local fields = rest(args, 10)
+  local now, fields = args[9], rest(args, 11)
 
   local h = redis.call('HMGET', header, 'tenant', 'admitted', 'committed', 'bytes', 'told', 'owner',
     'status', 'parked_bytes')
   if not h[1] then
-    if seq ~= 0 or args[9] == '' then return { 'NORUN', '', -1 } end
-    for name, value in pairs(cjson.decode(args[9])) do
+    if seq ~= 0 or args[10] == '' then return { 'NORUN', '', -1 } end
+    for name, value in pairs(cjson.decode(args[10])) do
       redis.call('HSET', header, name, value)
     end
     redis.call('HSET', header, 'tenant', tenant, 'status', 'active', 'epoch', 0, 'owner', '',
@@ -93,12 +94,13 @@ local function admit(keys, args)
     return { 'FULL', owner, admitted }
   end
 
-  remember(header, seq, digest, bytes)
+  remember(header, seq, digest, bytes, now)
   redis.call('HINCRBY', header, 'bytes', bytes)
   fields[#fields + 1] = 'told'
   fields[#fields + 1] = h[5]
   if seq > admitted + 1 then
     redis.call('HSET', parked, seq, cmsgpack.pack(fields))
+    redis.call('HSETNX', header, 'gap_since', now)
     redis.call('HINCRBY', header, 'parked_bytes', bytes)
     return { 'OK', owner, admitted }
   end
@@ -115,6 +117,10 @@ local function admit(keys, args)
     redis.call('HINCRBY', header, 'parked_bytes', -freed)
   end
   redis.call('HSET', header, 'admitted', admitted)
+  if fills_gap then -- another gap may be left above
+    redis.call('HDEL', header, 'gap_since')
+    if redis.call('HLEN', parked) > 0 then redis.call('HSET', header, 'gap_since', now) end
+  end
   redis.call('SPUBLISH', keys[4], admitted)
   return { 'OK', owner, admitted }
 end
@@ -135,7 +141,7 @@ local function reject_run(keys, args)
   end
   redis.call('HSET', header, 'tenant', tenant, 'status', 'failed', 'epoch', 0, 'owner', '',
     'admitted', 0, 'committed', 0, 'bytes', 0, 'parked_bytes', 0, 'told', -1, 'x:0', 1)
-  remember(header, 0, digest, 0)
+  remember(header, 0, digest, 0, 0)
   redis.call('HSET', outcome, unpack(rest(args, 5)))
   redis.call('PEXPIRE', outcome, args[4])
   redis.call('PEXPIRE', header, args[4])
@@ -236,6 +242,10 @@ local function trim(keys, args)
   return 'OK'
 end
 
+local function forget_gap(header, parked)
+  if redis.call('HLEN', parked) == 0 then redis.call('HDEL', header, 'gap_since') end
+end
+
 -- ffwd(header, parked; epoch, seq) -> OK | FENCED | ALREADY
 -- Redis was rolled back behind a snapshot: the effects up to seq are in it, the ids are used up.
 local function ffwd(keys, args)
@@ -248,6 +258,7 @@ local function ffwd(keys, args)
   end
   redis.call('HSET', header, 'committed', seq)
   if seq > num(h[2]) then redis.call('HSET', header, 'admitted', seq) end
+  forget_gap(header, parked)
   return 'OK'
 end
 
@@ -283,6 +294,7 @@ local function fail_range(keys, args)
   end
   if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end
   redis.call('HSET', header, 'status', args[4])
+  forget_gap(header, parked)
   return 'OK'
 end
 
@@ -295,16 +307,24 @@ local function told(keys, args)
   return 'OK'
 end
 
--- enqueue(header, outcome, jobs; tenant, seq, digest, max jobs, ttl ms, header fields as JSON or '',
---         job fields ...) -> OK | DUP | MISMATCH | NOSESSION | BUSY
+-- Append to the completions of one clone of a sampling session. Ids are dense: 1-0, 2-0, ...
+local function complete(header, completions, clone, seq, state, size, ttl)
+  local position = redis.call('HINCRBY', header, 'completed:' .. clone, 1)
+  redis.call('XADD', completions, position .. '-0', 'seq', seq, 'state', state, 'size', size)
+  redis.call('PEXPIRE', completions, ttl)
+end
+
+-- enqueue(header, outcome, jobs, completions; tenant, seq, digest, clone, max jobs, ttl ms, now ms,
+--         header fields as JSON or '', job fields ...) -> OK | DUP | MISMATCH | NOSESSION | BUSY
 -- With job fields that begin with `state`, they are an outcome: the request was refused.
 local function enqueue(keys, args)
   local header, outcome, jobs = keys[1], keys[2], keys[3]
-  local tenant, digest, fields = args[1], string.sub(args[3], 1, DIGEST_CHARS), rest(args, 7)
+  local tenant, seq, digest = args[1], args[2], string.sub(args[3], 1, DIGEST_CHARS)
+  local fields = rest(args, 9)
   local known = redis.call('HGET', header, 'tenant')
   if not known then
-    if args[6] == '' then return 'NOSESSION' end
-    for name, value in pairs(cjson.decode(args[6])) do
+    if args[8] == '' then return 'NOSESSION' end
+    for name, value in pairs(cjson.decode(args[8])) do
       redis.call('HSET', header, name, value)
     end
     redis.call('HSET', header, 'tenant', tenant)
@@ -315,30 +335,52 @@ local function enqueue(keys, args)
   if first then return first == digest and 'DUP' or 'MISMATCH' end
   if fields[1] == 'state' then
     redis.call('HSET', outcome, 'request', digest, unpack(fields))
-    redis.call('PEXPIRE', outcome, args[5])
+    redis.call('PEXPIRE', outcome, args[6])
+    complete(header, keys[4], args[4], seq, 'failed', field_of(fields, 'size'), args[6])
     return 'OK'
   end
-  if redis.call('XLEN', jobs) >= tonumber(args[4]) then return 'BUSY' end
-  redis.call('HSET', outcome, 'request', digest, 'state', 'queued')
-  redis.call('PEXPIRE', outcome, args[5])
-  redis.call('XADD', jobs, '*', 'seq', args[2], unpack(fields))
+  if redis.call('XLEN', jobs) >= tonumber(args[5]) then return 'BUSY' end
+  local entry = redis.call('XADD', jobs, '*', 'seq', seq, 'clone', args[4], unpack(fields))
+  redis.call('HSET', outcome, 'request', digest, 'state', 'queued', 'entry', entry, 'at', args[7])
+  redis.call('PEXPIRE', outcome, args[6])
   return 'OK'
 end
 
--- settle(outcome, jobs, channel; seq, group, entry id, ttl ms, outcome fields ...) -> OK | ALREADY
+-- One outcome of a sampling job, unless it has one. -> whether this is it
+local function store_sample(keys, seq, clone, ttl, fields)
+  local header, outcome, completions, channel = keys[1], keys[2], keys[4], keys[5]
+  local state = redis.call('HGET', outcome, 'state')
+  if state and state ~= 'queued' then return false end
+  redis.call('HSET', outcome, unpack(fields))
+  redis.call('PEXPIRE', outcome, ttl)
+  local done = field_of(fields, 'state') == 'completed' and 'finished' or 'failed'
+  complete(header, completions, clone, seq, done, field_of(fields, 'size'), ttl)
+  redis.call('SPUBLISH', channel, seq)
+  return true
+end
+
+-- settle(header, outcome, jobs, completions, channel; seq, clone, group, entry id, ttl ms,
+--        outcome fields ...) -> OK | ALREADY
 -- The first outcome of a sampling job wins; the job leaves the stream in the same step.
 local function settle(keys, args)
-  local outcome, jobs, channel = keys[1], keys[2], keys[3]
-  local state = redis.call('HGET', outcome, 'state')
-  local done = state and state ~= 'queued'
-  if not done then
-    redis.call('HSET', outcome, unpack(rest(args, 5)))
-    redis.call('PEXPIRE', outcome, args[4])
-    redis.call('SPUBLISH', channel, args[1])
-  end
-  redis.call('XACK', jobs, args[2], args[3])
-  redis.call('XDEL', jobs, args[3])
-  return done and 'ALREADY' or 'OK'
+  local stored = store_sample(keys, args[1], args[2], args[5], rest(args, 6))
+  redis.call('XACK', keys[3], args[3], args[4])
+  redis.call('XDEL', keys[3], args[4])
+  return stored and 'OK' or 'ALREADY'
+end
+
+-- cancel(header, outcome, jobs, completions, channel, cancel channel; seq, clone, group, ttl ms,
+--        request id, outcome fields ...) -> OK | ALREADY
+-- An unknown or finished sample stays as it is. A queued one is taken off the stream; whichever
+-- sampler may be at work on it is hinted, and what it settles later changes nothing.
+local function cancel(keys, args)
+  local entry = redis.call('HGET', keys[2], 'entry')
+  if not entry then return 'ALREADY' end
+  if not store_sample(keys, args[1], args[2], args[4], rest(args, 6)) then return 'ALREADY' end
+  redis.call('XACK', keys[3], args[3], entry)
+  redis.call('XDEL', keys[3], entry)
+  redis.call('SPUBLISH', keys[6], args[5])
+  return 'OK'
 end
 
 -- hold_lease(key; incarnation, value, ttl ms) -> 1 if the name is ours (now), else 0
@@ -371,5 +413,6 @@ redis.register_function { function_name = 'lu1_fail_range', callback = fail_rang
 redis.register_function { function_name = 'lu1_told', callback = told, flags = { 'allow-oom' } }
 redis.register_function('lu1_enqueue', enqueue)
 redis.register_function { function_name = 'lu1_settle', callback = settle, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_cancel', callback = cancel, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_hold_lease', callback = hold_lease, flags = { 'allow-oom' } }
 redis.register_function('lu1_release_lease', release_lease)

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from luthier_core.registry_client import RegistryClient
 
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
+from luthier_core.registry_client import RegistryClient
 from luthier_gateway import futures, health, rest, sampling, sessions, training
 from luthier_gateway.auth import Authenticator
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
@@ -35,7 +35,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/readyz", health.readyz),
         web.get(f"{API}/healthz", health.healthz),
         web.post(f"{API}/client/config", sessions.client_config),
-        web.post(f"{API}/client/dynamic_config", sessions.client_config),
+        web.post(f"{API}/client/dynamic_config", sessions.dynamic_config),
         web.post(f"{API}/create_session", sessions.create_session),
         web.post(f"{API}/session_heartbeat", sessions.session_heartbeat),
         web.post(f"{API}/sessions/{{session_id}}/finish", sessions.finish_session),
@@ -51,6 +51,9 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/asample", sampling.asample),
         web.post(f"{API}/retrieve_future", futures.retrieve_future),
+        web.post(f"{API}/retrieve_futures", futures.retrieve_futures),
+        web.post(f"{API}/cancel_future", futures.cancel_future),
+        web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         web.post(f"{API}/weights_info", rest.weights_info),
         web.get(f"{API}/samplers/{{sampler_id}}", rest.get_sampler),
         web.get(f"{API}/training_runs", rest.list_training_runs),

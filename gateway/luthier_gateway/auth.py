@@ -4,10 +4,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from luthier_core.registry_client import RegistryClient
-
 from luthier_core.auth import key_hmac
 from luthier_core.errors import NotFound, Unauthorized
+from luthier_core.registry_client import RegistryClient
 
 CACHED_KEYS = 10_000
 MAX_KEY_CHARS = 512

@@ -1,11 +1,11 @@
 """Sampling requests: create_sampling_session, asample."""
 
 from aiohttp import web
-from luthier_core.records import SamplerRecord
 
 from luthier_core import keys
 from luthier_core.errors import BadRequest, InvalidField, LuthierError, NotFound, TooManyRequests
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome
+from luthier_core.records import SamplerRecord
 from luthier_core.types import CreateSamplingSession, Sample, check, parse, read_object
 from luthier_core.validation import check_sample
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
