@@ -293,13 +293,11 @@ class Tenure:
 
 def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
     """Own a run: HEAD first, then Redis, then the state. None if another worker was first."""
-    head, etag = yield ReadHead(run_id)
-    if head is None or head.owner != name:
-        wanted = Head(1, name) if head is None else replace(head, epoch=head.epoch + 1, owner=name)
-        swapped = yield from _swap_head(run_id, wanted, etag)
-        if swapped is None:
-            return None
-        head, etag = wanted, swapped
+    found, found_etag = yield ReadHead(run_id)
+    head = replace(found, epoch=found.epoch + 1, owner=name) if found else Head(1, name)
+    etag = yield from _swap_head(run_id, head, found_etag)
+    if etag is None:
+        return None
     cursors = yield Acquire(run_id, head.epoch, name)
     if cursors is None:
         return None
