@@ -4,6 +4,7 @@ Every call is idempotent, so it may be repeated after a lost reply; the client m
 does that by itself for some seconds, which hides a restart of Redis.
 """
 
+import asyncio
 import dataclasses
 import json
 import time
@@ -13,6 +14,7 @@ from importlib.resources import files
 from typing import Any, Self, cast
 
 import redis.asyncio as redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -33,21 +35,46 @@ READ_AHEAD = 64
 REDIS_ERRORS = (redis.RedisError, OSError)
 
 
-def connect(url: str) -> redis.Redis:
-    """A client that retries each call for about 10 s while Redis is away, then raises.
+IO_TIMEOUT_S = 10.0
+"""How long a command may take to be sent, and again to be answered."""
 
-    Calls beyond MAX_CONNECTIONS at once wait for a connection; they are short, so it is soon free.
+
+class _TimedConnection(AbstractConnection):
+    """Mixin: sends and replies that take IO_TIMEOUT_S fail; a cancellation always arrives.
+
+    With redis-py's own socket_timeout a send runs under asyncio.wait_for, which on Python 3.11
+    drops a cancellation that comes just as the send has ended: the task goes on, and whoever
+    waits for its end at a stop waits for ever.
     """
-    pool = redis.BlockingConnectionPool.from_url(
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if not self.is_connected:  # connecting has limits and retries of its own
+            await self.connect_check_health(check_health=False)
+        try:
+            async with asyncio.timeout(IO_TIMEOUT_S):
+                await super().send_packed_command(command, check_health)
+        except TimeoutError:
+            raise RedisTimeoutError(f"not sent within {IO_TIMEOUT_S:g} s") from None
+
+    async def read_response(
+        self, disable_decoding: bool = False, timeout: float | None = None, **options: Any
+    ) -> Any:
+        limit_s = IO_TIMEOUT_S if timeout is None else timeout
+        return await super().read_response(disable_decoding, limit_s, **options)
+
+
+def connect(url: str) -> redis.Redis:
+    """A client that retries each call for about 10 s while Redis is away, then raises."""
+    client = redis.Redis.from_url(
         url,
-        max_connections=MAX_CONNECTIONS,
-        timeout=20,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.01), 24),
         retry_on_error=[RedisConnectionError, RedisTimeoutError, ConnectionError],
-        socket_timeout=10,
+        socket_timeout=None,
         socket_connect_timeout=5,
     )
-    return redis.Redis.from_pool(pool)
+    pool = client.connection_pool  # the scheme of the URL has chosen a class: TCP, TLS or Unix
+    pool.connection_class = type("TimedConnection", (_TimedConnection, pool.connection_class), {})
+    return client
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,14 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from luthier_core.errors import BadRequest, InvalidField, LuthierError, NotFound, Unsupported
+from luthier_core.errors import (
+    BadRequest,
+    InvalidField,
+    LuthierError,
+    NotFound,
+    Unreadable,
+    Unsupported,
+)
 from luthier_core.ops import Kind, digest_of
 from luthier_core.records import RunRecord
 from luthier_core.types import (
@@ -31,7 +38,7 @@ from luthier_gateway.submit import (
     submit,
     submit_creation,
 )
-from luthier_gateway.web_io import OversizeBody, json_response, read_body
+from luthier_gateway.web_io import HEAD_BYTES, OversizeBody, json_response, read_body
 
 MAX_JSON_BODY = 4 * 1024 * 1024
 
@@ -96,11 +103,17 @@ async def forward_backward(request: web.Request) -> web.Response:
     try:
         body = await read_body(request, backends.config.gateway.max_body_bytes)
     except OversizeBody as error:
-        await _use_up_seq(backends, tenant, error)
+        await _use_up_seq(backends, tenant, error.head, error)
         raise
-    message = await off_loop_if_large(len(body), parse_forward_backward, body)
+    try:
+        message = await off_loop_if_large(len(body), parse_forward_backward, body)
+    except Unreadable as error:
+        refused = await _use_up_seq(backends, tenant, body[:HEAD_BYTES], error)
+        if refused is None:
+            raise
+        return refused
     if message.seq_id < 1:
-        raise InvalidField("seq_id: must be 1 or more")
+        raise Unreadable("seq_id: must be from 1 to 2147483647")
     run = await backends.live_run(tenant, message.model_id)
     problem: LuthierError | None = None
     try:
@@ -269,21 +282,26 @@ async def _run_id_of(backends: Backends, tenant: str, value: dict[str, Any]) -> 
     return f"{session_id}:train:{index}"
 
 
-async def _use_up_seq(backends: Backends, tenant: str, error: OversizeBody) -> None:
-    """A body too large to read leaves a failed op at its seq, or the run would wait for it."""
-    ids = read_ids(error.head)
+async def _use_up_seq(
+    backends: Backends, tenant: str, head: bytes, problem: LuthierError
+) -> web.Response | None:
+    """Leave a failed op at the seq of a body that cannot be read, or the run would wait for it.
+
+    None if not even the ids at its head can be read.
+    """
+    ids = read_ids(head)
     if ids is None:
-        return
+        return None
     run_id, seq = ids
     run = await backends.live_run(tenant, run_id)
-    await submit(
+    return await submit(
         backends,
         tenant,
         run_id,
         seq,
         kind=Kind.FORWARD_BACKWARD,
         body=b"",
-        digest=digest_of(error.head),
+        digest=digest_of(head),
         base_model=run.base_model,
-        problem=error,
+        problem=problem,
     )

@@ -1,11 +1,9 @@
 """Reading bodies within their limit, and answering with JSON."""
 
-import zlib
 from typing import Any
 
 import orjson
 from aiohttp import web
-from aiohttp.http_exceptions import ContentEncodingError
 
 from luthier_core.errors import BodyTooLarge, LuthierError, Unreadable
 
@@ -22,7 +20,10 @@ class OversizeBody(BodyTooLarge):
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The decompressed body; OversizeBody with its first HEAD_BYTES beyond max_bytes."""
+    """The decompressed body.
+
+    OversizeBody with its first HEAD_BYTES beyond max_bytes; Unreadable if it is damaged on the way.
+    """
     parts: list[bytes] = []
     size = 0
     try:
@@ -32,10 +33,8 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
             if size > max_bytes:
                 head = b"".join(parts)[:HEAD_BYTES]
                 raise OversizeBody(f"at most {max_bytes} bytes after decompression", head)
-    except (ContentEncodingError, zlib.error):
-        raise Unreadable("Content-Encoding and the body do not agree") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise OversizeBody(f"at most {max_bytes} bytes after decompression", b"") from None
+    except web.RequestPayloadError:
+        raise Unreadable("Content-Encoding or Transfer-Encoding and the body disagree") from None
     return b"".join(parts)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
+from tests.contract.gateway_client import Api
+from tests.contract.gateway_stack import KEYS, GatewayStack, running_gateway_stack
 
 from luthier_core.blobs import Blobs
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_gateway.app import build_app
-from tests.contract.gateway_client import Api
-from tests.contract.gateway_stack import KEYS, GatewayStack, running_gateway_stack
 
 
 @pytest.fixture(scope="session")

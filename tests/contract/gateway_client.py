@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -179,8 +180,10 @@ class Run:
         assert answer.status == 200, answer
         return str(answer.json()["request_id"])
 
-    async def step(self, **adam: float) -> str:
-        return await self.send("optim_step", adam_params={"learning_rate": 0.01, **adam})
+    async def step(self, *, seq_id: int | None = None, **adam: float) -> str:
+        """The request_id of an optimizer step."""
+        params = {"learning_rate": 0.01, **adam}
+        return await self.send("optim_step", seq_id=seq_id, adam_params=params)
 
     def message(self, *data: wire_pb2.Datum, **fields: Any) -> wire_pb2.ForwardBackwardRequest:
         """A request under the run's next seq unless `seq_id` is given."""
@@ -214,7 +217,6 @@ class Sampler:
     api: Api
     session_id: str
     next_seq: int = 0
-    answers: list[Answer] = field(default_factory=list)
 
     async def post(self, prompt: Sequence[int] = (1, 2, 3), **fields: Any) -> Answer:
         """asample under the next seq unless `seq_id` is given."""
@@ -281,7 +283,7 @@ def logprobs_of(output: wire_pb2.ForwardBackwardOutput) -> list[list[float]]:
         tensor = record.fields["logprobs"]
         offsets = np.frombuffer(tensor.offsets, "<i8")
         assert len(offsets) == record.num_datums + 1
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, stop in pairwise(offsets):
             values.append(np.frombuffer(tensor.data[start:stop], "<f4").tolist())
     return values
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from tests.contract.gateway_client import BASE_MODEL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -24,7 +25,6 @@ from luthier_core.blobs import open_blobs
 from luthier_core.config import Config, GatewayConfig, LimitsConfig, ModelConfig, dump_config
 from luthier_core.records import ApiKeyRecord
 from luthier_core.testing import running_valkey
-from tests.contract.gateway_client import BASE_MODEL
 
 KEYS = {"ann": "tml-key-of-ann", "bob": "tml-key-of-bob"}
 """Tenant -> its API key."""

@@ -2,9 +2,9 @@
 
 import pytest
 from aiohttp import web
+from tests.contract.gateway_client import Api, Run, datum
 
 from luthier_gateway.app import OPEN_PATHS, routes
-from tests.contract.gateway_client import Api, Run, datum
 
 ABSENT_SESSION = "0" * 32
 GUARDED = [

@@ -1,0 +1,22 @@
+"""The Redis client that every service uses."""
+
+import asyncio
+
+from redis import asyncio as redis
+
+LIMIT_S = 5.0
+"""Far above what any of this takes; only a lost cancellation reaches it."""
+
+
+async def test_a_command_loses_no_cancellation_wherever_it_arrives(valkey: redis.Redis) -> None:
+    async def command_then_wait() -> None:
+        await valkey.ping()
+        await asyncio.Event().wait()
+
+    for num_iterations in range(25):  # of the event loop: from not yet sent to long answered
+        task = asyncio.create_task(command_then_wait())
+        for _ in range(num_iterations):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=LIMIT_S)
+        assert task.cancelled(), f"cancelled after {num_iterations} iterations: goes on"
