@@ -64,17 +64,22 @@ class _TimedConnection(AbstractConnection):
 
 
 def connect(url: str) -> redis.Redis:
-    """A client that retries each call for about 10 s while Redis is away, then raises."""
-    client = redis.Redis.from_url(
+    """A client that retries each call for about 10 s while Redis is away, then raises.
+
+    Calls beyond MAX_CONNECTIONS at once wait for a connection; they are short, so it is soon free.
+    """
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=20,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.01), 24),
         retry_on_error=[RedisConnectionError, RedisTimeoutError, ConnectionError],
         socket_timeout=None,
         socket_connect_timeout=5,
     )
-    pool = client.connection_pool  # the scheme of the URL has chosen a class: TCP, TLS or Unix
+    # The scheme of the URL has chosen a class: TCP, TLS or Unix.
     pool.connection_class = type("TimedConnection", (_TimedConnection, pool.connection_class), {})
-    return client
+    return redis.Redis.from_pool(pool)
 
 
 @dataclass(frozen=True, slots=True)

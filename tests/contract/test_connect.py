@@ -4,6 +4,8 @@ import asyncio
 
 from redis import asyncio as redis
 
+from luthier_core.oplog import MAX_CONNECTIONS, connect
+
 LIMIT_S = 5.0
 """Far above what any of this takes; only a lost cancellation reaches it."""
 
@@ -20,3 +22,13 @@ async def test_a_command_loses_no_cancellation_wherever_it_arrives(valkey: redis
         task.cancel()
         await asyncio.wait([task], timeout=LIMIT_S)
         assert task.cancelled(), f"cancelled after {num_iterations} iterations: goes on"
+
+
+async def test_more_calls_at_once_than_connections_wait_and_are_all_answered(
+    valkey_url: str,
+) -> None:
+    client = connect(valkey_url)
+    await client.set("x", "1")
+    answers = await asyncio.gather(*(client.get("x") for _ in range(10 * MAX_CONNECTIONS)))
+    assert answers == [b"1"] * 10 * MAX_CONNECTIONS
+    await client.aclose()
