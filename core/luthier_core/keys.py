@@ -152,6 +152,11 @@ def run_record(tenant: str, run_id: str) -> str:
     return f"{run_prefix(tenant, run_id)}run.json"
 
 
+def run_head(tenant: str, run_id: str) -> str:
+    """HEAD of a run (compare-and-swap): epoch, owner and snapshots; the durable fence."""
+    return f"{run_prefix(tenant, run_id)}HEAD.json"
+
+
 def op_payload(tenant: str, run_id: str, seq: int, digest: str) -> str:
     """Body of an op above the inline limit (claim check)."""
     return f"{run_prefix(tenant, run_id)}ops/{seq:010}-{digest[:12]}"

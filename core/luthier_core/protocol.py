@@ -8,9 +8,11 @@ An effect may have been applied although its reply was lost; the driver repeats 
 answer. So every effect here is one that may be repeated.
 """
 
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+import json
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Self, TypeVar
 
 from luthier_core.oplog import Admission, Attempt
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome, Refusal
@@ -37,6 +39,24 @@ class Effect:
 
 
 Steps = Generator[Effect, Any, A]
+
+
+async def drive(steps: Steps[A], perform: Callable[[Effect], Awaitable[Any]]) -> A:
+    """Run a generator of this module to its end; what `perform` raises is raised inside of it."""
+    advance: Callable[[], Effect] = partial(next, steps)
+    while True:
+        try:
+            effect = advance()
+        except StopIteration as stop:
+            result: A = stop.value
+            return result
+        try:
+            answer = await perform(effect)
+        except Exception as error:
+            advance = partial(steps.throw, error)
+        else:
+            advance = partial(steps.send, answer)
+
 
 # --- admission: the gateway -----------------------------------------------------------------------
 
@@ -135,6 +155,17 @@ class Head:
     owner: str
     snap: SnapshotRef | None = None
     prev_snap: SnapshotRef | None = None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"format": 1, **asdict(self)}).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        fields = json.loads(data)
+        snap, prev_snap = (
+            SnapshotRef(**fields[name]) if fields[name] else None for name in ("snap", "prev_snap")
+        )
+        return cls(fields["epoch"], fields["owner"], snap, prev_snap)
 
 
 @dataclass(frozen=True, slots=True)

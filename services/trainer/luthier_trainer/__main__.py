@@ -70,6 +70,7 @@ async def _work(config: Config, name: str, model_name: str) -> int:
             config=trainer,
             lease=lease,
             oplog=oplog,
+            blobs=blobs,
             executor=executor,
             first_cycle=first_cycle,
         )
