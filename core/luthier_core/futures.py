@@ -82,6 +82,7 @@ class Futures:
         self._hints = Hints(client, self._on_hint)
         self._idle_rechecks: Counter[str] = Counter()
         self._waiting: dict[tuple[str, str], _Waiting] = {}
+        self._ending = False
 
     async def outcome(self, future: FutureId) -> Outcome | None:
         """The outcome if it is there, else None."""
@@ -128,7 +129,7 @@ class Futures:
             async with asyncio.timeout(timeout_s):
                 # Subscribe, then look, then wait: what is stored in between is never missed.
                 await self._hints.subscribe(key[0])
-                while (found := await look()) is None:
+                while (found := await look()) is None and not self._ending:
                     await event.wait()
                     event.clear()
                 return found
@@ -138,6 +139,12 @@ class Futures:
             waiting.events.discard(event)
             if not waiting.events:
                 self._waiting.pop(key, None)
+
+    def end_waits(self) -> None:
+        """From now on nobody waits: who does gets None at once. For a process that stops."""
+        self._ending = True
+        for key in self._waiting:
+            self._notify(key)
 
     @property
     def num_waiting(self) -> int:

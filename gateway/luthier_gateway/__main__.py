@@ -14,7 +14,7 @@ from luthier_core.telemetry import setup_logging
 from luthier_gateway.app import build_app
 
 DRAIN_S = 5.0
-"""Open long polls get this long at a stop; their clients poll another gateway."""
+"""Requests under way get this long at a stop; long polls are answered at once."""
 
 
 def main(argv: list[str] | None = None) -> int:

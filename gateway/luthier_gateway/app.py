@@ -80,6 +80,7 @@ def build_app(config: Config) -> web.Application:
             yield
 
     app.cleanup_ctx.append(backends)
+    app.on_shutdown.append(_end_long_polls)
     return app
 
 
@@ -133,6 +134,11 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
         auth = request.app[BACKENDS].auth
         request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
     return await handler(request)
+
+
+async def _end_long_polls(app: web.Application) -> None:
+    """Their clients are told to try again, and a stop does not wait for them."""
+    app[BACKENDS].futures.end_waits()
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

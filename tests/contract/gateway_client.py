@@ -218,28 +218,28 @@ class Sampler:
     session_id: str
     next_seq: int = 0
 
-    async def post(self, prompt: Sequence[int] = (1, 2, 3), **fields: Any) -> Answer:
+    async def post(self, tokens: Sequence[int] = (1, 2, 3), **fields: Any) -> Answer:
         """asample under the next seq unless `seq_id` is given."""
         if "seq_id" not in fields:
             fields["seq_id"] = self.next_seq
             self.next_seq += 1
         wanted = {
             "sampling_session_id": self.session_id,
-            "prompt": {"chunks": [{"tokens": list(prompt)}]},
+            "prompt": {"chunks": [{"tokens": list(tokens)}]},
             "sampling_params": {"max_tokens": 4},
             **fields,
         }
         return await self.api.post("asample", wanted)
 
-    async def send(self, prompt: Sequence[int] = (1, 2, 3), **fields: Any) -> str:
-        answer = await self.post(prompt, **fields)
+    async def send(self, tokens: Sequence[int] = (1, 2, 3), **fields: Any) -> str:
+        answer = await self.post(tokens, **fields)
         assert answer.status == 200, answer
         return str(answer.json()["request_id"])
 
     async def sample(
-        self, prompt: Sequence[int] = (1, 2, 3), **fields: Any
+        self, tokens: Sequence[int] = (1, 2, 3), **fields: Any
     ) -> wire_pb2.SampleResponse:
-        return await self.api.samples(await self.send(prompt, **fields))
+        return await self.api.samples(await self.send(tokens, **fields))
 
 
 def _check_error(answer: Answer) -> None:

@@ -57,6 +57,15 @@ async def test_a_wait_that_runs_out_is_no_outcome_and_leaves_nothing_behind(futu
     assert futures.num_waiting == 0
 
 
+async def test_who_waits_is_let_go_when_the_process_stops(futures):
+    waiting = asyncio.create_task(futures.wait(future(2), timeout_s=NEVER_S))
+    while futures.num_waiting < 1:
+        await asyncio.sleep(0)
+    futures.end_waits()
+    assert await waiting is None
+    assert await futures.wait(future(2), timeout_s=NEVER_S) is None
+
+
 async def test_a_lost_hint_costs_one_recheck(oplog):
     await oplog.open_jobs("m")
     waiting = Futures(oplog.redis, recheck_s=0.05)
