@@ -47,27 +47,25 @@ async def _of_op(backends: Backends, header: RunHeader, future: FutureId) -> Que
         for name, lease in workers.items()
         if (lease["role"], lease["base_model"]) == ("trainer", header.base_model)
     }
-    if not trainers:
-        reason = f"no trainer of {header.base_model} is running; waiting{since}"
-        return QueueState("paused_capacity", reason)
-    if all(lease["state"] != "ready" for lease in trainers.values()):
-        reason = f"the trainer of {header.base_model} is starting; waiting{since}"
-        return QueueState("paused_capacity", reason)
     name, _, incarnation = header.owner.partition("/")
     if name not in trainers or trainers[name]["incarnation"] != incarnation:
         # The gateway that admitted it may have died before it told the workers.
         await backends.oplog.announce_run(header.base_model, run_id, time.time())
-        reason = (
-            "a trainer is taking the run over" if header.owner else await _slots(backends, header)
-        )
+        reason = await _why_unowned(backends, header, [w["state"] for w in trainers.values()])
         return QueueState("paused_capacity", f"{reason}; waiting{since}")
     num_ahead = seq - header.committed - 1
     ahead = f"{num_ahead} operations of this run are ahead" if num_ahead else "being executed"
     return QueueState("active", f"{ahead}; waiting{since}")
 
 
-async def _slots(backends: Backends, header: RunHeader) -> str:
-    """A run that nobody owns waits for a trainer with room."""
+async def _why_unowned(backends: Backends, header: RunHeader, trainer_states: list[str]) -> str:
+    """Why no living trainer owns the run."""
+    if not trainer_states:
+        return f"no trainer of {header.base_model} is running"
+    if "ready" not in trainer_states:
+        return f"the trainer of {header.base_model} is starting"
+    if header.owner:
+        return "a trainer is taking the run over"
     live = await backends.oplog.live_runs(header.base_model)
     return f"waiting for a free adapter slot: {max(len(live) - 1, 0)} other runs are live"
 
