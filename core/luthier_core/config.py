@@ -46,6 +46,8 @@ class GatewayConfig:
     """Every waiting future is looked at again this often, so a lost hint costs no more."""
     key_cache_s: float = 60.0
     """How long a looked-up API key is believed; a revoked key works no longer than this."""
+    peek_bytes: int = 1024 * 1024
+    """A result larger than this is announced by its size first, to clients that allow it."""
     max_open_polls: int = 20_000
     """Open retrieve_future requests of one gateway; beyond it 429."""
 

@@ -27,8 +27,6 @@ from luthier_gateway.web_io import json_response, read_body
 PROTOBUF = "application/x-protobuf"
 TROUBLE_HOLD_S = 10.0
 """How long a poll is held while Redis is away: never a fast 5xx, which is polled again at once."""
-PEEK_BYTES = 1024 * 1024
-"""A result above this is announced by its size first, if the client allows that."""
 MAX_SMALL_BODY = 1024 * 1024
 CANCELLED = Outcome(state="cancelled", body=Body.of(b"cancelled"), encoding="text", category="user")
 
@@ -37,14 +35,15 @@ async def retrieve_future(request: web.Request) -> web.Response:
     """The result; or its error; or 408 try_again with a queue state after poll_hold_s."""
     backends, tenant = request.app[BACKENDS], request[TENANT]
     wanted = parse(RetrieveFuture, await read_body(request, MAX_SMALL_BODY))
+    config = backends.config.gateway
     future = _parse_id(wanted.request_id)
     _check_room(backends)
     try:
-        outcome = await _outcome(backends, tenant, future, backends.config.gateway.poll_hold_s)
+        outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
             return _try_again(wanted.request_id, await queue_state(backends, tenant, future))
-        if wanted.allow_metadata_only and _is_large(outcome):
-            size = outcome.body.num_bytes
+        size = outcome.body.num_bytes
+        if wanted.allow_metadata_only and not outcome.failed and size > config.peek_bytes:
             return json_response({"status": "complete_metadata", "response_payload_size": size})
         response = await _result(request, backends.blobs, outcome)
     except REDIS_ERRORS:
@@ -181,10 +180,6 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
     if seq <= header.committed and await backends.futures.outcome(future) is None:
         raise Gone(f"request_id={future.parent}:{seq}")
-
-
-def _is_large(outcome: Outcome) -> bool:
-    return not outcome.failed and outcome.body.num_bytes > PEEK_BYTES
 
 
 async def _result(request: web.Request, blobs: Blobs, outcome: Outcome) -> web.Response:
