@@ -5,7 +5,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import orjson
 from aiohttp import web
@@ -90,6 +90,21 @@ class Backends:
         if not run.base_model:
             raise BadRequest(f"model_id: {run_id} could not be created; create another")
         return run
+
+    async def working_run(self, tenant: str, run_id: str) -> RunFacts:
+        """The tenant's live run, if its session still takes work; BadRequest if not."""
+        run = await self.live_run(tenant, run_id)
+        await self.check_unfinished(run.facts["session_id"])
+        return run
+
+    async def check_unfinished(self, session_id: str) -> None:
+        """BadRequest once the client has closed the session: no work is taken any more."""
+        status = await cast(
+            Awaitable[bytes | None],
+            self.oplog.redis.hget(keys.session_header(session_id), "status"),
+        )
+        if status == b"finished":
+            raise BadRequest(f"session {session_id} is finished")
 
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""

@@ -1,5 +1,7 @@
 """Bookkeeping calls, forwarded to the registry with the caller's tenant."""
 
+import re
+
 from aiohttp import web
 
 from luthier_core.errors import InvalidField
@@ -89,6 +91,6 @@ def _whole_number(request: web.Request, name: str, default: int, least: int, mos
     text = request.query.get(name)
     if text is None:
         return default
-    if not text.isascii() or not text.isdecimal() or not least <= int(text) <= most:
-        raise InvalidField(f"{name}: {text!r}; allowed are {least} to {most}")
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or not least <= int(text) <= most:
+        raise InvalidField(f"{name}: {text[:50]!r}; allowed are {least} to {most}")
     return int(text)
