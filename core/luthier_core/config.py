@@ -120,6 +120,8 @@ class Config:
     """http://host:port or unix:///path/to/socket."""
     secret_file: str
     """File with the server secret: 32 random bytes in hex, readable by its owner only."""
+    allow_volatile_redis: bool = False
+    """Start on a Redis that may forget what it accepted: without AOF, or one that evicts."""
     public_url: str = ""
     """Base of signed download links; empty: http://host:port of the gateway."""
     models: tuple[ModelConfig, ...] = ()

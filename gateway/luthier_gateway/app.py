@@ -13,6 +13,7 @@ from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
+from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import futures, health, rest, sampling, sessions, training
 from luthier_gateway.auth import Authenticator
@@ -90,6 +91,7 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
     async with contextlib.AsyncExitStack() as stack:
         client = connect(config.redis_url)
         stack.push_async_callback(client.aclose)
+        await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
         await oplog.load_library()
         blobs = await stack.enter_async_context(open_blobs(config))
