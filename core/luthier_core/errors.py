@@ -28,7 +28,12 @@ class LuthierError(Exception):
 
     @property
     def message(self) -> str:
-        """The class's sentence, then the detail that names the value."""
+        """The class's sentence, then the detail that names the value.
+
+        An error of no particular class has its detail only.
+        """
+        if type(self) is LuthierError:
+            return self.detail
         sentence = (type(self).__doc__ or "").split("\n")[0].strip()
         return f"{sentence.rstrip('.')}: {self.detail}" if self.detail else sentence
 

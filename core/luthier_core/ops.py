@@ -11,7 +11,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Literal, Self, cast
 
-from luthier_core.errors import Category
+from luthier_core.errors import Category, LuthierError
 
 INLINE_LIMIT = 16 * 1024
 """Bytes of a payload or outcome that travel inside Redis (reliability 2.4)."""
@@ -54,6 +54,12 @@ class Body:
     def stored(cls, key: str, data: bytes) -> Self:
         """A body that the caller has put into the object store under `key`."""
         return cls(key=key, num_bytes=len(data), sha256=digest_of(data))
+
+    def checked(self, data: bytes) -> bytes:
+        """`data` as read from `key`; LuthierError unless it is what was put there."""
+        if digest_of(data) != self.sha256:
+            raise LuthierError(f"stored bytes have changed: {self.key} has another sha256")
+        return data
 
     def fields(self) -> dict[str, str | bytes]:
         if self.inline is not None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import tinker
 import torch
+from tests.acceptance.quickstart import Ended, run_quickstart
+from tests.acceptance.stack import Stack, running_stack
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from luthier_model.demo import ensure_demo_model
-from tests.acceptance.quickstart import Ended, run_quickstart
-from tests.acceptance.stack import Stack, running_stack
 
 KEYS = {"alpha": "tml-acceptance-key-of-alpha", "beta": "tml-acceptance-key-of-beta"}
 """Tenant -> its API key on the shared stack."""

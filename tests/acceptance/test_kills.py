@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import tinker
-from tinker import types
-
 from tests.acceptance.quickstart import Ended, run_quickstart
 from tests.acceptance.stack import ANSWER_S, BASE_MODEL, Stack, running_stack
+from tests.acceptance.training import create_run, make_data, submit_step, train
+from tinker import types
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,23 @@ def test_the_quickstart_survives_the_kill_of(
     print(f"{part}, killed after step {step}: longest wait {ended.longest_wait_s(moment):.1f} s")
     assert ended.learnt == undisturbed.learnt
     assert stack.num_restarts(part) == restarts + 1
+
+
+def test_steps_sent_ahead_survive_one_kill_after_the_other(
+    stack: Stack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data, num_steps = make_data(tokenizer), 40
+    kills = {4: "valkey", 12: "gateway", 20: "trainer-0", 28: "registry"}
+    with stack.service(stack.api_key) as service:
+        expected = train(create_run(service), data, num_steps)
+        run = create_run(service)
+        results = []
+        for index, step in enumerate([submit_step(run, data) for _ in range(num_steps)]):
+            results.append(step.result())
+            if index in kills:
+                stack.kill(kills[index])
+        stack.wait_ready()
+        assert results == expected
 
 
 def test_samples_under_way_outlive_the_sampler(stack: Stack) -> None:

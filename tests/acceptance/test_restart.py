@@ -1,59 +1,63 @@
 """A second `luthier up` on the same folder goes on where the first stopped."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
-
 from tests.acceptance.stack import ANSWER_S, Stack, running_stack
 from tests.acceptance.training import create_run, make_data, submit_step, train
+from tinker import types
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="module")
+def stack(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack for these tests alone; each of them leaves it running."""
+    with running_stack(tmp_path_factory.mktemp("restarted") / "data", demo_model) as own:
+        yield own
+
+
+@pytest.fixture
+def data(tokenizer: PreTrainedTokenizerFast) -> list[types.Datum]:
+    return make_data(tokenizer)
 
 
 def test_runs_checkpoints_and_futures_outlive_a_restart(
-    demo_model: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    stack: Stack, data: list[types.Datum]
 ) -> None:
-    data = make_data(tokenizer)
-    with running_stack(tmp_path / "data", demo_model) as stack:
-        with stack.service(stack.api_key) as service:
-            expected = train(create_run(service), data, 8)
-            run = create_run(service)
-            train(run, data, 5)
-            path = run.save_state("middle").result(timeout=ANSWER_S).path
-            old_future = f"{run.model_id}:1"
-            answer = stack.retrieve(old_future, api_key=stack.api_key)
-            assert answer.status == 200
-            processes = stack.processes()
+    with stack.service(stack.api_key) as service:
+        expected = train(create_run(service), data, 8)
+        run = create_run(service)
+        train(run, data, 5)
+        path = run.save_state("middle").result(timeout=ANSWER_S).path
+        old_future = stack.retrieve(f"{run.model_id}:1", api_key=stack.api_key)
+        processes = stack.processes()
 
-            assert stack.stop() == 0
-            assert [process for process in processes if process.is_running()] == []
-            stack.start()
+        assert stack.stop() == 0
+        assert [process for process in processes if process.is_running()] == []
+        stack.start()
 
-            assert train(run, data, 3) == expected[5:]
-            assert stack.retrieve(old_future, api_key=stack.api_key) == answer
-        with stack.service(stack.api_key) as service:
-            resumed = service.create_training_client_from_state_with_optimizer(path).result()
-            assert train(resumed, data, 3) == expected[5:]
+        assert train(run, data, 3) == expected[5:]
+        assert old_future.status == 200
+        assert stack.retrieve(f"{run.model_id}:1", api_key=stack.api_key) == old_future
+    with stack.service(stack.api_key) as service:
+        resumed = service.create_training_client_from_state_with_optimizer(path).result()
+        assert train(resumed, data, 3) == expected[5:]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_steps_under_way_outlive_luthier_up(
-    sent: signal.Signals,
-    demo_model: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
+    sent: signal.Signals, stack: Stack, data: list[types.Datum]
 ) -> None:
-    data, num_steps = make_data(tokenizer), 30
-    with (
-        running_stack(tmp_path / "data", demo_model) as stack,
-        stack.service(stack.api_key) as service,
-    ):
+    num_steps = 30
+    with stack.service(stack.api_key) as service:
         expected = train(create_run(service), data, num_steps)
         run = create_run(service)
         steps = [submit_step(run, data) for _ in range(num_steps)]
         first = steps[0].result()
 
-        stack.stop(sent)
+        assert stack.stop(sent) == (0 if sent is signal.SIGTERM else -signal.SIGKILL)
         stack.start()
 
         assert [first, *(step.result() for step in steps[1:])] == expected

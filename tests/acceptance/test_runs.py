@@ -2,9 +2,6 @@
 
 import pytest
 import tinker
-from tinker import types
-from transformers import PreTrainedTokenizerFast
-
 from tests.acceptance.stack import ANSWER_S, Stack
 from tests.acceptance.training import (
     PHRASES,
@@ -14,6 +11,8 @@ from tests.acceptance.training import (
     submit_step,
     train,
 )
+from tinker import types
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture

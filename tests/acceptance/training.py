@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tinker
+from tests.acceptance.stack import ANSWER_S, BASE_MODEL
 from tinker import APIFuture, types
 from transformers import PreTrainedTokenizerFast
-
-from tests.acceptance.stack import ANSWER_S, BASE_MODEL
 
 PHRASES = (
     ("banana split", "anana-bay plit-say"),

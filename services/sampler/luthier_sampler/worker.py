@@ -235,7 +235,7 @@ class Worker:
     async def _body_of(self, job: SamplingJob) -> bytes:
         if job.body.inline is not None:
             return job.body.inline
-        return await self._patiently(lambda: self._blobs.get(job.body.key))
+        return job.body.checked(await self._patiently(lambda: self._blobs.get(job.body.key)))
 
     async def _result_body(self, job: SamplingJob, response: bytes) -> Body:
         if len(response) <= INLINE_LIMIT:

@@ -214,7 +214,7 @@ class Executor:
     async def _payload(self, op: Op) -> bytes:
         if op.body.inline is not None:
             return op.body.inline
-        return await self._patiently(lambda: self._blobs.get(op.body.key))
+        return op.body.checked(await self._patiently(lambda: self._blobs.get(op.body.key)))
 
     async def _result_body(self, run: RunContext, op: Op, output: bytes) -> Body:
         if len(output) <= INLINE_LIMIT:

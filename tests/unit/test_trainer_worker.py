@@ -1,0 +1,712 @@
+"""The trainer's worker over a real log, store and engine: takeover, replay, faults, and its limits.
+
+`Reference` is the same engine called directly, once per op that counts: what a run's state must be.
+"""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from luthier_core import keys
+from luthier_core.config import LimitsConfig, TrainerConfig
+from luthier_core.disk_blobs import DiskBlobs
+from luthier_core.errors import Unavailable
+from luthier_core.futures import FutureId, Futures
+from luthier_core.lifecycle import WorkerLease
+from luthier_core.oplog import READ_AHEAD, Oplog, RunHeader
+from luthier_core.ops import Body, Kind, Op, Outcome, Refusal, digest_of
+from luthier_core.proto import wire_pb2
+from luthier_core.records import LoraConfig, RunRecord
+from luthier_model.base import load_base_model
+from luthier_model.lora import LoraSpec
+from luthier_trainer import execution, worker
+from luthier_trainer.engine import Engine
+from luthier_trainer.execution import Executor
+from luthier_trainer.optim import AdamParams
+from luthier_trainer.worker import Worker
+
+TENANT, MODEL = "ann", "tiny"
+LEARNING_RATE = 0.01
+VOCAB_SIZE = 31
+FB, STEP = Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP
+A, B = f"{'a' * 32}:train:0", f"{'b' * 32}:train:0"
+
+
+@pytest.fixture(scope="module")
+def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]:
+    """Makes an engine on a model of its own: two workers share nothing but the log."""
+    torch.manual_seed(5)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=32,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+    def make() -> Engine:
+        return Engine(load_base_model(MODEL, folder), logprob_chunk_tokens=8, num_threads=1)
+
+    return make
+
+
+def gradient(number: int, weight: float = 1.0) -> bytes:
+    """A forward_backward; each number is another datum."""
+    tokens = np.random.default_rng(number).integers(0, VOCAB_SIZE, 6)
+    text = wire_pb2.EncodedTextChunk(tokens=tokens[:-1].astype("<i4").tobytes())
+    inputs = {
+        "target_tokens": wire_pb2.Tensor(
+            dense=tokens[1:].astype("<i8").tobytes(), dtype=wire_pb2.DTYPE_INT64
+        ),
+        "weights": wire_pb2.Tensor(
+            dense=np.full(5, weight, "<f4").tobytes(), dtype=wire_pb2.DTYPE_FLOAT32
+        ),
+    }
+    data = [wire_pb2.Datum(model_input=[wire_pb2.Chunk(encoded_text=text)], loss_fn_inputs=inputs)]
+    message = wire_pb2.ForwardBackwardRequest(seq_id=1, loss_fn="cross_entropy", data=data)
+    return message.SerializeToString()
+
+
+NOT_FINITE = gradient(0, weight=3e38)
+
+
+def reference(engine: Engine, run_id: str, *ops: bytes | None, seed: int = 1) -> str:
+    """The digest after these ops: bytes are a forward_backward, None is an optimizer step."""
+    engine.create(run_id, LoraSpec(rank=2, seed=seed))
+    for op in ops:
+        if op is None:
+            engine.optim_step(run_id, AdamParams(learning_rate=LEARNING_RATE))
+        else:
+            engine.forward_backward(run_id, op, backward=True, clock_cycle=0)
+    return engine.run_digest(run_id)
+
+
+@dataclass
+class Client:
+    """What the gateway does with the log, for runs that count their own requests."""
+
+    oplog: Oplog
+    futures: Futures
+    next_seq: dict[str, int] = field(default_factory=dict)
+
+    async def create(self, run_id: str, *, seed: int = 1, source: Any = None) -> None:
+        record = RunRecord(
+            run_id=run_id,
+            tenant=TENANT,
+            session_id=run_id.partition(":")[0],
+            base_model=MODEL,
+            lora=LoraConfig(rank=2, seed=seed),
+            optimizer_config={"type": "adamw"},
+            created_at=datetime.now(UTC),
+        )
+        body = json.dumps({"run": record.model_dump(mode="json"), "source": source}).encode()
+        await self.send(run_id, Kind.CREATE_MODEL, Body.of(body))
+
+    async def send(self, run_id: str, kind: Kind, body: Body) -> int:
+        """The seq of an op that is admitted, after those before it."""
+        seq = self.next_seq.get(run_id, 0)
+        self.next_seq[run_id] = seq + 1
+        digest = digest_of(f"{kind} {seq}".encode())
+        op = Op(run_id=run_id, seq=seq, kind=kind, digest=digest, body=body)
+        header = {"base_model": MODEL, "facts": "{}"}
+        admission = await self.oplog.admit(
+            op, tenant=TENANT, limits=LimitsConfig(), header=None if seq else header
+        )
+        assert admission.status == "OK"
+        if not admission.owner:
+            await self.oplog.announce_run(MODEL, run_id, seq)
+        return seq
+
+    async def forward_backward(self, run_id: str, request: bytes) -> int:
+        return await self.send(run_id, FB, Body.of(request))
+
+    async def step(self, run_id: str) -> int:
+        params = {"learning_rate": LEARNING_RATE}
+        wanted = {"model_id": run_id, "seq_id": self.next_seq[run_id], "adam_params": params}
+        return await self.send(run_id, STEP, Body.of(json.dumps(wanted).encode()))
+
+    async def refused(self, run_id: str) -> int:
+        return await self.send(run_id, Kind.REJECTED, Refusal(FB, "not like this").body())
+
+    async def save(self, run_id: str, name: str, **fields: Any) -> int:
+        seq = self.next_seq[run_id]
+        wanted = {"model_id": run_id, "seq_id": seq, "path": name, **fields}
+        return await self.send(run_id, Kind.SAVE_WEIGHTS, Body.of(json.dumps(wanted).encode()))
+
+    async def outcome(self, run_id: str, seq: int) -> Outcome:
+        future = FutureId.parse(f"{run_id}:{seq}")
+        assert future is not None
+        outcome = await self.futures.wait(future, timeout_s=30)
+        assert outcome is not None, f"seq {seq} has no outcome"
+        return outcome
+
+    async def completed(self, run_id: str, seq: int | None = None) -> bytes:
+        """The result of an op that succeeds; of the last one unless `seq` is given."""
+        outcome = await self.outcome(run_id, self.next_seq[run_id] - 1 if seq is None else seq)
+        assert not outcome.failed, outcome
+        return outcome.body.inline or b""
+
+    async def failed(self, run_id: str, seq: int) -> tuple[str, str]:
+        """(category, message) of an op that fails."""
+        outcome = await self.outcome(run_id, seq)
+        assert outcome.failed, outcome
+        return outcome.category, (outcome.body.inline or b"").decode()
+
+    async def header(self, run_id: str) -> RunHeader:
+        header = await self.oplog.header(run_id)
+        assert header is not None
+        return header
+
+
+@dataclass
+class Trainer:
+    """One worker at work."""
+
+    engine: Engine
+    lease: WorkerLease
+    stopping: asyncio.Event
+    task: asyncio.Task[None]
+
+    async def stop(self) -> None:
+        """Returns once it has drained."""
+        self.stopping.set()
+        await self.task
+
+    async def die(self) -> None:
+        """As if killed: nothing is drained. Whoever reaps it deletes its lease."""
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        await self.lease.release()
+
+
+@dataclass
+class Rig:
+    """A log and a store, the client's side of them, and workers to start."""
+
+    client: Client
+    blobs: DiskBlobs
+    start: Callable[..., Awaitable[Trainer]]
+    reference: Callable[..., str]
+
+
+@pytest.fixture
+async def rig(
+    oplog: Oplog,
+    tmp_path: Path,
+    new_engine: Callable[[], Engine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[Rig]:
+    monkeypatch.setattr(worker, "SWEEP_S", 0.02)
+    monkeypatch.setattr(execution, "STORE_RETRY_S", 0.0)
+    blobs = DiskBlobs(tmp_path, "http://gateway", b"secret")
+    futures = Futures(oplog.redis, recheck_s=0.1)
+    trainers: list[Trainer] = []
+    executors: list[Executor] = []
+
+    async def start(name: str, *, first_cycle: int = 0, **config: Any) -> Trainer:
+        settings = TrainerConfig(**config)
+        lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
+        await lease.take()
+        executor = Executor(new_engine(), blobs, oplog)
+        executors.append(executor)
+        stopping = asyncio.Event()
+        running = Worker(
+            base_model=MODEL,
+            config=settings,
+            lease=lease,
+            oplog=oplog,
+            executor=executor,
+            first_cycle=first_cycle,
+        ).run(stopping)
+        trainers.append(Trainer(executor.engine, lease, stopping, asyncio.create_task(running)))
+        return trainers[-1]
+
+    listening = asyncio.create_task(futures.listen())
+    try:
+        plain = new_engine()
+        yield Rig(
+            client=Client(oplog, futures),
+            blobs=blobs,
+            start=start,
+            reference=lambda *args, **kwargs: reference(plain, *args, **kwargs),
+        )
+    finally:
+        for trainer in trainers:
+            if not trainer.task.done():
+                await trainer.die()
+        for executor in executors:
+            executor.close()
+        listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await listening
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds; nothing announces it."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def break_once(engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's next call of `method` fails after it has changed the run's state."""
+    whole = getattr(engine, method)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(engine, method, whole)
+        whole(*args, **kwargs)
+        raise RuntimeError("a kernel wrote to 0x7f0e")
+
+    monkeypatch.setattr(engine, method, broken)
+
+
+# --- ordinary work --------------------------------------------------------------------------------
+
+
+async def test_ops_are_applied_once_and_in_order(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    for op in (gradient(1), gradient(2), None, gradient(3)):
+        await (rig.client.step(A) if op is None else rig.client.forward_backward(A, op))
+    await rig.client.completed(A)
+    expected = rig.reference(A, gradient(1), gradient(2), None, gradient(3))
+    assert trainer.engine.run_digest(A) == expected
+    header = await rig.client.header(A)
+    assert (header.epoch, header.owner) == (1, trainer.lease.owner)
+
+
+async def test_a_queue_longer_than_one_read_of_the_log_is_worked_off(rig: Rig):
+    await rig.client.create(A)
+    for number in range(3 * READ_AHEAD):
+        await rig.client.forward_backward(A, gradient(number))
+    await rig.start("t0")
+    for seq in range(3 * READ_AHEAD + 1):
+        await rig.client.completed(A, seq)
+
+
+async def test_a_long_queue_that_comes_while_it_works_is_worked_off(rig: Rig):
+    await rig.start("t0")
+    await rig.client.create(A)
+    for number in range(3 * READ_AHEAD):
+        await rig.client.forward_backward(A, gradient(number))
+    await rig.client.completed(A)
+
+
+async def test_runs_do_not_change_each_others_bits(rig: Rig):
+    trainer = await rig.start("t0")
+    for run_id, seed in ((A, 1), (B, 2)):
+        await rig.client.create(run_id, seed=seed)
+    for number in range(4):
+        for run_id in (A, B):
+            await rig.client.forward_backward(run_id, gradient(number))
+            await rig.client.step(run_id)
+    for run_id, seed in ((A, 1), (B, 2)):
+        await rig.client.completed(run_id)
+        ops = [op for number in range(4) for op in (gradient(number), None)]
+        assert trainer.engine.run_digest(run_id) == rig.reference(run_id, *ops, seed=seed)
+
+
+async def test_a_payload_in_the_store_is_fetched_and_a_large_result_is_put_there(rig: Rig):
+    await rig.start("t0")
+    await rig.client.create(A)
+    await rig.blobs.put("t/ann/payload", gradient(1))
+    seq = await rig.client.send(A, FB, Body.stored("t/ann/payload", gradient(1)))
+    result = await rig.client.completed(A, seq)
+    await rig.client.forward_backward(A, gradient(1))
+    other = await rig.client.completed(A)
+    outputs = [wire_pb2.ForwardBackwardOutput.FromString(data) for data in (result, other)]
+    assert outputs[0].loss_fn_outputs == outputs[1].loss_fn_outputs
+
+
+async def test_a_payload_that_has_changed_fails_its_op_and_the_run_goes_on(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.blobs.put("t/ann/payload", gradient(2))
+    seq = await rig.client.send(A, FB, Body.stored("t/ann/payload", gradient(1)))
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert "sha256" in message
+    await rig.client.forward_backward(A, gradient(3))
+    await rig.client.completed(A)
+    assert trainer.engine.run_digest(A) == rig.reference(A, gradient(3))
+
+
+async def test_a_payload_that_is_gone_fails_its_op_and_the_run_goes_on(rig: Rig):
+    await rig.start("t0")
+    await rig.client.create(A)
+    seq = await rig.client.send(A, FB, Body.stored("t/ann/nothing", gradient(1)))
+    assert (await rig.client.failed(A, seq))[0] == "server"
+    await rig.client.forward_backward(A, gradient(3))
+    await rig.client.completed(A)
+
+
+async def test_an_op_waits_while_the_store_is_away(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    get, times_away = rig.blobs.get, 3
+
+    async def away(key: str) -> bytes:
+        nonlocal times_away
+        if times_away:
+            times_away -= 1
+            raise Unavailable("the store")
+        return await get(key)
+
+    monkeypatch.setattr(rig.blobs, "get", away)
+    await rig.start("t0")
+    await rig.client.create(A)
+    await rig.blobs.put("t/ann/payload", gradient(1))
+    await rig.client.send(A, FB, Body.stored("t/ann/payload", gradient(1)))
+    await rig.client.completed(A)
+    assert times_away == 0
+
+
+# --- an unexpected error --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forward_backward", "optim_step"])
+async def test_an_unexpected_error_fails_its_op_and_the_run_is_rebuilt_bit_equally(
+    rig: Rig, method: str, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.step(A)
+    await rig.client.forward_backward(A, gradient(2))
+    await rig.client.completed(A)
+    break_once(trainer.engine, method, monkeypatch)
+    if method == "optim_step":
+        seq = await rig.client.step(A)
+        expected = [gradient(1), None, gradient(3), None]  # a failed step clears the gradient
+    else:
+        seq = await rig.client.forward_backward(A, gradient(9))
+        expected = [gradient(1), None, gradient(2), gradient(3), None]
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert "0x7f0e" not in message
+    await rig.client.oplog.told(A, seq)
+    await rig.client.forward_backward(A, gradient(3))
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert trainer.engine.run_digest(A) == rig.reference(A, *expected)
+    assert (await rig.client.header(A)).epoch == 2
+
+
+async def test_an_unexpected_error_of_one_run_leaves_the_others_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = await rig.start("t0")
+    for run_id in (A, B):
+        await rig.client.create(run_id)
+        await rig.client.forward_backward(run_id, gradient(1))
+        await rig.client.completed(run_id)
+    break_once(trainer.engine, "forward_backward", monkeypatch)
+    seq = await rig.client.forward_backward(A, gradient(2))
+    await rig.client.failed(A, seq)
+    await rig.client.step(B)
+    await rig.client.completed(B)
+    assert trainer.engine.run_digest(B) == rig.reference(B, gradient(1), None)
+    assert (await rig.client.header(B)).epoch == 1
+
+
+async def test_an_op_behind_an_unexpected_error_is_executed_after_the_rebuild(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    break_once(trainer.engine, "forward_backward", monkeypatch)
+    seqs = [await rig.client.forward_backward(A, gradient(number)) for number in range(5)]
+    outcomes = [await rig.client.outcome(A, seq) for seq in seqs]
+    assert [outcome.failed for outcome in outcomes] == [True, False, False, False, False]
+    expected = rig.reference(A, *(gradient(number) for number in range(1, 5)))
+    assert trainer.engine.run_digest(A) == expected
+
+
+async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.completed(A)
+    await first.stop()
+    second = await rig.start("t1")
+    break_once(second.engine, "forward_backward", monkeypatch)  # in the replay
+    seq = await rig.client.forward_backward(A, gradient(2))
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert "could not be rebuilt" in message
+    await rig.client.create(B)
+    await rig.client.forward_backward(B, gradient(1))
+    await rig.client.completed(B)
+
+
+# --- takeover and replay --------------------------------------------------------------------------
+
+TRAINED = [gradient(1), None, gradient(2), gradient(3), None, gradient(4)]
+
+
+async def train(client: Client, run_id: str) -> None:
+    await client.create(run_id)
+    for op in TRAINED:
+        await (client.step(run_id) if op is None else client.forward_backward(run_id, op))
+
+
+@pytest.mark.parametrize("how", ["stop", "die"])
+async def test_a_run_goes_on_after_a_restart_with_the_same_bits(rig: Rig, how: str):
+    first = await rig.start("t0")
+    await train(rig.client, A)
+    await rig.client.completed(A)
+    digest = first.engine.run_digest(A)
+    assert digest == rig.reference(A, *TRAINED)
+    await getattr(first, how)()
+    second = await rig.start("t0")
+    seq = await rig.client.send(A, Kind.FORWARD, Body.of(gradient(5)))
+    await rig.client.completed(A, seq)
+    assert second.engine.run_digest(A) == digest
+    assert (await rig.client.header(A)).epoch == 2
+
+
+async def test_what_was_queued_when_a_worker_died_is_executed_by_the_next(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    entered, go_on = threading.Event(), threading.Event()
+    whole = first.engine.forward_backward
+
+    def slow(*args: Any, **kwargs: Any) -> bytes:
+        entered.set()
+        go_on.wait(30)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(first.engine, "forward_backward", slow)
+    for number in range(3):
+        await rig.client.forward_backward(A, gradient(number))
+    await until(entered.is_set)
+    await first.die()
+    go_on.set()
+    second = await rig.start("t1")
+    await rig.client.completed(A)
+    expected = rig.reference(A, *(gradient(number) for number in range(3)))
+    assert second.engine.run_digest(A) == expected
+
+
+async def test_a_worker_whose_run_was_taken_over_publishes_nothing_and_drops_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0", first_cycle=1000)
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    entered, go_on = threading.Event(), threading.Event()
+    whole = first.engine.forward_backward
+
+    def paused(*args: Any, **kwargs: Any) -> bytes:
+        entered.set()
+        go_on.wait(30)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(first.engine, "forward_backward", paused)
+    seq = await rig.client.forward_backward(A, gradient(1))
+    await until(entered.is_set)
+    # It is alive and paused: its lease runs out, and another takes its run.
+    await rig.client.oplog.redis.delete(keys.worker_lease("t0"))
+    second = await rig.start("t1", first_cycle=2000)
+    result = await rig.client.completed(A, seq)
+    go_on.set()
+    await until(lambda: not first.engine.has(A))
+    assert await rig.client.completed(A, seq) == result
+    output = wire_pb2.ForwardBackwardOutput.FromString(result)
+    assert output.metrics["clock_cycle:unique"] >= 2000
+    header = await rig.client.header(A)
+    assert (header.epoch, header.owner) == (2, second.lease.owner)
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert second.engine.run_digest(A) == rig.reference(A, gradient(1), None)
+    assert not first.engine.has(A)
+
+
+async def test_two_workers_at_once_apply_each_op_once(rig: Rig):
+    workers = [await rig.start(f"t{index}") for index in range(2)]
+    runs = [f"{letter * 32}:train:0" for letter in "abcdef"]
+    for run_id in runs:
+        await train(rig.client, run_id)
+    for run_id in runs:
+        await rig.client.completed(run_id)
+        owners = [trainer for trainer in workers if trainer.engine.has(run_id)]
+        assert len(owners) == 1
+        assert owners[0].engine.run_digest(run_id) == rig.reference(run_id, *TRAINED)
+        assert (await rig.client.header(run_id)).epoch == 1
+
+
+async def test_a_replay_follows_the_failures_that_were_recorded(rig: Rig):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.refused(A)
+    missing = await rig.client.step(A)  # fails: the client does not know of the refusal
+    await rig.client.forward_backward(A, gradient(2))
+    await rig.client.step(A)
+    await rig.client.forward_backward(A, NOT_FINITE)
+    infinite = await rig.client.step(A)  # fails: not finite
+    known = await rig.client.refused(A)
+    await rig.client.failed(A, known)
+    await rig.client.oplog.told(A, known)
+    await rig.client.forward_backward(A, gradient(3))
+    await rig.client.step(A)  # obeyed: the client knows
+    await rig.client.forward_backward(A, gradient(4))
+    await rig.client.completed(A)
+    assert "gradient of seq 2 missing" in (await rig.client.failed(A, missing))[1]
+    assert "not finite" in (await rig.client.failed(A, infinite))[1]
+    digest = first.engine.run_digest(A)
+    assert digest == rig.reference(A, gradient(2), None, gradient(3), None, gradient(4))
+    await first.stop()
+    second = await rig.start("t1")
+    await rig.client.send(A, Kind.FORWARD, Body.of(gradient(5)))
+    await rig.client.completed(A)
+    assert second.engine.run_digest(A) == digest
+
+
+async def test_a_replay_knows_of_a_gradient_that_is_incomplete(rig: Rig):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    refused = await rig.client.refused(A)
+    await rig.client.failed(A, refused)
+    await first.stop()
+    await rig.start("t1")
+    seq = await rig.client.step(A)
+    assert f"gradient of seq {refused} missing" in (await rig.client.failed(A, seq))[1]
+
+
+async def test_a_replay_saves_nothing_again(rig: Rig):
+    first = await rig.start("t0")
+    await train(rig.client, A)
+    saved = json.loads(await rig.client.completed(A, await rig.client.save(A, "x")))
+    assert saved["path"] == f"tinker://{A}/weights/x"
+    before = [info async for info in rig.blobs.list(keys.run_prefix(TENANT, A))]
+    await first.stop()
+    await rig.start("t1")
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert [info async for info in rig.blobs.list(keys.run_prefix(TENANT, A))] == before
+
+
+async def test_a_replay_loads_what_the_name_stood_for_at_the_time(rig: Rig):
+    first = await rig.start("t0")
+    await train(rig.client, A)
+    saved = await rig.client.save(A, "x")
+    await rig.client.completed(A, saved)
+    manifest = keys.checkpoint_manifest(TENANT, A, saved)
+    await rig.client.forward_backward(A, gradient(7))
+    await rig.client.step(A)
+    source = {"path": f"tinker://{A}/weights/x", "manifest": manifest, "optimizer": True}
+    await rig.client.send(A, Kind.LOAD_WEIGHTS, Body.of(json.dumps(source).encode()))
+    await rig.client.completed(A)
+    digest = first.engine.run_digest(A)
+    await rig.client.forward_backward(A, gradient(8))
+    await rig.client.step(A)
+    await rig.client.completed(A, await rig.client.save(A, "x", overwrite=True))
+    later = first.engine.run_digest(A)
+    await rig.client.create(B, source=source)
+    await rig.client.completed(B)
+    assert first.engine.run_digest(B) == digest
+    await first.stop()
+    second = await rig.start("t1")
+    for run_id in (A, B):
+        await rig.client.send(run_id, Kind.FORWARD, Body.of(gradient(5)))
+        await rig.client.completed(run_id)
+    assert second.engine.run_digest(A) == later
+    assert second.engine.run_digest(B) == digest
+
+
+# --- room, idleness, the end ----------------------------------------------------------------------
+
+
+async def test_idle_runs_make_room_and_come_back_with_the_same_bits(rig: Rig):
+    trainer = await rig.start("t0", max_runs=1)
+    await train(rig.client, A)
+    await rig.client.completed(A)
+    digest = trainer.engine.run_digest(A)
+    await train(rig.client, B)
+    await rig.client.completed(B)
+    assert not trainer.engine.has(A)
+    assert (await rig.client.header(A)).owner == ""
+    assert await rig.client.oplog.live_runs(MODEL) == [B]
+    await rig.client.send(A, Kind.FORWARD, Body.of(gradient(5)))
+    await rig.client.completed(A)
+    assert trainer.engine.run_digest(A) == digest
+    assert not trainer.engine.has(B)
+
+
+async def test_the_run_that_was_idle_longest_makes_room(rig: Rig):
+    trainer = await rig.start("t0", max_runs=2)
+    runs = [f"{letter * 32}:train:0" for letter in "abc"]
+    for run_id in runs[:2]:
+        await rig.client.create(run_id)
+        await rig.client.completed(run_id)
+    await rig.client.forward_backward(runs[0], gradient(1))
+    await rig.client.completed(runs[0])
+    await rig.client.create(runs[2])
+    await rig.client.completed(runs[2])
+    assert [trainer.engine.has(run_id) for run_id in runs] == [True, False, True]
+
+
+async def test_more_runs_than_there_is_room_for_are_all_served(rig: Rig):
+    await rig.start("t0", max_runs=2)
+    runs = [f"{letter * 32}:train:0" for letter in "abcdef"]
+    for run_id in runs:
+        await rig.client.create(run_id)
+    for number in range(2):
+        for run_id in runs:
+            await rig.client.forward_backward(run_id, gradient(number))
+    for run_id in runs:
+        await rig.client.completed(run_id)
+
+
+async def test_a_stop_commits_what_was_executed_and_lets_go_of_the_name(rig: Rig):
+    first = await rig.start("t0")
+    await train(rig.client, A)
+    await rig.client.completed(A)
+    await first.stop()
+    header = await rig.client.header(A)
+    assert header.committed == header.admitted
+    assert await rig.client.oplog.live_workers() == {}
+
+
+async def test_a_worker_that_lost_its_name_ends_and_leaves_it_to_the_other(rig: Rig):
+    trainer = await rig.start("t0", lease_renew_s=0.01)
+    other = WorkerLease(rig.client.oplog, "t0", role="trainer", base_model=MODEL, lease_s=30)
+    await rig.client.oplog.redis.delete(keys.worker_lease("t0"))
+    await other.take()
+    async with asyncio.timeout(30):
+        await trainer.task
+    assert trainer.lease.lost.is_set()
+    workers = await rig.client.oplog.live_workers()
+    assert workers["t0"]["incarnation"] == other.incarnation
+
+
+async def test_a_worker_is_ready_once_it_follows_the_log(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    lease = (await rig.client.oplog.live_workers())["t0"]
+    assert (lease["state"], lease["role"], lease["base_model"]) == ("ready", "trainer", MODEL)
+    assert trainer.lease.owner == f"t0/{lease['incarnation']}"
