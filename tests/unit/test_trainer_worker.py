@@ -294,21 +294,20 @@ async def test_ops_are_applied_once_and_in_order(rig: Rig):
     assert (header.epoch, header.owner) == (1, trainer.lease.owner)
 
 
-async def test_a_queue_longer_than_one_read_of_the_log_is_worked_off(rig: Rig):
+@pytest.mark.parametrize("works_already", [True, False])
+async def test_a_queue_longer_than_one_read_of_the_log_is_worked_off_without_a_pause(
+    rig: Rig, works_already: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "SWEEP_S", 3600.0)  # what is not hinted is found too late
+    if works_already:
+        await rig.start("t0")
     await rig.client.create(A)
     for number in range(3 * READ_AHEAD):
         await rig.client.forward_backward(A, gradient(number))
-    await rig.start("t0")
+    if not works_already:
+        await rig.start("t0")
     for seq in range(3 * READ_AHEAD + 1):
         await rig.client.completed(A, seq)
-
-
-async def test_a_long_queue_that_comes_while_it_works_is_worked_off(rig: Rig):
-    await rig.start("t0")
-    await rig.client.create(A)
-    for number in range(3 * READ_AHEAD):
-        await rig.client.forward_backward(A, gradient(number))
-    await rig.client.completed(A)
 
 
 async def test_runs_do_not_change_each_others_bits(rig: Rig):
@@ -556,6 +555,25 @@ async def test_two_workers_at_once_apply_each_op_once(rig: Rig):
         assert len(owners) == 1
         assert owners[0].engine.run_digest(run_id) == rig.reference(run_id, *TRAINED)
         assert (await rig.client.header(run_id)).epoch == 1
+
+
+async def test_a_worker_that_joins_takes_no_run_of_one_that_lives(rig: Rig):
+    first = await rig.start("t0")
+    runs = [f"{letter * 32}:train:0" for letter in "abcdef"]  # some rank the newcomer first
+    for run_id in runs:
+        await rig.client.create(run_id)
+        await rig.client.completed(run_id)
+    second = await rig.start("t1")
+    number = 0
+    while not any(map(second.engine.has, rig.client.next_seq)):  # until it has a new run
+        number += 1
+        await rig.client.create(f"{number:032}:train:0")
+        await rig.client.completed(f"{number:032}:train:0")
+    for run_id in runs:
+        await rig.client.forward_backward(run_id, gradient(1))
+        await rig.client.completed(run_id)
+        header = await rig.client.header(run_id)
+        assert (header.epoch, header.owner) == (1, first.lease.owner)
 
 
 async def test_a_replay_follows_the_failures_that_were_recorded(rig: Rig):
