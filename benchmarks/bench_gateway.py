@@ -104,8 +104,9 @@ def measure_in_process(model_folder: Path, repeat: Repeat) -> Sample:
 
     torch.set_num_threads(1)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=32, target_modules=targets))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=RANK, lora_alpha=32, target_modules=[*targets, "lm_head"])
+    model = get_peft_model(base, lora)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-12)
     tokens = torch.tensor([token_ids()])

@@ -54,7 +54,8 @@ async def answer(request: web.Request) -> web.Response:
     kind = request.headers["X-Tinker-Request-Type"]
     if kind == "ForwardBackward":
         return web.Response(body=RESULT, content_type="application/x-protobuf")
-    return web.json_response({"model_id": "s:train:0"} if kind == "CreateModel" else {"metrics": {}})
+    result = {"model_id": "s:train:0"} if kind == "CreateModel" else {"metrics": {}}
+    return web.json_response(result)
 
 
 async def main() -> None:

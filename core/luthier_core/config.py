@@ -46,6 +46,8 @@ class GatewayConfig:
     """Every waiting future is looked at again this often, so a lost hint costs no more."""
     key_cache_s: float = 60.0
     """How long a looked-up API key is believed; a revoked key works no longer than this."""
+    peek_bytes: int = 1024 * 1024
+    """A result larger than this is announced by its size first, to clients that allow it."""
     max_open_polls: int = 20_000
     """Open retrieve_future requests of one gateway; beyond it 429."""
 
@@ -118,6 +120,8 @@ class Config:
     """http://host:port or unix:///path/to/socket."""
     secret_file: str
     """File with the server secret: 32 random bytes in hex, readable by its owner only."""
+    allow_volatile_redis: bool = False
+    """Start on a Redis that may forget what it accepted: without AOF, or one that evicts."""
     public_url: str = ""
     """Base of signed download links; empty: http://host:port of the gateway."""
     models: tuple[ModelConfig, ...] = ()

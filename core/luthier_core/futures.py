@@ -9,18 +9,23 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import redis.asyncio as redis
 
 from luthier_core import keys
 from luthier_core.hints import Hints
-from luthier_core.oplog import REDIS_ERRORS
+from luthier_core.oplog import REDIS_ERRORS, Completion, Oplog
 from luthier_core.ops import Outcome
+
+T = TypeVar("T")
 
 _REQUEST_ID = re.compile(r"([0-9a-zA-Z_-]{1,64}):(train|sample):(\d{1,10}):(\d{1,19})")
 _QUEUED = b"queued"
+_ANY = "*"
+"""Stands for every seq of a sampling session: whoever waits for its completions."""
 _LINGER_RECHECKS = 15
 """A channel without waiters stays subscribed for this many re-checks."""
 
@@ -73,7 +78,8 @@ class Futures:
     def __init__(self, client: redis.Redis, *, recheck_s: float) -> None:
         self._redis = client
         self._recheck_s = recheck_s
-        self._hints = Hints(client, lambda channel, seq: self._notify((channel, seq)))
+        self._oplog = Oplog(client)
+        self._hints = Hints(client, self._on_hint)
         self._idle_rechecks: Counter[str] = Counter()
         self._waiting: dict[tuple[str, str], _Waiting] = {}
         self._ending = False
@@ -87,18 +93,46 @@ class Futures:
 
     async def wait(self, future: FutureId, *, timeout_s: float) -> Outcome | None:
         """The outcome, or None after timeout_s: the caller answers try_again."""
+        return await self._wait_for(
+            (future.channel, future.seq),
+            future.outcome_key,
+            lambda: self.outcome(future),
+            timeout_s,
+        )
+
+    async def wait_completions(
+        self, sampling_session_id: str, clone: int, *, after: int, timeout_s: float
+    ) -> list[Completion]:
+        """Samples of this clone that ended after that position; [] after timeout_s."""
+
+        async def look() -> list[Completion] | None:
+            found = await self._oplog.completions(sampling_session_id, clone, after=after)
+            return found or None
+
+        if timeout_s <= 0:
+            return await look() or []
+        key = (keys.sampling_done(sampling_session_id), _ANY)
+        return await self._wait_for(key, "", look, timeout_s) or []
+
+    async def _wait_for(
+        self,
+        key: tuple[str, str],
+        outcome_key: str,
+        look: Callable[[], Awaitable[T | None]],
+        timeout_s: float,
+    ) -> T | None:
+        """What `look` finds, looking again at each hint for `key`; None after timeout_s."""
         event = asyncio.Event()
-        key = (future.channel, future.seq)
-        waiting = self._waiting.setdefault(key, _Waiting(future.outcome_key))
+        waiting = self._waiting.setdefault(key, _Waiting(outcome_key))
         waiting.events.add(event)
         try:
             async with asyncio.timeout(timeout_s):
-                # Subscribe, then read, then wait: an outcome stored in between is never missed.
-                await self._hints.subscribe(future.channel)
-                while (outcome := await self.outcome(future)) is None and not self._ending:
+                # Subscribe, then look, then wait: what is stored in between is never missed.
+                await self._hints.subscribe(key[0])
+                while (found := await look()) is None and not self._ending:
                     await event.wait()
                     event.clear()
-                return outcome
+                return found
         except TimeoutError:
             return None
         finally:
@@ -126,6 +160,10 @@ class Futures:
             with contextlib.suppress(Exception):
                 await self._hints.aclose()
 
+    def _on_hint(self, channel: str, seq: str) -> None:
+        self._notify((channel, seq))
+        self._notify((channel, _ANY))
+
     def _notify(self, key: tuple[str, str]) -> None:
         if waiting := self._waiting.get(key):
             for event in waiting.events:
@@ -140,7 +178,9 @@ class Futures:
 
     async def _notify_the_done(self) -> None:
         """Look for every outcome that somebody waits for, in one round trip."""
-        waiting = dict(self._waiting)
+        for key in [key for key in self._waiting if key[1] == _ANY]:
+            self._notify(key)
+        waiting = {key: item for key, item in self._waiting.items() if key[1] != _ANY}
         pipe = self._redis.pipeline(transaction=False)
         for item in waiting.values():
             pipe.hexists(item.outcome_key, "size")  # every outcome has it, no queued sample does

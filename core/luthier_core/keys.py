@@ -79,6 +79,16 @@ def sampling_done(sampling_session_id: str) -> str:
     return f"{sampling_shard(sampling_session_id)}:done:{sampling_session_id}"
 
 
+def sampling_completions(sampling_session_id: str, clone: int) -> str:
+    """Stream of finished samples of one clone of a sampling session; entry ids 1-0, 2-0, ..."""
+    return f"{sampling_shard(sampling_session_id)}:completed:{sampling_session_id}:{clone}"
+
+
+def sampling_cancelled(base_model: str, shard: str = "{s0}") -> str:
+    """Sharded pub/sub channel that carries request ids of cancelled samples: hints to samplers."""
+    return f"{shard}:cancel:{base_model}"
+
+
 # --- Redis: workers and sessions ------------------------------------------------------------------
 
 
@@ -140,6 +150,11 @@ def run_prefix(tenant: str, run_id: str) -> str:
 def run_record(tenant: str, run_id: str) -> str:
     """Facts of a run, create-if-absent by the registry before op 0."""
     return f"{run_prefix(tenant, run_id)}run.json"
+
+
+def run_head(tenant: str, run_id: str) -> str:
+    """HEAD of a run (compare-and-swap): epoch, owner and snapshots; the durable fence."""
+    return f"{run_prefix(tenant, run_id)}HEAD.json"
 
 
 def op_payload(tenant: str, run_id: str, seq: int, digest: str) -> str:

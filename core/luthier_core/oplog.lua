@@ -29,15 +29,17 @@ local function field_of(fields, name)
   end
 end
 
--- Per-seq fields of the header: d:{seq} = digest and payload bytes, x:{seq} = the op failed.
-local function remember(header, seq, digest, bytes)
-  redis.call('HSET', header, 'd:' .. seq, string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes)
+-- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
+-- admission, x:{seq} = the op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death.
+local function remember(header, seq, digest, bytes, now)
+  local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
+  redis.call('HSET', header, 'd:' .. seq, known)
 end
 
 local function recall(header, seq)
   local value = redis.call('HGET', header, 'd:' .. seq)
   if not value then return nil, 0 end
-  local digest, bytes = string.match(value, '^(%S+) (%d+)$')
+  local digest, bytes = string.match(value, '^(%S+) (%d+)')
   return digest, tonumber(bytes)
 end
 
@@ -51,20 +53,20 @@ local function append(log, seq, fields)
 end
 
 -- admit(header, log, parked, news channel; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
---       max_parked_bytes, header fields as JSON for op 0 or '', entry fields ...)
+--       max_parked_bytes, now ms, header fields as JSON for op 0 or '', entry fields ...)
 -- -> {status, owner, admitted}. OK | DUP | MISMATCH | NORUN | FAR | BUSY | FULL | DEAD
 local function admit(keys, args)
   local header, log, parked = keys[1], keys[2], keys[3]
   local tenant, seq, digest, bytes = args[1], tonumber(args[2]), args[3], tonumber(args[4])
   local max_ahead, max_ops = tonumber(args[5]), tonumber(args[6])
   local max_bytes, max_parked_bytes = tonumber(args[7]), tonumber(args[8])
-  local fields = rest(args, 10)
+  local now, fields = args[9], rest(args, 11)
 
   local h = redis.call('HMGET', header, 'tenant', 'admitted', 'committed', 'bytes', 'told', 'owner',
     'status', 'parked_bytes')
   if not h[1] then
-    if seq ~= 0 or args[9] == '' then return { 'NORUN', '', -1 } end
-    for name, value in pairs(cjson.decode(args[9])) do
+    if seq ~= 0 or args[10] == '' then return { 'NORUN', '', -1 } end
+    for name, value in pairs(cjson.decode(args[10])) do
       redis.call('HSET', header, name, value)
     end
     redis.call('HSET', header, 'tenant', tenant, 'status', 'active', 'epoch', 0, 'owner', '',
@@ -92,12 +94,13 @@ local function admit(keys, args)
     return { 'FULL', owner, admitted }
   end
 
-  remember(header, seq, digest, bytes)
+  remember(header, seq, digest, bytes, now)
   redis.call('HINCRBY', header, 'bytes', bytes)
   fields[#fields + 1] = 'told'
   fields[#fields + 1] = h[5]
   if seq > admitted + 1 then
     redis.call('HSET', parked, seq, cmsgpack.pack(fields))
+    redis.call('HSETNX', header, 'gap_since', now)
     redis.call('HINCRBY', header, 'parked_bytes', bytes)
     return { 'OK', owner, admitted }
   end
@@ -114,6 +117,10 @@ local function admit(keys, args)
     redis.call('HINCRBY', header, 'parked_bytes', -freed)
   end
   redis.call('HSET', header, 'admitted', admitted)
+  if fills_gap then -- another gap may be left above
+    redis.call('HDEL', header, 'gap_since')
+    if redis.call('HLEN', parked) > 0 then redis.call('HSET', header, 'gap_since', now) end
+  end
   redis.call('SPUBLISH', keys[4], admitted)
   return { 'OK', owner, admitted }
 end
@@ -134,7 +141,7 @@ local function reject_run(keys, args)
   end
   redis.call('HSET', header, 'tenant', tenant, 'status', 'failed', 'epoch', 0, 'owner', '',
     'admitted', 0, 'committed', 0, 'bytes', 0, 'parked_bytes', 0, 'told', -1, 'x:0', 1)
-  remember(header, 0, digest, 0)
+  remember(header, 0, digest, 0, 0)
   redis.call('HSET', outcome, unpack(rest(args, 5)))
   redis.call('PEXPIRE', outcome, args[4])
   redis.call('PEXPIRE', header, args[4])
@@ -163,24 +170,131 @@ local function release(keys, args)
   return 'OK'
 end
 
--- commit(header, outcome, channel; epoch, seq, ttl ms, outcome fields ...)
--- -> OK | ALREADY | FENCED | ORDER. The only writer of an outcome, and it writes once.
-local function commit(keys, args)
-  local header, outcome, channel = keys[1], keys[2], keys[3]
-  local epoch, seq = tonumber(args[1]), tonumber(args[2])
+-- What `begin` notes about an attempt. -> attempts so far, deaths so far
+local function note_attempt(header, seq)
+  local attempts = redis.call('HINCRBY', header, 'n:' .. seq, 1)
+  return attempts, num(redis.call('HGET', header, 'b:' .. seq), 0)
+end
+
+-- begin(header; epoch, seq) -> {OK, attempts, deaths} | {FENCED} | {ALREADY} | {ORDER}
+-- The owner is about to execute this op: what it does outside of Redis is its own from here on.
+local function begin(keys, args)
+  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
-  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
-  if seq <= num(h[3]) then return 'ALREADY' end
-  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return 'ORDER' end
-  local fields = rest(args, 4)
+  if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
+  if seq <= num(h[3]) then return { 'ALREADY' } end
+  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
+  return { 'OK', note_attempt(header, seq) }
+end
+
+-- One outcome, written once: shared by commit and fail_range.
+local function store_outcome(header, outcome, channel, seq, ttl, fields)
   redis.call('HSET', outcome, unpack(fields))
-  redis.call('PEXPIRE', outcome, args[3])
+  redis.call('PEXPIRE', outcome, ttl)
   local _, bytes = recall(header, seq)
   redis.call('HSET', header, 'committed', seq)
   redis.call('HINCRBY', header, 'bytes', -bytes)
+  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq)
   -- Replay follows the recorded outcome, which outlives the outcome's own record.
   if field_of(fields, 'state') == 'failed' then redis.call('HSET', header, 'x:' .. seq, 1) end
   redis.call('SPUBLISH', channel, seq)
+end
+
+-- commit(header, outcome, channel; epoch, seq, ttl ms, next seq to begin or -1, outcome fields ...)
+-- -> {OK, attempts, deaths of the next} | {ALREADY} | {FENCED} | {ORDER}
+-- The only writer of an outcome, and it writes once.
+local function commit(keys, args)
+  local header = keys[1]
+  local epoch, seq, next_seq = tonumber(args[1]), tonumber(args[2]), tonumber(args[4])
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
+  if seq <= num(h[3]) then return { 'ALREADY' } end
+  if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
+  store_outcome(header, keys[2], keys[3], seq, args[3], rest(args, 5))
+  if next_seq == seq + 1 and next_seq <= num(h[2]) then
+    return { 'OK', note_attempt(header, next_seq) }
+  end
+  return { 'OK', 0, 0 }
+end
+
+-- blame(header; epoch, seq) -> deaths so far | -1 if fenced | -2 if this op is not under way
+-- The engine died while it executed this op.
+local function blame(keys, args)
+  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return -1 end
+  if seq ~= num(h[2]) + 1 then return -2 end
+  return redis.call('HINCRBY', header, 'b:' .. seq, 1)
+end
+
+-- trim(header, log; epoch, seq) -> OK | FENCED | ORDER
+-- A snapshot at or after seq is confirmed: the log and the per-seq fields up to it are not needed.
+local function trim(keys, args)
+  local header, log, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'committed', 'trimmed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if seq > num(h[2]) then return 'ORDER' end
+  for s = num(h[3], -1) + 1, seq do
+    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 'n:' .. s, 'b:' .. s)
+  end
+  if seq > num(h[3], -1) then redis.call('HSET', header, 'trimmed', seq) end
+  redis.call('XTRIM', log, 'MINID', entry_id(seq + 1))
+  return 'OK'
+end
+
+local function forget_gap(header, parked)
+  if redis.call('HLEN', parked) == 0 then redis.call('HDEL', header, 'gap_since') end
+end
+
+-- ffwd(header, parked; epoch, seq) -> OK | FENCED | ALREADY
+-- Redis was rolled back behind a snapshot: the effects up to seq are in it, the ids are used up.
+local function ffwd(keys, args)
+  local header, parked, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if seq <= num(h[3]) then return 'ALREADY' end
+  for _, s in ipairs(redis.call('HKEYS', parked)) do
+    if tonumber(s) <= seq then redis.call('HDEL', parked, s) end
+  end
+  redis.call('HSET', header, 'committed', seq)
+  if seq > num(h[2]) then redis.call('HSET', header, 'admitted', seq) end
+  forget_gap(header, parked)
+  return 'OK'
+end
+
+-- publish(header; epoch, seq, key) -> OK | FENCED | STALE
+-- The in-flight sampler weights of a run move forward, never back.
+local function publish(keys, args)
+  local h = redis.call('HMGET', keys[1], 'epoch', 'published_epoch', 'published_seq')
+  local epoch, seq = tonumber(args[1]), tonumber(args[2])
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  local e, s = num(h[2], -1), num(h[3], -1)
+  if epoch < e or (epoch == e and seq <= s) then return 'STALE' end
+  redis.call('HSET', keys[1], 'published_epoch', epoch, 'published_seq', seq, 'published', args[3])
+  return 'OK'
+end
+
+-- fail_range(header, parked, channel, outcome ...; epoch, first seq, ttl ms, status, fields ...)
+-- -> OK | ALREADY | FENCED | ORDER. Fail consecutive seqs from committed+1 on, one per outcome key,
+-- whether they are admitted, parked or never arrived; the run's status becomes `status`.
+local function fail_range(keys, args)
+  local header, parked, channel = keys[1], keys[2], keys[3]
+  local epoch, first, last = tonumber(args[1]), tonumber(args[2]), tonumber(args[2]) + #keys - 4
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
+  if last <= num(h[3]) then return 'ALREADY' end
+  if first ~= num(h[3]) + 1 then return 'ORDER' end
+  local fields = rest(args, 5)
+  for seq = first, last do
+    if redis.call('HDEL', parked, seq) == 1 then
+      local _, bytes = recall(header, seq)
+      redis.call('HINCRBY', header, 'parked_bytes', -bytes)
+    end
+    store_outcome(header, keys[4 + seq - first], channel, seq, args[3], fields)
+  end
+  if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end
+  redis.call('HSET', header, 'status', args[4])
+  forget_gap(header, parked)
   return 'OK'
 end
 
@@ -193,16 +307,24 @@ local function told(keys, args)
   return 'OK'
 end
 
--- enqueue(header, outcome, jobs; tenant, seq, digest, max jobs, ttl ms, header fields as JSON or '',
---         job fields ...) -> OK | DUP | MISMATCH | NOSESSION | BUSY
+-- Append to the completions of one clone of a sampling session. Ids are dense: 1-0, 2-0, ...
+local function complete(header, completions, clone, seq, state, size, ttl)
+  local position = redis.call('HINCRBY', header, 'completed:' .. clone, 1)
+  redis.call('XADD', completions, position .. '-0', 'seq', seq, 'state', state, 'size', size)
+  redis.call('PEXPIRE', completions, ttl)
+end
+
+-- enqueue(header, outcome, jobs, completions; tenant, seq, digest, clone, max jobs, ttl ms, now ms,
+--         header fields as JSON or '', job fields ...) -> OK | DUP | MISMATCH | NOSESSION | BUSY
 -- With job fields that begin with `state`, they are an outcome: the request was refused.
 local function enqueue(keys, args)
   local header, outcome, jobs = keys[1], keys[2], keys[3]
-  local tenant, digest, fields = args[1], string.sub(args[3], 1, DIGEST_CHARS), rest(args, 7)
+  local tenant, seq, digest = args[1], args[2], string.sub(args[3], 1, DIGEST_CHARS)
+  local fields = rest(args, 9)
   local known = redis.call('HGET', header, 'tenant')
   if not known then
-    if args[6] == '' then return 'NOSESSION' end
-    for name, value in pairs(cjson.decode(args[6])) do
+    if args[8] == '' then return 'NOSESSION' end
+    for name, value in pairs(cjson.decode(args[8])) do
       redis.call('HSET', header, name, value)
     end
     redis.call('HSET', header, 'tenant', tenant)
@@ -213,30 +335,52 @@ local function enqueue(keys, args)
   if first then return first == digest and 'DUP' or 'MISMATCH' end
   if fields[1] == 'state' then
     redis.call('HSET', outcome, 'request', digest, unpack(fields))
-    redis.call('PEXPIRE', outcome, args[5])
+    redis.call('PEXPIRE', outcome, args[6])
+    complete(header, keys[4], args[4], seq, 'failed', field_of(fields, 'size'), args[6])
     return 'OK'
   end
-  if redis.call('XLEN', jobs) >= tonumber(args[4]) then return 'BUSY' end
-  redis.call('HSET', outcome, 'request', digest, 'state', 'queued')
-  redis.call('PEXPIRE', outcome, args[5])
-  redis.call('XADD', jobs, '*', 'seq', args[2], unpack(fields))
+  if redis.call('XLEN', jobs) >= tonumber(args[5]) then return 'BUSY' end
+  local entry = redis.call('XADD', jobs, '*', 'seq', seq, 'clone', args[4], unpack(fields))
+  redis.call('HSET', outcome, 'request', digest, 'state', 'queued', 'entry', entry, 'at', args[7])
+  redis.call('PEXPIRE', outcome, args[6])
   return 'OK'
 end
 
--- settle(outcome, jobs, channel; seq, group, entry id, ttl ms, outcome fields ...) -> OK | ALREADY
+-- One outcome of a sampling job, unless it has one. -> whether this is it
+local function store_sample(keys, seq, clone, ttl, fields)
+  local header, outcome, completions, channel = keys[1], keys[2], keys[4], keys[5]
+  local state = redis.call('HGET', outcome, 'state')
+  if state and state ~= 'queued' then return false end
+  redis.call('HSET', outcome, unpack(fields))
+  redis.call('PEXPIRE', outcome, ttl)
+  local done = field_of(fields, 'state') == 'completed' and 'finished' or 'failed'
+  complete(header, completions, clone, seq, done, field_of(fields, 'size'), ttl)
+  redis.call('SPUBLISH', channel, seq)
+  return true
+end
+
+-- settle(header, outcome, jobs, completions, channel; seq, clone, group, entry id, ttl ms,
+--        outcome fields ...) -> OK | ALREADY
 -- The first outcome of a sampling job wins; the job leaves the stream in the same step.
 local function settle(keys, args)
-  local outcome, jobs, channel = keys[1], keys[2], keys[3]
-  local state = redis.call('HGET', outcome, 'state')
-  local done = state and state ~= 'queued'
-  if not done then
-    redis.call('HSET', outcome, unpack(rest(args, 5)))
-    redis.call('PEXPIRE', outcome, args[4])
-    redis.call('SPUBLISH', channel, args[1])
-  end
-  redis.call('XACK', jobs, args[2], args[3])
-  redis.call('XDEL', jobs, args[3])
-  return done and 'ALREADY' or 'OK'
+  local stored = store_sample(keys, args[1], args[2], args[5], rest(args, 6))
+  redis.call('XACK', keys[3], args[3], args[4])
+  redis.call('XDEL', keys[3], args[4])
+  return stored and 'OK' or 'ALREADY'
+end
+
+-- cancel(header, outcome, jobs, completions, channel, cancel channel; seq, clone, group, ttl ms,
+--        request id, outcome fields ...) -> OK | ALREADY
+-- An unknown or finished sample stays as it is. A queued one is taken off the stream; whichever
+-- sampler may be at work on it is hinted, and what it settles later changes nothing.
+local function cancel(keys, args)
+  local entry = redis.call('HGET', keys[2], 'entry')
+  if not entry then return 'ALREADY' end
+  if not store_sample(keys, args[1], args[2], args[4], rest(args, 6)) then return 'ALREADY' end
+  redis.call('XACK', keys[3], args[3], entry)
+  redis.call('XDEL', keys[3], entry)
+  redis.call('SPUBLISH', keys[6], args[5])
+  return 'OK'
 end
 
 -- hold_lease(key; incarnation, value, ttl ms) -> 1 if the name is ours (now), else 0
@@ -259,9 +403,16 @@ redis.register_function('lu1_reject_run', reject_run)
 redis.register_function('lu1_acquire', acquire)
 redis.register_function { function_name = 'lu1_release', callback = release, flags = { 'allow-oom' } }
 -- Results can be committed and memory freed when Redis is full.
+redis.register_function { function_name = 'lu1_begin', callback = begin, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_commit', callback = commit, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_blame', callback = blame, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_trim', callback = trim, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_ffwd', callback = ffwd, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_publish', callback = publish, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_fail_range', callback = fail_range, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_told', callback = told, flags = { 'allow-oom' } }
 redis.register_function('lu1_enqueue', enqueue)
 redis.register_function { function_name = 'lu1_settle', callback = settle, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_cancel', callback = cancel, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_hold_lease', callback = hold_lease, flags = { 'allow-oom' } }
 redis.register_function('lu1_release_lease', release_lease)

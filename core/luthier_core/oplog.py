@@ -7,7 +7,8 @@ does that by itself for some seconds, which hides a restart of Redis.
 import asyncio
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Self, cast
@@ -22,9 +23,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
-from luthier_core.ops import Op, Outcome, SamplingJob
+from luthier_core.ops import Op, Outcome, SamplingJob, clone_of
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
+DELIVERED_TTL_MS = 3600 * 1000
+ACKNOWLEDGED_TTL_MS = 60 * 1000
 MAX_CONNECTIONS = 32
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
@@ -102,6 +105,8 @@ class RunHeader:
     admitted: int
     committed: int
     told: int
+    gap_since: int
+    """Milliseconds since the epoch when the oldest gap was first seen; 0: there is none."""
 
     @property
     def pending(self) -> bool:
@@ -109,9 +114,9 @@ class RunHeader:
         return self.admitted > self.committed
 
     @classmethod
-    def from_values(cls, values: Sequence[bytes]) -> Self:
+    def from_values(cls, values: Sequence[bytes | None]) -> Self:
         """From the values of HEADER_FIELDS, in their order."""
-        text = [value.decode() for value in values]
+        text = [(value or b"").decode() for value in values]
         return cls(
             tenant=text[0],
             base_model=text[1],
@@ -122,7 +127,47 @@ class RunHeader:
             admitted=int(text[6]),
             committed=int(text[7]),
             told=int(text[8]),
+            gap_since=int(text[9] or 0),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One entry of the list of samples that have ended."""
+
+    position: int
+    request_id: str
+    state: str
+    """finished | failed"""
+    num_bytes: int
+    """Size of the result."""
+
+    @classmethod
+    def from_entry(
+        cls, sampling_session_id: str, entry_id: bytes, fields: Mapping[bytes, bytes]
+    ) -> Self:
+        return cls(
+            position=int(entry_id.split(b"-")[0]),
+            request_id=f"{sampling_session_id}:{fields[b'seq'].decode()}",
+            state=fields[b"state"].decode(),
+            num_bytes=int(fields[b"size"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The answer of begin and commit."""
+
+    status: str
+    """OK | ALREADY | FENCED | ORDER"""
+    attempts: int = 0
+    """How often the op that was begun has been, now included; 0 if none was."""
+    deaths: int = 0
+    """How many of those ended with the engine's death."""
+
+    @classmethod
+    def from_reply(cls, reply: Sequence[Any]) -> Self:
+        return cls(reply[0].decode(), *(int(number) for number in reply[1:]))
 
 
 HEADER_FIELDS = [field.name for field in dataclasses.fields(RunHeader)]
@@ -131,8 +176,10 @@ HEADER_FIELDS = [field.name for field in dataclasses.fields(RunHeader)]
 class Oplog:
     """Typed calls on one Redis."""
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(self, client: redis.Redis, clock: Callable[[], float] = time.time) -> None:
+        """`clock` in seconds since the epoch: what is stamped on entries, for people to read."""
         self.redis = client
+        self._clock = clock
 
     async def load_library(self) -> None:
         """Load the function library; every service does at its start."""
@@ -167,6 +214,7 @@ class Oplog:
                 limits.max_pending_ops,
                 limits.max_pending_bytes,
                 limits.max_parked_bytes,
+                self._now_ms(),
                 json.dumps(header) if header else "",
                 *_flat(op.fields()),
             ],
@@ -193,8 +241,18 @@ class Oplog:
         """Whether the run, held under `epoch` and with nothing pending, has no owner now."""
         return bool(await self._call("release", [keys.run_header(run_id)], [epoch]) == b"OK")
 
-    async def commit(self, run_id: str, epoch: int, seq: int, outcome: Outcome) -> str:
-        """Store the outcome and move the run's cursor. OK | ALREADY | FENCED | ORDER."""
+    async def begin(self, run_id: str, epoch: int, seq: int) -> Attempt:
+        """Note that the owner is about to execute this op: OK | ALREADY | FENCED | ORDER."""
+        reply = await self._call("begin", [keys.run_header(run_id)], [epoch, seq])
+        return Attempt.from_reply(reply)
+
+    async def commit(
+        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
+    ) -> Attempt:
+        """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
+
+        With `begin_next` an OK also begins seq + 1 if it is admitted: one write instead of two.
+        """
         reply = await self._call(
             "commit",
             [
@@ -202,7 +260,45 @@ class Oplog:
                 keys.run_outcome(run_id, seq),
                 keys.run_done(run_id),
             ],
-            [epoch, seq, OUTCOME_TTL_MS, *_flat(outcome.fields())],
+            [epoch, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, *_flat(outcome.fields())],
+        )
+        return Attempt.from_reply(reply)
+
+    async def blame(self, run_id: str, epoch: int, seq: int) -> int:
+        """How often the engine has died of this op, now included; negative if it is not ours."""
+        return int(await self._call("blame", [keys.run_header(run_id)], [epoch, seq]))
+
+    async def trim(self, run_id: str, epoch: int, seq: int) -> str:
+        """Drop the log up to seq: a snapshot at or after it is confirmed. OK | FENCED | ORDER."""
+        call_keys = [keys.run_header(run_id), keys.run_log(run_id)]
+        return cast(bytes, await self._call("trim", call_keys, [epoch, seq])).decode()
+
+    async def ffwd(self, run_id: str, epoch: int, seq: int) -> str:
+        """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED."""
+        call_keys = [keys.run_header(run_id), keys.run_parked(run_id)]
+        return cast(bytes, await self._call("ffwd", call_keys, [epoch, seq])).decode()
+
+    async def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:
+        """Move the in-flight sampler weights forward, never back. OK | STALE | FENCED."""
+        reply = await self._call("publish", [keys.run_header(run_id)], [epoch, seq, key])
+        return cast(bytes, reply).decode()
+
+    async def fail_range(
+        self, run_id: str, epoch: int, seqs: range, outcome: Outcome, *, status: str
+    ) -> str:
+        """Fail consecutive seqs from committed + 1 on, admitted or not, and set the run's status.
+
+        OK | ALREADY | FENCED | ORDER.
+        """
+        reply = await self._call(
+            "fail_range",
+            [
+                keys.run_header(run_id),
+                keys.run_parked(run_id),
+                keys.run_done(run_id),
+                *(keys.run_outcome(run_id, seq) for seq in seqs),
+            ],
+            [epoch, seqs.start, OUTCOME_TTL_MS, status, *_flat(outcome.fields())],
         )
         return cast(bytes, reply).decode()
 
@@ -225,6 +321,11 @@ class Oplog:
             for run_id, values in zip(run_ids, replies, strict=True)
             if values[0] is not None
         }
+
+    async def admitted_at(self, run_id: str, seq: int) -> int | None:
+        """When an op was admitted, in milliseconds since the epoch; None once it is trimmed."""
+        known = await cast(Any, self.redis.hget(keys.run_header(run_id), f"d:{seq}"))
+        return int(known.split()[2]) if known else None
 
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
@@ -308,20 +409,63 @@ class Oplog:
     ) -> str:
         """Dedupe by (sampling session, seq) and append a job.
 
-        OK | DUP | MISMATCH | NOSESSION | BUSY.
-
-        A `job` that is an outcome's fields (it begins with `state`) is a refused request.
+        OK | DUP | MISMATCH | NOSESSION | BUSY. A `job` that is an outcome's fields (it begins with
+        `state`) is a refused request.
         """
+        clone = clone_of(seq)
+        call_keys = _sample_keys(sampling_session_id, seq, clone, base_model)[:4]
         reply = await self._call(
             "enqueue",
+            call_keys,
             [
-                keys.sampling_header(sampling_session_id),
-                keys.sampling_outcome(sampling_session_id, seq),
-                keys.sampling_jobs(base_model, keys.sampling_shard(sampling_session_id)),
+                *(tenant, seq, digest, clone, max_jobs, OUTCOME_TTL_MS, self._now_ms()),
+                *(json.dumps(header), *_flat(job)),
             ],
-            [tenant, seq, digest, max_jobs, OUTCOME_TTL_MS, json.dumps(header), *_flat(job)],
         )
         return cast(bytes, reply).decode()
+
+    async def cancel(
+        self, sampling_session_id: str, seq: str, base_model: str, outcome: Outcome
+    ) -> str:
+        """End a queued or running sample with `outcome`. OK | ALREADY: unknown, or it has ended."""
+        clone = clone_of(seq)
+        reply = await self._call(
+            "cancel",
+            [
+                *_sample_keys(sampling_session_id, seq, clone, base_model),
+                keys.sampling_cancelled(base_model, keys.sampling_shard(sampling_session_id)),
+            ],
+            [
+                *(seq, clone, keys.SAMPLING_GROUP, OUTCOME_TTL_MS, f"{sampling_session_id}:{seq}"),
+                *_flat(outcome.fields()),
+            ],
+        )
+        return cast(bytes, reply).decode()
+
+    async def completions(
+        self, sampling_session_id: str, clone: int, *, after: int, max_entries: int = 1000
+    ) -> list[Completion]:
+        """Samples of one clone that ended after that position of its list, in order."""
+        stream = keys.sampling_completions(sampling_session_id, clone)
+        entries: Any = await self.redis.xrange(stream, min=f"{after + 1}-0", count=max_entries)
+        return [Completion.from_entry(sampling_session_id, *entry) for entry in entries]
+
+    async def acknowledge(
+        self, sampling_session_id: str, clone: int, *, to: int, seqs: Sequence[str]
+    ) -> None:
+        """The client has read its completions to this position, and holds the results of `seqs`."""
+        pipe = self.redis.pipeline(transaction=False)
+        if to > 0:
+            stream = keys.sampling_completions(sampling_session_id, clone)
+            pipe.xtrim(stream, minid=f"{to + 1}-0", approximate=False)
+        for seq in seqs:
+            outcome = keys.sampling_outcome(sampling_session_id, seq)
+            pipe.pexpire(outcome, ACKNOWLEDGED_TTL_MS, lt=True)
+        await pipe.execute()
+
+    async def delivered(self, outcome_key: str) -> None:
+        """An outcome has been given out whole: keep it for a while in case that was lost."""
+        await self.redis.pexpire(outcome_key, DELIVERED_TTL_MS, lt=True)
 
     async def open_jobs(self, base_model: str) -> None:
         """Create the stream and its group if they are absent."""
@@ -378,16 +522,11 @@ class Oplog:
 
     async def settle(self, job: SamplingJob, base_model: str, outcome: Outcome) -> str:
         """Store the outcome of a job unless one is stored, and take the job off. OK | ALREADY."""
-        session = job.sampling_session_id
         reply = await self._call(
             "settle",
+            _sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
             [
-                keys.sampling_outcome(session, job.seq),
-                keys.sampling_jobs(base_model, keys.sampling_shard(session)),
-                keys.sampling_done(session),
-            ],
-            [
-                *(job.seq, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
+                *(job.seq, job.clone, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
                 *_flat(outcome.fields()),
             ],
         )
@@ -410,6 +549,9 @@ class Oplog:
 
     # --- plumbing ---------------------------------------------------------------------------------
 
+    def _now_ms(self) -> int:
+        return int(1000 * self._clock())
+
     async def _call(self, function: str, call_keys: Sequence[str], args: Sequence[Any]) -> Any:
         return await cast(
             Any, self.redis.fcall(f"lu1_{function}", len(call_keys), *call_keys, *args)
@@ -419,6 +561,17 @@ class Oplog:
 def _jobs(entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[SamplingJob]:
     # A deleted entry that is still pending comes back without fields.
     return [SamplingJob.from_entry(entry_id, fields) for entry_id, fields in entries if fields]
+
+
+def _sample_keys(session: str, seq: str, clone: int, base_model: str) -> list[str]:
+    """Header, outcome, jobs, completions and channel of one sample: all in one slot."""
+    return [
+        keys.sampling_header(session),
+        keys.sampling_outcome(session, seq),
+        keys.sampling_jobs(base_model, keys.sampling_shard(session)),
+        keys.sampling_completions(session, clone),
+        keys.sampling_done(session),
+    ]
 
 
 def _flat(fields: Mapping[str, str | bytes]) -> list[str | bytes]:

@@ -130,7 +130,7 @@ class Outcome:
     """How an op ended. `failed` carries a message for the user and whose fault it was."""
 
     state: str
-    """completed | failed"""
+    """completed | failed | cancelled"""
     body: Body = Body(inline=b"")
     encoding: Literal["json", "protobuf", "text"] = "json"
     """What the bytes of the body are; the message of a failure is text."""
@@ -138,7 +138,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.state == "failed"
+        return self.state != "completed"
 
     @classmethod
     def completed(cls, body: Body, encoding: Literal["json", "protobuf"] = "json") -> Self:
@@ -168,6 +168,14 @@ class Outcome:
         )
 
 
+SEQS_PER_CLONE = 10**9
+
+
+def clone_of(seq: int | str) -> int:
+    """The clone of a sampling session that counts this seq (wire protocol 6.2)."""
+    return int(seq) // SEQS_PER_CLONE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingJob:
     """One sampling request on the stream of its base model."""
@@ -176,6 +184,8 @@ class SamplingJob:
     sampling_session_id: str
     seq: str
     """A string: sampling seqs reach 10^18, and Lua loses digits above 2^53."""
+    clone: int
+    """Which handle of the sampling session sent it: its completions are listed apart."""
     tenant: str
     weights: str
     """Object key of the checkpoint manifest whose adapter samples; empty for the base model."""
@@ -192,6 +202,7 @@ class SamplingJob:
             entry_id=entry_id,
             sampling_session_id=fields[b"session"].decode(),
             seq=fields[b"seq"].decode(),
+            clone=int(fields[b"clone"]),
             tenant=fields[b"tenant"].decode(),
             weights=fields[b"weights"].decode(),
             body=Body.from_fields(fields),

@@ -48,15 +48,29 @@ class Diverged(Exception):
 class Owner:
     """One run under one epoch. `next_step`, carry it out, `ended`; in that order, one at a time."""
 
-    def __init__(self, run_id: str, epoch: int, committed: int, failed: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        epoch: int,
+        committed: int,
+        failed: Iterable[int] = (),
+        *,
+        state_seq: int = -1,
+        missing: Iterable[int] = (),
+    ) -> None:
+        """`failed`: seqs whose recorded outcome is a failure.
+
+        The engine holds the state after op `state_seq` (-1: none), with gradients of the failed
+        forward_backwards `missing` since the last optimizer step.
+        """
         self.run_id = run_id
         self.epoch = epoch
         self._replay_to = committed
         self._recorded_failures = frozenset(failed)
         self._queue: deque[Op] = deque()
-        self._cursor = 0
+        self._cursor = state_seq + 1
         self._step: Step | None = None
-        self._missing: list[int] = []
+        self._missing = list(missing)
         """forward_backward seqs that failed since the last optimizer step."""
         self._broken: str | None = None
 
@@ -78,6 +92,11 @@ class Owner:
     def replaying(self) -> bool:
         """Whether the next op has been committed before."""
         return bool(self._queue) and self._queue[0].seq <= self._replay_to
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Failed forward_backwards since the last optimizer step: part of a snapshot."""
+        return tuple(self._missing)
 
     def feed(self, ops: Iterable[Op]) -> None:
         """Take ops as read from the log; those already taken are skipped, a gap is our own bug."""
@@ -109,6 +128,14 @@ class Owner:
         if not step.publish and outcome.failed != (op.seq in self._recorded_failures):
             raise Diverged(f"seq {op.seq} ({op.kind}) did not end as recorded")
         self._note(op, outcome)
+
+    def quarantine(self, deaths: int) -> Step:
+        """The step under way, failed instead of executed: it has killed its engine too often."""
+        assert self._step is not None
+        message = f"the operation was given up: the worker died {deaths} times while it ran"
+        outcome = Outcome.failure(message, "server")
+        self._step = Step(self._step.op, Action.NOTHING, publish=True, outcome=outcome)
+        return self._step
 
     def break_run(self, reason: str) -> None:
         """From now on nothing is executed, and every op that is not committed fails with `reason`.

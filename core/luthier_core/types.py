@@ -326,3 +326,26 @@ class RetrieveFuture(WireModel):
 
     request_id: str
     allow_metadata_only: bool = False
+
+
+class SamplingSessionTarget(WireModel):
+    """Whose completions: those of one handle of a sampling session."""
+
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: Int64 = 0
+
+
+class RetrieveFutures(WireModel):
+    """POST retrieve_futures. timeout in seconds; absent: as long as the server holds a poll."""
+
+    target: SamplingSessionTarget
+    prev_cursor: Int64 = 0
+    timeout: float | None = Field(None, ge=0, allow_inf_nan=False)
+    retrieved_request_ids: list[str] = Field([], max_length=10_000)
+
+
+class CancelFuture(WireModel):
+    """POST cancel_future."""
+
+    request_id: str

@@ -24,11 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     setup_logging(arguments.name)
     try:
-        config = load_config(arguments.config, os.environ)
+        return run_service(_serve(load_config(arguments.config, os.environ)))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return run_service(_serve(config))
 
 
 async def _serve(config: Config) -> int:

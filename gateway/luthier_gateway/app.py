@@ -13,6 +13,7 @@ from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
+from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import futures, health, rest, sampling, sessions, training
 from luthier_gateway.auth import Authenticator
@@ -35,7 +36,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/readyz", health.readyz),
         web.get(f"{API}/healthz", health.healthz),
         web.post(f"{API}/client/config", sessions.client_config),
-        web.post(f"{API}/client/dynamic_config", sessions.client_config),
+        web.post(f"{API}/client/dynamic_config", sessions.dynamic_config),
         web.post(f"{API}/create_session", sessions.create_session),
         web.post(f"{API}/session_heartbeat", sessions.session_heartbeat),
         web.post(f"{API}/sessions/{{session_id}}/finish", sessions.finish_session),
@@ -51,6 +52,9 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/asample", sampling.asample),
         web.post(f"{API}/retrieve_future", futures.retrieve_future),
+        web.post(f"{API}/retrieve_futures", futures.retrieve_futures),
+        web.post(f"{API}/cancel_future", futures.cancel_future),
+        web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         web.post(f"{API}/weights_info", rest.weights_info),
         web.get(f"{API}/samplers/{{sampler_id}}", rest.get_sampler),
         web.get(f"{API}/training_runs", rest.list_training_runs),
@@ -87,6 +91,7 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
     async with contextlib.AsyncExitStack() as stack:
         client = connect(config.redis_url)
         stack.push_async_callback(client.aclose)
+        await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
         await oplog.load_library()
         blobs = await stack.enter_async_context(open_blobs(config))

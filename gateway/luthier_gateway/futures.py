@@ -1,53 +1,161 @@
-"""retrieve_future: held open until the outcome is there, or 408 try_again after poll_hold_s."""
+"""Futures over HTTP: held open until there is something to say, never polled here."""
 
 import asyncio
 import contextlib
-import time
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 from luthier_core.blobs import BlobMissing, Blobs
-from luthier_core.errors import Gone, NotFound, TooManyRequests, Unsupported
+from luthier_core.errors import (
+    Gone,
+    InvalidField,
+    NotFound,
+    TooManyRequests,
+    Unsupported,
+)
 from luthier_core.futures import FutureId
 from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Body, Outcome
-from luthier_core.types import RetrieveFuture, parse
+from luthier_core.transcode import forward_backward_json, sample_json
+from luthier_core.types import CancelFuture, RetrieveFuture, RetrieveFutures, parse
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
+from luthier_gateway.queue_state import REDIS_AWAY, QueueState, queue_state
 from luthier_gateway.web_io import json_response, read_body
 
 PROTOBUF = "application/x-protobuf"
 TROUBLE_HOLD_S = 10.0
 """How long a poll is held while Redis is away: never a fast 5xx, which is polled again at once."""
+MAX_SMALL_BODY = 1024 * 1024
+CANCELLED = Outcome(state="cancelled", body=Body.of(b"cancelled"), encoding="text", category="user")
 
 
 async def retrieve_future(request: web.Request) -> web.Response:
+    """The result; or its error; or 408 try_again with a queue state after poll_hold_s."""
     backends, tenant = request.app[BACKENDS], request[TENANT]
-    wanted = parse(RetrieveFuture, await read_body(request, 64 * 1024))
-    future = FutureId.parse(wanted.request_id)
-    if future is None:
-        raise NotFound(f"request_id={wanted.request_id!r}")
-    if backends.futures.num_waiting >= backends.config.gateway.max_open_polls:
-        raise TooManyRequests("too many requests wait for results on this gateway")
+    wanted = parse(RetrieveFuture, await read_body(request, MAX_SMALL_BODY))
+    config = backends.config.gateway
+    future = _parse_id(wanted.request_id)
+    _check_room(backends)
     try:
-        # The common case first: an outcome that is there already needs no waiting.
-        await _check_tenant(backends, tenant, future)
-        outcome = await backends.futures.outcome(future)
+        outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
-            await _check_admitted(backends, future)
-            outcome = await backends.futures.wait(
-                future, timeout_s=backends.config.gateway.poll_hold_s
-            )
-        if outcome is None:
-            return _try_again(wanted.request_id, *await _queue_state(backends, future))
-        response = await _deliver(request, backends.blobs, outcome)
+            return _try_again(wanted.request_id, await queue_state(backends, tenant, future))
+        size = outcome.body.num_bytes
+        if wanted.allow_metadata_only and not outcome.failed and size > config.peek_bytes:
+            return json_response({"status": "complete_metadata", "response_payload_size": size})
+        response = await _result(request, backends.blobs, outcome)
     except REDIS_ERRORS:
         await asyncio.sleep(TROUBLE_HOLD_S)
-        reason = "the server's queue is restarting; nothing accepted is lost"
-        return _try_again(wanted.request_id, "paused_capacity", reason)
-    if outcome.failed and future.kind == "train":
-        await _tell(request, response, backends, future)
+        return _try_again(wanted.request_id, REDIS_AWAY)
+    await _deliver(request, response, backends, future, outcome)
     return response
+
+
+async def future_status(request: web.Request) -> web.Response:
+    """GET futures/{request_id}: {status, result, error} as JSON, at once; for plain REST users."""
+    backends, tenant = request.app[BACKENDS], request[TENANT]
+    future = _parse_id(request.match_info["request_id"])
+    outcome = await _outcome(backends, tenant, future, 0.0)
+    status: dict[str, Any] = {"status": "pending", "result": None, "error": None}
+    if outcome is None:
+        state = await queue_state(backends, tenant, future)
+        return json_response({**status, "queue_state": state.state, "reason": state.reason})
+    body = await _bytes_of(backends.blobs, outcome.body)
+    if outcome.failed:
+        status |= {"status": "failed", "error": body.decode(), "category": outcome.category}
+    else:
+        status |= {"status": "completed", "result": await _as_json(future, outcome, body)}
+    response = json_response(status)
+    await _deliver(request, response, backends, future, outcome)
+    return response
+
+
+async def retrieve_futures(request: web.Request) -> web.Response:
+    """Completions of one handle of a sampling session, after its cursor; held like a poll."""
+    backends, tenant = request.app[BACKENDS], request[TENANT]
+    wanted = parse(RetrieveFutures, await read_body(request, MAX_SMALL_BODY))
+    session, clone = wanted.target.sampling_session_id, wanted.target.cloned_sampler_id
+    await backends.sampler(tenant, session)
+    _check_room(backends)
+    hold_s = backends.config.gateway.poll_hold_s
+    timeout_s = hold_s if wanted.timeout is None else min(wanted.timeout, hold_s)
+    try:
+        # The client has what it acknowledges: only a poll proves that the reply before arrived.
+        await backends.oplog.acknowledge(
+            session, clone, to=wanted.prev_cursor, seqs=_seqs_of(session, wanted)
+        )
+        completions = await backends.futures.wait_completions(
+            session, clone, after=wanted.prev_cursor, timeout_s=timeout_s
+        )
+    except REDIS_ERRORS:
+        await asyncio.sleep(TROUBLE_HOLD_S)
+        completions = []
+    return json_response(
+        {
+            "completions": [
+                {
+                    "state": item.state,
+                    "request_id": item.request_id,
+                    **(
+                        {"response_payload_uncompressed_size": item.num_bytes}
+                        if item.state == "finished"
+                        else {}
+                    ),
+                }
+                for item in completions
+            ],
+            "cursor": completions[-1].position if completions else wanted.prev_cursor,
+        }
+    )
+
+
+async def cancel_future(request: web.Request) -> web.Response:
+    """Cancel a sample. Idempotent; an unknown or finished one is left as it is."""
+    backends, tenant = request.app[BACKENDS], request[TENANT]
+    wanted = parse(CancelFuture, await read_body(request, MAX_SMALL_BODY))
+    future = FutureId.parse(wanted.request_id)
+    if future is None:
+        return json_response({})
+    if future.kind == "train":
+        raise InvalidField("request_id: only samples can be cancelled, training is not")
+    with contextlib.suppress(NotFound):
+        sampler = await backends.sampler(tenant, future.parent)
+        await backends.oplog.cancel(future.parent, future.seq, sampler.base_model, CANCELLED)
+    return json_response({})
+
+
+def _parse_id(request_id: str) -> FutureId:
+    future = FutureId.parse(request_id)
+    if future is None:
+        raise NotFound(f"request_id={request_id!r}")
+    return future
+
+
+def _check_room(backends: Backends) -> None:
+    if backends.futures.num_waiting >= backends.config.gateway.max_open_polls:
+        raise TooManyRequests("too many requests wait for results on this gateway")
+
+
+def _seqs_of(session: str, wanted: RetrieveFutures) -> list[str]:
+    """Seqs of the acknowledged ids that are of this session; others are not the caller's to end."""
+    ids = (FutureId.parse(request_id) for request_id in wanted.retrieved_request_ids)
+    return [future.seq for future in ids if future is not None and future.parent == session]
+
+
+async def _outcome(
+    backends: Backends, tenant: str, future: FutureId, timeout_s: float
+) -> Outcome | None:
+    """The outcome; None after timeout_s; NotFound for another tenant's; Gone if none can come."""
+    await _check_tenant(backends, tenant, future)
+    # The common case first: an outcome that is there already needs no waiting.
+    outcome = await backends.futures.outcome(future)
+    if outcome is None:
+        await _check_admitted(backends, future)
+        if timeout_s > 0:
+            outcome = await backends.futures.wait(future, timeout_s=timeout_s)
+    return outcome
 
 
 async def _check_tenant(backends: Backends, tenant: str, future: FutureId) -> None:
@@ -74,7 +182,7 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
         raise Gone(f"request_id={future.parent}:{seq}")
 
 
-async def _deliver(request: web.Request, blobs: Blobs, outcome: Outcome) -> web.Response:
+async def _result(request: web.Request, blobs: Blobs, outcome: Outcome) -> web.Response:
     body = await _bytes_of(blobs, outcome.body)
     if outcome.failed:
         return json_response({"error": body.decode(), "category": outcome.category})
@@ -83,6 +191,13 @@ async def _deliver(request: web.Request, blobs: Blobs, outcome: Outcome) -> web.
     if PROTOBUF not in request.headers.get("Accept", ""):
         raise Unsupported(f"Accept: results of this kind are {PROTOBUF} (SDK 0.25.0 or newer)")
     return web.Response(body=body, content_type=PROTOBUF)
+
+
+async def _as_json(future: FutureId, outcome: Outcome, body: bytes) -> Any:
+    if outcome.encoding == "json":
+        return orjson.loads(body)
+    transcode = sample_json if future.kind == "sample" else forward_backward_json
+    return await asyncio.to_thread(transcode, body)
 
 
 async def _bytes_of(blobs: Blobs, body: Body) -> bytes:
@@ -94,42 +209,31 @@ async def _bytes_of(blobs: Blobs, body: Body) -> bytes:
         raise Gone("the result's bytes have expired") from None
 
 
-async def _tell(
-    request: web.Request, response: web.Response, backends: Backends, future: FutureId
+async def _deliver(
+    request: web.Request,
+    response: web.Response,
+    backends: Backends,
+    future: FutureId,
+    outcome: Outcome,
 ) -> None:
-    """Send an error, then record that the client knows of this failure (reliability 1.6).
+    """Send a result, then record that it was sent.
 
-    In this order: a client that was not told must not have its optimizer step obeyed.
+    In this order: a client that was not told of a failure must not have its optimizer step obeyed
+    (reliability 1.6), and a result is kept long until it has been given out whole.
     """
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):
-        await backends.oplog.told(future.parent, int(future.seq))
+        if future.kind == "train" and outcome.failed:
+            await backends.oplog.told(future.parent, int(future.seq))
+        await backends.oplog.delivered(future.outcome_key)
 
 
-async def _queue_state(backends: Backends, future: FutureId) -> tuple[str, str]:
-    """(queue_state, reason) in words for the person who waits."""
-    if future.kind == "sample":
-        return "active", "the sample is queued or being generated"
-    header = await backends.oplog.header(future.parent)
-    if header is None:
-        return "active", "the run is being created"
-    seq = int(future.seq)
-    if seq > header.admitted:
-        return "active", f"waiting for seq {header.admitted + 1}, which has not arrived"
-    if not header.owner:
-        # The gateway that admitted it may have died before it told the workers.
-        await backends.oplog.announce_run(header.base_model, future.parent, time.time())
-        reason = f"waiting for a trainer of {header.base_model} to take the run"
-        return "paused_capacity", reason
-    return "active", f"{seq - header.committed - 1} operations of this run are ahead"
-
-
-def _try_again(request_id: str, queue_state: str, reason: str) -> web.Response:
+def _try_again(request_id: str, state: QueueState) -> web.Response:
     body = {
         "type": "try_again",
         "request_id": request_id,
-        "queue_state": queue_state,
-        "queue_state_reason": reason,
+        "queue_state": state.state,
+        "queue_state_reason": state.reason,
     }
     return web.Response(body=orjson.dumps(body), status=408, content_type="application/json")

@@ -11,8 +11,13 @@ MAX_SMALL_BODY = 1024 * 1024
 
 
 async def client_config(request: web.Request) -> web.Response:
-    """Every flag at the SDK's default."""
-    return json_response({})
+    """One poller per sampling client instead of a long poll per sample; else the SDK's defaults."""
+    return json_response({"sample_use_retrieve_futures": True})
+
+
+async def dynamic_config(request: web.Request) -> web.Response:
+    """Samples can be cancelled."""
+    return json_response({"sample_cancel_enabled": True})
 
 
 async def create_session(request: web.Request) -> web.Response:

@@ -15,7 +15,9 @@ from luthier_core.errors import (
     TooManyRequests,
     Unreadable,
 )
-from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome, Refusal, digest_of
+from luthier_core.ops import Kind, Outcome, digest_of
+from luthier_core.protocol import Admit, Announce, Effect, PutPayload, Request, drive
+from luthier_core.protocol import submit as submit_steps
 from luthier_gateway.backends import Backends
 from luthier_gateway.web_io import json_response
 
@@ -54,23 +56,28 @@ async def submit(
 
     A `problem` makes it a rejected op: it uses up the seq and its future fails with the message.
     """
-    if problem is not None:
-        op = _rejected(run_id, seq, kind, digest, problem.message)
-    else:
-        payload = await _payload(backends, tenant, run_id, seq, body, digest)
-        op = Op(run_id=run_id, seq=seq, kind=kind, digest=digest, body=payload)
-    admission = await backends.oplog.admit(
-        op, tenant=tenant, limits=backends.config.limits, header=header
+    request = Request(
+        run_id=run_id,
+        seq=seq,
+        kind=kind,
+        digest=digest,
+        body=body,
+        payload_key=keys.op_payload(tenant, run_id, seq, digest),
+        problem=problem.message if problem else None,
     )
-    if admission.status == "FULL":
-        full = "too many bytes wait for an earlier seq that has not arrived"
-        op = _rejected(run_id, seq, kind, digest, full)
-        admission = await backends.oplog.admit(
-            op, tenant=tenant, limits=backends.config.limits, header=header
-        )
+
+    async def perform(effect: Effect) -> Any:
+        match effect:
+            case PutPayload(key, data):
+                await backends.blobs.put(key, data)
+            case Admit(op):
+                limits = backends.config.limits
+                return await backends.oplog.admit(op, tenant=tenant, limits=limits, header=header)
+            case Announce():
+                await backends.oplog.announce_run(base_model, run_id, time.time())
+
+    admission = await drive(submit_steps(request), perform)
     _raise_unless_admitted(admission.status, run_id, seq)
-    if not admission.owner:
-        await backends.oplog.announce_run(base_model, run_id, time.time())
     return json_response({"request_id": f"{run_id}:{seq}", "model_id": run_id})
 
 
@@ -119,23 +126,6 @@ async def off_loop_if_large(size: int, function: Any, *args: Any) -> Any:
     if size < 256 * 1024:
         return function(*args)
     return await asyncio.to_thread(function, *args)
-
-
-async def _payload(
-    backends: Backends, tenant: str, run_id: str, seq: int, body: bytes, digest: str
-) -> Body:
-    if len(body) <= INLINE_LIMIT:
-        return Body.of(body)
-    key = keys.op_payload(tenant, run_id, seq, digest)
-    # Before admit: an op is never acknowledged before its bytes are stored. The key holds the
-    # digest, so other content cannot overwrite it.
-    await backends.blobs.put(key, body)
-    return Body.stored(key, body)
-
-
-def _rejected(run_id: str, seq: int, kind: Kind, digest: str, message: str) -> Op:
-    body = Refusal(kind, message).body()
-    return Op(run_id=run_id, seq=seq, kind=Kind.REJECTED, digest=digest, body=body)
 
 
 def _raise_unless_admitted(status: str, run_id: str, seq: int) -> None:

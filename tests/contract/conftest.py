@@ -15,6 +15,7 @@ from tests.contract.gateway_stack import KEYS, GatewayStack, running_gateway_sta
 
 from luthier_core.blobs import Blobs
 from luthier_core.disk_blobs import DiskBlobs
+from luthier_core.oplog import Oplog, connect
 from luthier_gateway.app import build_app
 
 
@@ -103,3 +104,10 @@ async def second_gateway(
             return Api(http, str(server.make_url("")).rstrip("/"), KEYS["ann"])
 
         yield start
+
+
+@pytest.fixture
+async def oplog_of_stack(gateway_stack: GatewayStack) -> AsyncIterator[Oplog]:
+    """The operation log that the stack uses."""
+    async with connect(gateway_stack.config.redis_url) as client:
+        yield Oplog(client)

@@ -16,7 +16,8 @@ GUARDED = [
 
 def url_of(api: Api, path: str) -> str:
     """A route's path with something in its variable parts."""
-    filled = {"run_id": f"{ABSENT_SESSION}:train:0", "session_id": ABSENT_SESSION}
+    run_id = f"{ABSENT_SESSION}:train:0"
+    filled = {"run_id": run_id, "session_id": ABSENT_SESSION, "request_id": f"{run_id}:1"}
     return api.url + path.format_map({"kind": "weights", "name": "x", "sampler_id": "s", **filled})
 
 

@@ -52,12 +52,10 @@ async def test_a_poll_is_held_and_then_answered_with_what_is_waited_for(api: Api
     early = await run.forward_backward(seq_id=2)
     answer = await api.poll(early)
     assert answer.status == 408
-    assert answer.json() == {
-        "type": "try_again",
-        "request_id": early,
-        "queue_state": "active",
-        "queue_state_reason": "waiting for seq 1, which has not arrived",
-    }
+    body = answer.json()
+    reason = body.pop("queue_state_reason")
+    assert body == {"type": "try_again", "request_id": early, "queue_state": "active"}
+    assert reason.startswith("waiting for seq 1, which has not arrived for ")
 
 
 async def test_all_open_polls_are_answered_when_the_outcome_is_there(api: Api):
@@ -145,6 +143,6 @@ async def test_a_run_that_no_trainer_takes_is_paused_for_capacity_and_called_out
         answer = await api.poll(f"{run_id}:0")
         assert answer.status == 408
         assert answer.json()["queue_state"] == "paused_capacity"
-        assert "a trainer of tiny/nobody" in answer.json()["queue_state_reason"]
+        assert "no trainer of tiny/nobody is running" in answer.json()["queue_state_reason"]
         # The gateway that admitted it may have died before it did this.
         assert await oplog.live_runs("tiny/nobody") == [run_id]

@@ -32,7 +32,7 @@ async def run(oplog: Oplog) -> Oplog:
     """A run whose creation is admitted, owned under epoch 1 and committed."""
     assert await admit(oplog, op(0, kind=Kind.CREATE_MODEL)) == "OK"
     assert await oplog.acquire(RUN, 1, "trainer-0/a") == (0, -1)
-    assert await oplog.commit(RUN, 1, 0, DONE) == "OK"
+    assert (await oplog.commit(RUN, 1, 0, DONE)).status == "OK"
     return oplog
 
 
@@ -128,15 +128,15 @@ async def test_only_a_larger_epoch_takes_a_run_and_a_lost_reply_can_be_repeated(
 async def test_an_older_owner_is_fenced(run):
     await admit(run, op(1))
     await run.acquire(RUN, 2, "trainer-1/b")
-    assert await run.commit(RUN, 1, 1, DONE) == "FENCED"
+    assert (await run.commit(RUN, 1, 1, DONE)).status == "FENCED"
     assert await run.training_outcome(RUN, 1) is None
     assert not await run.release(RUN, 1)
 
 
 async def test_an_outcome_is_written_once(run):
     await admit(run, op(1))
-    assert await run.commit(RUN, 1, 1, Outcome.completed(Body.of(b"first"))) == "OK"
-    assert await run.commit(RUN, 1, 1, Outcome.completed(Body.of(b"second"))) == "ALREADY"
+    assert (await run.commit(RUN, 1, 1, Outcome.completed(Body.of(b"first")))).status == "OK"
+    assert (await run.commit(RUN, 1, 1, Outcome.completed(Body.of(b"second")))).status == "ALREADY"
     outcome = await run.training_outcome(RUN, 1)
     assert outcome is not None
     assert outcome.body.inline == b"first"
@@ -145,10 +145,10 @@ async def test_an_outcome_is_written_once(run):
 async def test_nothing_is_committed_out_of_order_or_without_admission(run):
     await admit(run, op(1))
     await admit(run, op(2))
-    assert await run.commit(RUN, 1, 2, DONE) == "ORDER"
+    assert (await run.commit(RUN, 1, 2, DONE)).status == "ORDER"
     await run.commit(RUN, 1, 1, DONE)
     await run.commit(RUN, 1, 2, DONE)
-    assert await run.commit(RUN, 1, 3, DONE) == "ORDER"
+    assert (await run.commit(RUN, 1, 3, DONE)).status == "ORDER"
 
 
 async def test_failures_are_remembered_for_replay(run):
@@ -189,6 +189,87 @@ async def test_a_refused_creation_fails_at_once_and_takes_no_ops(oplog):
     assert outcome is not None
     assert outcome.failed
     assert await admit(oplog, op(1)) == "DEAD"
+
+
+async def test_begin_counts_attempts_and_commit_begins_the_next(run):
+    await admit(run, op(1))
+    assert (await run.begin(RUN, 1, 1)).attempts == 1
+    assert (await run.begin(RUN, 1, 1)).attempts == 2
+    assert (await run.begin(RUN, 1, 2)).status == "ORDER"
+    assert (await run.commit(RUN, 1, 1, DONE, begin_next=True)).attempts == 0  # 2 is not admitted
+    await admit(run, op(2))
+    await admit(run, op(3))
+    assert (await run.commit(RUN, 1, 2, DONE, begin_next=True)).attempts == 1
+    assert (await run.begin(RUN, 1, 3)).attempts == 2
+    assert (await run.begin(RUN, 1, 2)).status == "ALREADY"
+
+
+async def test_a_fenced_owner_begins_and_blames_nothing(run):
+    await admit(run, op(1))
+    await run.acquire(RUN, 2, "trainer-1/b")
+    assert (await run.begin(RUN, 1, 1)).status == "FENCED"
+    assert await run.blame(RUN, 1, 1) < 0
+
+
+async def test_deaths_are_counted_for_the_op_under_way_and_forgotten_with_it(run):
+    await admit(run, op(1))
+    await run.begin(RUN, 1, 1)
+    assert [await run.blame(RUN, 1, 1), await run.blame(RUN, 1, 1)] == [1, 2]
+    assert await run.blame(RUN, 1, 2) < 0
+    assert (await run.begin(RUN, 1, 1)).deaths == 2
+    await run.commit(RUN, 1, 1, DONE)
+    fields = await run.redis.hkeys(keys.run_header(RUN))
+    assert not {b"b:1", b"n:1"} & set(fields)
+
+
+async def test_trim_drops_the_log_and_its_fields_and_a_late_duplicate_keeps_its_id(run):
+    for seq in range(1, 4):
+        await admit(run, op(seq))
+    await run.commit(RUN, 1, 1, DONE)
+    assert await run.trim(RUN, 1, 2) == "ORDER"
+    assert await run.trim(RUN, 1, 1) == "OK"
+    assert await seqs(run) == [2, 3]
+    assert not {b"d:0", b"d:1"} & set(await run.redis.hkeys(keys.run_header(RUN)))
+    assert await admit(run, op(1)) == "DUP"
+    await run.acquire(RUN, 2, "trainer-1/b")
+    assert await run.trim(RUN, 1, 1) == "FENCED"
+
+
+async def test_ffwd_uses_up_the_ids_behind_a_snapshot(run):
+    await admit(run, op(3))
+    await admit(run, op(9))
+    assert await run.ffwd(RUN, 1, 5) == "OK"
+    assert await run.ffwd(RUN, 1, 5) == "ALREADY"
+    header = await run.header(RUN)
+    assert header is not None
+    assert (header.admitted, header.committed) == (5, 5)
+    assert await run.is_parked(RUN, 9)
+    assert not await run.is_parked(RUN, 3)
+    assert await admit(run, op(6)) == "OK"
+
+
+async def test_published_sampler_weights_never_go_back(run):
+    assert await run.publish(RUN, 1, 5, "five") == "OK"
+    assert await run.publish(RUN, 1, 5, "five") == "STALE"
+    assert await run.publish(RUN, 1, 4, "four") == "STALE"
+    await run.acquire(RUN, 2, "trainer-1/b")
+    assert await run.publish(RUN, 1, 9, "zombie") == "FENCED"
+    assert await run.publish(RUN, 2, 4, "replayed") == "OK"
+
+
+async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
+    await admit(run, op(1))
+    await admit(run, op(3))
+    never = Outcome.failure("seq 2 never arrived", "user")
+    assert await run.fail_range(RUN, 1, range(2, 4), never, status="failed") == "ORDER"
+    await run.commit(RUN, 1, 1, DONE)
+    assert await run.fail_range(RUN, 1, range(2, 4), never, status="failed") == "OK"
+    assert await run.fail_range(RUN, 1, range(2, 4), never, status="failed") == "ALREADY"
+    outcomes = [await run.training_outcome(RUN, seq) for seq in (2, 3)]
+    assert all(outcome is not None and outcome.failed for outcome in outcomes)
+    assert await run.failed_seqs(RUN) == {2, 3}
+    assert await admit(run, op(4)) == "DEAD"
+    assert await admit(run, op(3)) == "DUP"
 
 
 async def test_the_log_survives_a_reload_of_the_library(run):

@@ -233,6 +233,7 @@ async def rig(
             config=settings,
             lease=lease,
             oplog=oplog,
+            blobs=blobs,
             executor=executor,
             first_cycle=first_cycle,
         ).run(stopping)

@@ -48,6 +48,13 @@ def up(
     redis: Annotated[
         str, typer.Option(metavar="URL", help="Redis to use in place of our own Valkey.")
     ] = "",
+    allow_volatile_redis: Annotated[
+        bool,
+        typer.Option(
+            "--allow-volatile-redis",
+            help="Take a Redis without append-only file, or one that evicts keys: for play.",
+        ),
+    ] = False,
     s3: Annotated[
         str,
         typer.Option(
@@ -84,6 +91,7 @@ def up(
                 models=options.parse_models(model or ()),
                 api_keys=options.parse_api_keys(api_key or ()),
                 redis_url=options.check_redis_url(redis) if redis else "",
+                allow_volatile_redis=allow_volatile_redis,
                 s3_url=options.check_s3_url(s3) if s3 else "",
                 num_trainers=trainers,
                 num_samplers=samplers,

@@ -43,6 +43,8 @@ class UpOptions:
     """Empty: one key, made at the first start."""
     redis_url: str = ""
     """Empty: a Valkey of our own."""
+    allow_volatile_redis: bool = False
+    """Take a Redis that may forget what it accepted."""
     s3_url: str = ""
     """Empty: objects on this disk, under the data folder."""
     num_trainers: int = 1

@@ -57,6 +57,7 @@ def build_config(
     """The configuration of every part; credentials come from `environ` and are not written."""
     config = Config(
         redis_url=redis_url,
+        allow_volatile_redis=options.allow_volatile_redis,
         store_url=options.s3_url or f"file://{quote(str(folder.objects))}",
         registry_url=f"unix://{registry_socket}",
         secret_file=str(folder.secret_file),

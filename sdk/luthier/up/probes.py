@@ -9,7 +9,9 @@ import aiohttp
 import redis.asyncio as redis
 
 from luthier_core import keys
+from luthier_core.errors import ConfigError
 from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.redis_server import check_server
 
 PROBE_S = 2.0
 
@@ -36,6 +38,15 @@ class Probes:
         except REDIS_ERRORS as error:
             return str(error)
         return ""
+
+    async def check_redis(self, *, allow_volatile: bool) -> None:
+        """ConfigError with one sentence if this Redis cannot be used."""
+        if error := await self.redis_error():
+            raise ConfigError(f"--redis: {error}")
+        try:
+            await check_server(self._redis, allow_volatile=allow_volatile)
+        except ConfigError as error:
+            raise ConfigError(f"--redis: {error}") from None
 
     async def registry_answers(self) -> bool:
         try:

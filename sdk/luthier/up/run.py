@@ -94,6 +94,8 @@ async def _up(options: UpOptions, environ: Mapping[str, str]) -> int:
         async with open_probes(
             config.redis_url, url=url, registry_url=config.registry_url
         ) as probes:
+            if options.redis_url:
+                await probes.check_redis(allow_volatile=options.allow_volatile_redis)
             stack = Stack(specs, probes, view, status_file)
             try:
                 async with stack.running():

@@ -15,6 +15,7 @@ from luthier_core.config import Config, load_config
 from luthier_core.errors import ConfigError
 from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
 from luthier_core.oplog import Oplog, connect
+from luthier_core.redis_server import check_server
 from luthier_core.telemetry import setup_logging
 from luthier_model.base import load_base_model
 from luthier_sampler.engine import Engine
@@ -43,6 +44,7 @@ async def _work(config: Config, name: str, model_name: str) -> int:
         stop = await stack.enter_async_context(service_lifetime())
         client = connect(config.redis_url)
         stack.push_async_callback(client.aclose)
+        await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
         await oplog.load_library()
         lease = WorkerLease(

@@ -18,6 +18,7 @@ from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.checkpoints import read_files
 from luthier_core.config import SamplerConfig
 from luthier_core.errors import LuthierError, Unavailable
+from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import REDIS_ERRORS, Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
@@ -61,6 +62,7 @@ class Worker:
         """One per job that is being admitted or settled."""
         self._work = asyncio.Event()
         self._room = asyncio.Event()
+        self._hints = Hints(oplog.redis, lambda channel, request_id: self._cancel(request_id))
         self._adapter_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -71,6 +73,8 @@ class Worker:
             stepping = group.create_task(self._step_for_ever(group))
             claiming = group.create_task(self._claim_for_ever(group))
             reclaiming = group.create_task(self._reclaim_for_ever(group))
+            listening = group.create_task(self._hints.listen())
+            await self._hints.subscribe(keys.sampling_cancelled(self._base_model))
             await self._lease.set_state("ready")
             stopped = group.create_task(stop.wait())
             await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -78,7 +82,7 @@ class Worker:
             claiming.cancel()
             reclaiming.cancel()
             await self._drain()
-            for task in (stepping, stopped, lost, *self._tasks):
+            for task in (stepping, stopped, lost, listening, *self._tasks):
                 task.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
         await self._lease.release()
@@ -173,6 +177,12 @@ class Worker:
 
     # --- running ----------------------------------------------------------------------------------
 
+    def _cancel(self, request_id: str) -> None:
+        """A hint: whoever has this request gives its blocks back. Its outcome is stored already."""
+        if self._jobs.pop(request_id, None) is not None:
+            self._thread.submit(self._engine.cancel, request_id)
+            self._room.set()
+
     async def _step_for_ever(self, group: asyncio.TaskGroup) -> None:
         while True:
             await self._work.wait()
@@ -182,7 +192,9 @@ class Worker:
                     self._spawn(group, self._finish(finished))
 
     async def _finish(self, finished: Finished) -> None:
-        job = self._jobs[finished.request_id]
+        job = self._jobs.get(finished.request_id)
+        if job is None:
+            return  # cancelled in its last step
         if finished.response is None:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:

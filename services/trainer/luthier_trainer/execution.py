@@ -33,8 +33,9 @@ class RunContext:
     """What the ops of one run need to know beside their own body."""
 
     run_id: str
-    epoch: int
     tenant: str
+    epoch: int = 0
+    """Of the tenure; known once the run has been taken over."""
     record: RunRecord | None = None
     """Known once op 0 has been executed."""
 

@@ -15,14 +15,23 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 
 from luthier_core import keys
+from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
-from luthier_core.errors import LuthierError
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
-from luthier_core.ops import Op, Outcome
-from luthier_core.owner import Action, Diverged, Owner, Step
-from luthier_trainer.execution import Executor, Finish, RunContext
+from luthier_core.owner import Diverged, Owner, Step
+from luthier_core.protocol import (
+    Executed,
+    Left,
+    Tenure,
+    commit_next,
+    drive,
+    execute_next,
+    take_over,
+)
+from luthier_trainer.effects import RunEffects
+from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.planner import Head, plan
 
 log = logging.getLogger(__name__)
@@ -35,17 +44,21 @@ DRAIN_S = 10.0
 
 @dataclass(slots=True)
 class OwnedRun:
-    """One run that this worker owns under `context.epoch`."""
+    """One run that this worker owns."""
 
-    context: RunContext
-    owner: Owner
-    commits: asyncio.Queue[tuple[Op, Finish]] = field(
+    tenure: Tenure
+    effects: RunEffects
+    commits: asyncio.Queue[tuple[Step, Executed]] = field(
         default_factory=lambda: asyncio.Queue(COMMIT_DEPTH)
     )
     committer: asyncio.Task[None] | None = None
     last_cycle: int = -1
     may_have_more: bool = False
     """The last read of the log was full, or left out for want of room."""
+
+    @property
+    def owner(self) -> Owner:
+        return self.tenure.owner
 
     @property
     def idle(self) -> bool:
@@ -62,6 +75,7 @@ class Worker:
         config: TrainerConfig,
         lease: WorkerLease,
         oplog: Oplog,
+        blobs: Blobs,
         executor: Executor,
         first_cycle: int,
         clock: Callable[[], float] = time.monotonic,
@@ -70,6 +84,7 @@ class Worker:
         self._config = config
         self._lease = lease
         self._oplog = oplog
+        self._blobs = blobs
         self._executor = executor
         self._cycles = itertools.count(first_cycle)
         self._clock = clock
@@ -176,31 +191,32 @@ class Worker:
         return self._clock() - since > self._config.lease_s
 
     async def _acquire(self, run_id: str, header: RunHeader) -> None:
-        epoch = header.epoch + 1
-        cursors = await self._oplog.acquire(run_id, epoch, self._lease.owner)
-        if cursors is None:
+        context = RunContext(run_id=run_id, tenant=header.tenant)
+        effects = RunEffects(context, self._oplog, self._blobs, self._executor)
+        tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        if tenure is None:
             return  # another worker was first
-        _, committed = cursors
-        failed = await self._oplog.failed_seqs(run_id)
-        context = RunContext(run_id=run_id, epoch=epoch, tenant=header.tenant)
-        run = OwnedRun(context, Owner(run_id, epoch, committed, failed))
+        context.epoch = tenure.epoch
+        run = OwnedRun(tenure, effects)
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
         await self._hints.subscribe(keys.run_new(run_id))
+        epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
 
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
         for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
-            if run.idle and await self._oplog.release(run.context.run_id, run.context.epoch):
-                await self._oplog.retire_run(self._base_model, run.context.run_id)
+            run_id, epoch = run.tenure.run_id, run.tenure.epoch
+            if run.idle and await self._oplog.release(run_id, epoch):
+                await self._oplog.retire_run(self._base_model, run_id)
                 await self._forget(run)
                 return True
         return False
 
     async def _forget(self, run: OwnedRun) -> None:
         """Drop a run's state here; its log is untouched, whoever owns it next replays it."""
-        run_id = run.context.run_id
+        run_id = run.tenure.run_id
         if self._runs.get(run_id) is not run:
             return
         del self._runs[run_id]
@@ -235,87 +251,49 @@ class Worker:
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
         run = self._runs.get(run_id)
-        step = run.owner.next_step() if run else None
-        if run is None or step is None:
+        if run is None or not run.owner.num_queued:
             return
-        run.last_cycle = cycle
-        broken = False
+        run.last_cycle = run.effects.cycle = cycle
         try:
-            finish = await self._carry_out(run, step, cycle)
-            outcome = Outcome(state="completed")
-        except LuthierError as error:
-            outcome = Outcome.failure(error.message, error.category)
-            finish = _already(outcome)
-        except Exception:
-            # What is left of the run's state is not known: fail this op, then rebuild by replay.
-            log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, run_id)
-            outcome = Outcome.failure("an internal error of the trainer", "server")
-            finish, broken = _already(outcome), True
-        if step.outcome is not None:
-            outcome = step.outcome
-        try:
-            run.owner.ended(outcome)
+            carried_out = await drive(execute_next(run.tenure), run.effects.perform)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
             reason = f"the run's state could not be rebuilt after a restart: {error}"
             run.owner.break_run(reason)
             return
-        if step.publish:
-            await run.commits.put((step.op, finish))
+        except Left as error:
+            log.warning("leaving a run: %s", error)
+            await self._forget(run)
+            return
+        if carried_out is not None and carried_out[0].publish:
+            await run.commits.put(carried_out)
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
-        if broken:
+        if run.effects.state_is_unknown:
             await run.commits.join()
             await self._forget(run)
         elif run.may_have_more and run.owner.num_queued < READ_AHEAD // 2:
             self._hinted.add(run_id)
             self._news.set()
 
-    async def _carry_out(self, run: OwnedRun, step: Step, cycle: int) -> Finish:
-        engine, run_id = self._executor.engine, run.context.run_id
-        if step.action is Action.CLEAR_GRADIENT:
-            await self._executor.on_engine(engine.clear_gradient, run_id)
-        if step.outcome is not None:
-            return _already(step.outcome)
-        return await self._executor.execute(run.context, step.op, cycle)
-
     # --- committing -------------------------------------------------------------------------------
 
     async def _commit_in_order(self, run: OwnedRun) -> None:
         while True:
-            op, finish = await run.commits.get()
+            step, executed = await run.commits.get()
             try:
-                if not await self._commit(run, op, await self._finished(op, finish)):
-                    run.commits.task_done()
-                    await self._forget(run)
-                    return
-            except Exception:
-                log.exception("commit of seq %d of %s", op.seq, run.context.run_id)
+                await drive(commit_next(run.tenure, step, executed), run.effects.perform)
+            except Exception as error:
+                log.warning(
+                    "leaving a run at the commit of seq %d: %s",
+                    step.op.seq,
+                    error,
+                    exc_info=not isinstance(error, Left),
+                )
                 run.commits.task_done()
                 await self._forget(run)
                 return
             run.commits.task_done()
-
-    async def _finished(self, op: Op, finish: Finish) -> Outcome:
-        try:
-            return await finish()
-        except LuthierError as error:
-            return Outcome.failure(error.message, error.category)
-
-    async def _commit(self, run: OwnedRun, op: Op, outcome: Outcome) -> bool:
-        """Whether the run is still ours. Waits while Redis is away: only a commit counts."""
-        run_id, epoch = run.context.run_id, run.context.epoch
-        while True:
-            try:
-                status = await self._oplog.commit(run_id, epoch, op.seq, outcome)
-                break
-            except REDIS_ERRORS:
-                log.warning("redis is away; committing seq %d of %s again", op.seq, run_id)
-                await asyncio.sleep(SWEEP_S)
-        if status in ("OK", "ALREADY"):
-            return True
-        log.warning("commit of seq %d of %s: %s; leaving the run", op.seq, run_id, status)
-        return False
 
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""
@@ -338,13 +316,6 @@ async def _background(*coroutines: Coroutine[None, None, None]) -> AsyncIterator
         finally:
             for task in tasks:
                 task.cancel()
-
-
-def _already(outcome: Outcome) -> Finish:
-    async def finish() -> Outcome:
-        return outcome
-
-    return finish
 
 
 def _is_live(owner: str, workers: dict[str, dict[str, str]]) -> bool:

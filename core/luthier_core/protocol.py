@@ -1,0 +1,446 @@
+"""The protocol core, sans-I/O: how an op is admitted, and how a run is owned.
+
+Each function is a generator that yields an effect at every boundary where a process can die or a
+reply be lost, and is sent the effect's answer. The gateway and the trainer drive it with asyncio,
+the simulation with virtual time and faults: it is the same code.
+
+An effect may have been applied although its reply was lost; the driver repeats it until it has an
+answer. So every effect here is one that may be repeated.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Self, TypeVar
+
+from luthier_core.oplog import Admission, Attempt
+from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome, Refusal
+from luthier_core.owner import Action, Owner, Step
+
+A = TypeVar("A")
+
+MAX_DEATHS = 3
+"""An op during which the engine died this often is failed (reliability 1.6)."""
+MAX_ATTEMPTS = 10
+"""So is one that was begun this often for whatever reason."""
+
+_OUTSIDE_EFFECT = frozenset({Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER})
+"""Kinds whose commit writes something outside of Redis first: they are begun under the epoch."""
+
+
+class Left(Exception):
+    """This worker does not own the run any more: drop its state, publish nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Something that the driver does; its class says what the generator is sent."""
+
+
+Steps = Generator[Effect, Any, A]
+
+
+async def drive(steps: Steps[A], perform: Callable[[Effect], Awaitable[Any]]) -> A:
+    """Run a generator of this module to its end; what `perform` raises is raised inside of it."""
+    advance: Callable[[], Effect] = partial(next, steps)
+    while True:
+        try:
+            effect = advance()
+        except StopIteration as stop:
+            result: A = stop.value
+            return result
+        try:
+            answer = await perform(effect)
+        except Exception as error:
+            advance = partial(steps.throw, error)
+        else:
+            advance = partial(steps.send, answer)
+
+
+# --- admission: the gateway -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PutPayload(Effect):
+    """Store an op's bytes under a key that holds their digest -> None."""
+
+    key: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Admit(Effect):
+    """-> Admission."""
+
+    op: Op
+
+
+@dataclass(frozen=True, slots=True)
+class Announce(Effect):
+    """Tell the workers that this run has no owner -> None."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A checked request that is to become an op."""
+
+    run_id: str
+    seq: int
+    kind: Kind
+    digest: str
+    body: bytes
+    payload_key: str
+    """Where the body goes if it is larger than INLINE_LIMIT."""
+    problem: str | None = None
+    """Why the request is refused: it uses up its seq and its future fails with this."""
+
+
+def submit(request: Request) -> Steps[Admission]:
+    """Payload first, then one atomic admit: nothing is acknowledged before it is stored."""
+    if request.problem is not None:
+        admission: Admission = yield Admit(_rejected(request, request.problem))
+    else:
+        if len(request.body) > INLINE_LIMIT:
+            yield PutPayload(request.payload_key, request.body)
+        admission = yield Admit(_op(request))
+    if admission.status == "FULL":
+        full = "too many bytes wait for an earlier seq that has not arrived"
+        admission = yield Admit(_rejected(request, full))
+    if admission.status in ("OK", "DUP") and not admission.owner:
+        yield Announce(request.run_id)
+    return admission
+
+
+def _op(request: Request) -> Op:
+    large = len(request.body) > INLINE_LIMIT
+    body = Body.stored(request.payload_key, request.body) if large else Body.of(request.body)
+    return Op(
+        run_id=request.run_id,
+        seq=request.seq,
+        kind=request.kind,
+        digest=request.digest,
+        body=body,
+    )
+
+
+def _rejected(request: Request, message: str) -> Op:
+    return Op(
+        run_id=request.run_id,
+        seq=request.seq,
+        kind=Kind.REJECTED,
+        digest=request.digest,
+        body=Refusal(request.kind, message).body(),
+    )
+
+
+# --- ownership: the worker ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRef:
+    """A stored copy of a run's state: after op seq, made under this epoch."""
+
+    seq: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """`runs/R/HEAD.json`: changed only by compare-and-swap; the durable fence."""
+
+    epoch: int
+    owner: str
+    snap: SnapshotRef | None = None
+    prev_snap: SnapshotRef | None = None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps({"format": 1, **asdict(self)}).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        fields = json.loads(data)
+        snap, prev_snap = (
+            SnapshotRef(**fields[name]) if fields[name] else None for name in ("snap", "prev_snap")
+        )
+        return cls(fields["epoch"], fields["owner"], snap, prev_snap)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadHead(Effect):
+    """-> (Head, etag), or (None, "") if there is none."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CasHead(Effect):
+    """Replace HEAD if it has this etag ("": create) -> the new etag, or None if it has not."""
+
+    run_id: str
+    head: Head
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire(Effect):
+    """-> (admitted, committed), or None if Redis knows a newer epoch."""
+
+    run_id: str
+    epoch: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(Effect):
+    """Bring the engine to a snapshot's state (None: no state yet).
+
+    -> seqs of failed forward_backwards since the last optimizer step, or None if it is damaged.
+    """
+
+    run_id: str
+    ref: SnapshotRef | None
+
+
+@dataclass(frozen=True, slots=True)
+class FastForward(Effect):
+    """Redis was rolled back behind a snapshot -> OK | ALREADY | FENCED."""
+
+    run_id: str
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFailed(Effect):
+    """-> the seqs whose recorded outcome is a failure."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begin(Effect):
+    """-> Attempt."""
+
+    run_id: str
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Execute(Effect):
+    """Apply a step to the engine's state -> Executed."""
+
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(Effect):
+    """The rest of an executed op that needs no engine: uploads, the save protocol -> Outcome."""
+
+    step: Step
+    rest: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Commit(Effect):
+    """-> Attempt."""
+
+    run_id: str
+    epoch: int
+    seq: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class CopyState(Effect):
+    """-> an opaque copy of the engine's state of this run, as it is now."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutSnapshot(Effect):
+    """Store a copy, its manifest last -> None."""
+
+    run_id: str
+    ref: SnapshotRef
+    copy: Any
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trim(Effect):
+    """-> OK | FENCED | ORDER."""
+
+    run_id: str
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailRange(Effect):
+    """-> OK | ALREADY | FENCED | ORDER."""
+
+    run_id: str
+    epoch: int
+    seqs: range
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """How Execute ended: an outcome that is known already, or what Finish needs for one."""
+
+    outcome: Outcome | None = None
+    rest: Any = None
+
+
+@dataclass(slots=True)
+class Tenure:
+    """One worker's ownership of one run, from take_over to Left."""
+
+    run_id: str
+    name: str
+    """The worker's incarnation, as HEAD and the header name the owner."""
+    head: Head
+    etag: str
+    owner: Owner
+    committed: int
+    has_begun: bool = False
+    """Whether the first op of this tenure was begun: it may be what killed the owner before."""
+
+    @property
+    def epoch(self) -> int:
+        return self.head.epoch
+
+    def check(self, status: str) -> None:
+        """Left unless the run is still ours. ORDER means that Redis went back behind us."""
+        if status not in ("OK", "ALREADY"):
+            raise Left(f"{self.run_id}: {status} under epoch {self.epoch}")
+
+
+def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
+    """Own a run: HEAD first, then Redis, then the state. None if another worker was first."""
+    found, found_etag = yield ReadHead(run_id)
+    head = replace(found, epoch=found.epoch + 1, owner=name) if found else Head(1, name)
+    etag = yield from _swap_head(run_id, head, found_etag)
+    if etag is None:
+        return None
+    cursors = yield Acquire(run_id, head.epoch, name)
+    if cursors is None:
+        return None
+    _, committed = cursors
+    restored = yield from _restore(run_id, head)
+    if restored is None:
+        return None
+    ref, missing = restored
+    state_seq = ref.seq if ref else -1
+    if state_seq > committed:
+        status = yield FastForward(run_id, head.epoch, state_seq)
+        if status == "FENCED":
+            return None
+        committed = state_seq
+    failed = yield ReadFailed(run_id)
+    owner = Owner(run_id, head.epoch, committed, failed, state_seq=state_seq, missing=missing)
+    return Tenure(run_id, name, head, etag, owner, committed)
+
+
+def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
+    """Execute the op at the head; what it returns goes to commit_next if it is to be published.
+
+    None if nothing waits. Diverged if a replayed op does not end as it did.
+    """
+    owner = tenure.owner
+    step = owner.next_step()
+    if step is None:
+        return None
+    if step.publish and not tenure.has_begun:
+        attempt: Attempt = yield Begin(tenure.run_id, tenure.epoch, step.op.seq)
+        tenure.check(attempt.status)
+        tenure.has_begun = True
+        if attempt.deaths >= MAX_DEATHS or attempt.attempts > MAX_ATTEMPTS:
+            step = owner.quarantine(attempt.deaths)
+    executed = Executed(step.outcome)
+    if step.action is not Action.NOTHING:
+        executed = yield Execute(step)
+    if step.outcome is not None:
+        executed = Executed(step.outcome)
+    owner.ended(executed.outcome or _SUCCESS)
+    return step, executed
+
+
+def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
+    """Publish one executed op; in order of seq, each after the one before. Left if not ours."""
+    run_id, seq = tenure.run_id, step.op.seq
+    if step.op.kind in _OUTSIDE_EFFECT and executed.outcome is None:
+        attempt: Attempt = yield Begin(run_id, tenure.epoch, seq)
+        tenure.check(attempt.status)
+    outcome = executed.outcome
+    if outcome is None:
+        outcome = yield Finish(step, executed.rest)
+    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome)
+    tenure.check(committed.status)
+    tenure.committed = seq
+
+
+def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] = ()) -> Steps[None]:
+    """Make a copy of the state after op seq, which is committed, the one to restore from.
+
+    The log is trimmed only once HEAD is confirmed, and only up to the snapshot before: a bad newest
+    one costs more replay, not the run. Left if another worker has taken over.
+    """
+    run_id = tenure.run_id
+    assert seq <= tenure.committed, "a snapshot must not be ahead of what is committed"
+    ref = SnapshotRef(seq, tenure.epoch)
+    yield PutSnapshot(run_id, ref, copy, tuple(missing))
+    head = replace(tenure.head, snap=ref, prev_snap=tenure.head.snap)
+    etag = yield from _swap_head(run_id, head, tenure.etag)
+    if etag is None:
+        raise Left(f"{run_id}: HEAD has been taken")
+    tenure.head, tenure.etag = head, etag
+    if head.prev_snap is not None:
+        status = yield Trim(run_id, tenure.epoch, head.prev_snap.seq)
+        tenure.check(status)
+
+
+def give_up_gap(tenure: Tenure, last_parked: int) -> Steps[None]:
+    """Fail what waits above a gap that was not filled in time; everything below is committed."""
+    first = tenure.committed + 1
+    never = Outcome.failure(f"seq {first} never arrived, so nothing after it was executed", "user")
+    seqs = range(first, last_parked + 1)
+    status = yield FailRange(tenure.run_id, tenure.epoch, seqs, never)
+    tenure.check(status)
+    tenure.committed = last_parked
+
+
+def _swap_head(run_id: str, head: Head, etag: str) -> Steps[str | None]:
+    """The new etag once HEAD is as wanted; None if somebody else has changed it."""
+    swapped: str | None = yield CasHead(run_id, head, etag)
+    if swapped is None:
+        # A try whose reply was lost may have been ours: it says so itself.
+        found, found_etag = yield ReadHead(run_id)
+        return found_etag if found == head else None
+    return swapped
+
+
+def _restore(run_id: str, head: Head) -> Steps[tuple[SnapshotRef | None, tuple[int, ...]] | None]:
+    """The newest snapshot that is whole, and its missing gradients; (None, ()) to start at op 0.
+
+    None if there are snapshots and every one is damaged: the log before them is trimmed.
+    """
+    for ref in (head.snap, head.prev_snap):
+        if ref is not None:
+            missing = yield Restore(run_id, ref)
+            if missing is not None:
+                return ref, tuple(missing)
+    # The log is trimmed only up to the older of two snapshots: with one, it is all there.
+    if head.prev_snap is not None:
+        return None
+    yield Restore(run_id, None)
+    return None, ()
+
+
+_SUCCESS = Outcome(state="completed")

@@ -1,0 +1,124 @@
+"""What the protocol core asks of a trainer, done for real: Redis, the object store, the engine."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from luthier_core import keys
+from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.errors import LuthierError
+from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.ops import Outcome
+from luthier_core.owner import Action, Step
+from luthier_core.protocol import (
+    Acquire,
+    Begin,
+    CasHead,
+    Commit,
+    Effect,
+    Execute,
+    Executed,
+    FastForward,
+    Finish,
+    Head,
+    ReadFailed,
+    ReadHead,
+    Restore,
+)
+from luthier_trainer.execution import Executor, RunContext
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+REDIS_RETRY_S = 1.0
+
+
+class RunEffects:
+    """The effects of one run under one tenure."""
+
+    def __init__(self, context: RunContext, oplog: Oplog, blobs: Blobs, executor: Executor) -> None:
+        self.cycle = 0
+        """Number of the clock cycle under way."""
+        self.state_is_unknown = False
+        """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
+        self._context = context
+        self._oplog = oplog
+        self._blobs = blobs
+        self._executor = executor
+
+    async def perform(self, effect: Effect) -> Any:
+        """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
+        oplog = self._oplog
+        match effect:
+            case Execute(step):
+                return await self._execute(step)
+            case Begin(run_id, epoch, seq):
+                return await _patiently(lambda: oplog.begin(run_id, epoch, seq))
+            case Finish(_, rest):
+                return await self._finish(rest)
+            case Commit(run_id, epoch, seq, outcome):
+                return await _patiently(lambda: oplog.commit(run_id, epoch, seq, outcome))
+            case ReadHead(run_id):
+                return await self._read_head(run_id)
+            case CasHead(run_id, head, etag):
+                return await self._cas_head(run_id, head, etag)
+            case Acquire(run_id, epoch, owner):
+                return await oplog.acquire(run_id, epoch, owner)
+            case ReadFailed(run_id):
+                return await oplog.failed_seqs(run_id)
+            case FastForward(run_id, epoch, seq):
+                return await oplog.ffwd(run_id, epoch, seq)
+            case Restore(run_id, None):
+                await self._executor.on_engine(self._executor.engine.drop, run_id)
+                return ()
+        raise NotImplementedError(f"{type(effect).__name__}: snapshots come with crash safety")
+
+    async def _execute(self, step: Step) -> Executed:
+        try:
+            if step.action is Action.CLEAR_GRADIENT:
+                engine = self._executor.engine
+                await self._executor.on_engine(engine.clear_gradient, self._context.run_id)
+                return Executed()
+            return Executed(rest=await self._executor.execute(self._context, step.op, self.cycle))
+        except LuthierError as error:
+            return Executed(Outcome.failure(error.message, error.category))
+        except Exception:
+            log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, self._context.run_id)
+            self.state_is_unknown = True
+            return Executed(Outcome.failure("an internal error of the trainer", "server"))
+
+    async def _finish(self, rest: Callable[[], Awaitable[Outcome]]) -> Outcome:
+        try:
+            return await rest()
+        except LuthierError as error:
+            return Outcome.failure(error.message, error.category)
+
+    async def _read_head(self, run_id: str) -> tuple[Head | None, str]:
+        try:
+            data, etag = await self._blobs.get_with_etag(self._head_key(run_id))
+        except BlobMissing:
+            return None, ""
+        return Head.from_bytes(data), etag
+
+    async def _cas_head(self, run_id: str, head: Head, etag: str) -> str | None:
+        key, data = self._head_key(run_id), head.to_bytes()
+        if etag:
+            return await self._blobs.put_if_match(key, data, etag)
+        if not await self._blobs.put_if_absent(key, data):
+            return None
+        info = await self._blobs.head(key)
+        return info.etag if info else None
+
+    def _head_key(self, run_id: str) -> str:
+        return keys.run_head(self._context.tenant, run_id)
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """The call's answer, however long Redis is away: only a commit counts, so it must come."""
+    while True:
+        try:
+            return await call()
+        except REDIS_ERRORS:
+            log.warning("redis is away; trying again")
+            await asyncio.sleep(REDIS_RETRY_S)
