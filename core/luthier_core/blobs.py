@@ -5,19 +5,22 @@ stores keep the same promises (tests/contract/test_blobs.py): a write is there w
 once its call returns, or it is not there; of two writers that race on one condition, one wins.
 """
 
+import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from luthier_core.config import Config
-from luthier_core.errors import ConfigError
+from luthier_core.errors import ConfigError, LuthierError, Unavailable
 
 _PART = re.compile(r"[A-Za-z0-9:._=+-]{1,255}")
 MAX_KEY_CHARS = 1000
+OUTAGE_RETRY_S = 1.0
+T = TypeVar("T")
 
 
 class BlobMissing(KeyError):
@@ -78,6 +81,20 @@ def check_prefix(prefix: str) -> str:
     """The prefix; ValueError unless some key can start with it."""
     check_key(f"{prefix}x")
     return prefix
+
+
+async def outlasting_outage(call: Callable[[], Awaitable[T]]) -> T:
+    """The call's answer, however long the store is away: what was accepted waits, it fails not.
+
+    LuthierError if an object that must be there is gone.
+    """
+    while True:
+        try:
+            return await call()
+        except Unavailable:
+            await asyncio.sleep(OUTAGE_RETRY_S)
+        except BlobMissing as error:
+            raise LuthierError(f"stored bytes are gone: {error}") from error
 
 
 @asynccontextmanager

@@ -1,33 +1,22 @@
 """Load the configuration, serve until told to stop, drain, exit."""
 
-import argparse
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from aiohttp import web
 
-from luthier_core.config import Config, load_config
-from luthier_core.errors import ConfigError
-from luthier_core.lifecycle import run_service, service_lifetime
-from luthier_core.telemetry import setup_logging
+from luthier_core.config import Config
+from luthier_core.lifecycle import service_lifetime
+from luthier_core.service import service_main
 from luthier_gateway.app import build_app
 
 DRAIN_S = 5.0
 """Requests under way get this long at a stop; long polls are answered at once."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="luthier-gateway", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="TOML file")
-    parser.add_argument("--name", default="gateway")
-    arguments = parser.parse_args(argv)
-    setup_logging(arguments.name)
-    try:
-        return run_service(_serve(load_config(arguments.config, os.environ)))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    return service_main(argv, os.environ, role="gateway", serve=_serve)
 
 
 async def _serve(config: Config) -> int:

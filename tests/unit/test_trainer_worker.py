@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from luthier_core import blobs as blobs_module
 from luthier_core import keys
 from luthier_core.config import LimitsConfig, TrainerConfig
 from luthier_core.disk_blobs import DiskBlobs
@@ -30,7 +31,7 @@ from luthier_core.proto import wire_pb2
 from luthier_core.records import LoraConfig, RunRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
-from luthier_trainer import execution, worker
+from luthier_trainer import worker
 from luthier_trainer.engine import Engine
 from luthier_trainer.execution import Executor
 from luthier_trainer.optim import AdamParams
@@ -215,7 +216,7 @@ async def rig(
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Rig]:
     monkeypatch.setattr(worker, "SWEEP_S", 0.02)
-    monkeypatch.setattr(execution, "STORE_RETRY_S", 0.0)
+    monkeypatch.setattr(blobs_module, "OUTAGE_RETRY_S", 0.0)
     blobs = DiskBlobs(tmp_path, "http://gateway", b"secret")
     futures = Futures(oplog.redis, recheck_s=0.1)
     trainers: list[Trainer] = []

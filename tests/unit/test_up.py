@@ -81,11 +81,13 @@ def test_a_malformed_argument_is_one_line_and_exit_2(
     given = [] if "--model" in arguments else ["--model", f"tiny={model_folder}"]
     port = [] if "--port" in arguments else ["--port", "0"]
 
+    before = psutil.Process().children()  # servers of other tests
+
     code, error = up("--data", str(tmp_path / "data"), *port, *given, *arguments)
 
     assert (code, error.count("\n")) == (2, 1)
     assert says in error
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == before
 
 
 def test_a_busy_port_is_one_line_and_exit_2(tmp_path: Path, model_folder: Path) -> None:

@@ -9,15 +9,15 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from luthier_core import keys
-from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_files
 from luthier_core.config import SamplerConfig
-from luthier_core.errors import LuthierError, Unavailable
+from luthier_core.errors import LuthierError
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import REDIS_ERRORS, Oplog
@@ -153,7 +153,7 @@ class Worker:
             async with self._adapter_locks[job.weights]:
                 added = await self._on_engine(self._add, request, None)
                 if not added:
-                    files = await self._patiently(lambda: read_files(self._blobs, job.weights))
+                    files = await outlasting_outage(lambda: read_files(self._blobs, job.weights))
                     await self._on_engine(self._add, request, files)
         except LuthierError as error:
             await self._settle(job, Outcome.failure(error.message, error.category))
@@ -235,24 +235,14 @@ class Worker:
     async def _body_of(self, job: SamplingJob) -> bytes:
         if job.body.inline is not None:
             return job.body.inline
-        return job.body.checked(await self._patiently(lambda: self._blobs.get(job.body.key)))
+        return job.body.checked(await outlasting_outage(lambda: self._blobs.get(job.body.key)))
 
     async def _result_body(self, job: SamplingJob, response: bytes) -> Body:
         if len(response) <= INLINE_LIMIT:
             return Body.of(response)
         key = keys.sample_result(job.tenant, job.sampling_session_id, job.seq)
-        await self._patiently(lambda: self._blobs.put(key, response))
+        await outlasting_outage(lambda: self._blobs.put(key, response))
         return Body.stored(key, response)
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The call's result; while the object store is away the job waits, it does not fail."""
-        while True:
-            try:
-                return await call()
-            except Unavailable:
-                await asyncio.sleep(RETRY_S)
-            except BlobMissing as error:
-                raise LuthierError(f"stored bytes are gone: {error}") from error
 
 
 def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:

@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from luthier_core import keys
-from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, save_sampler
-from luthier_core.errors import LuthierError, Unavailable
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
@@ -21,8 +20,6 @@ from luthier_trainer.engine import Engine
 from luthier_trainer.optim import AdamParams
 
 T = TypeVar("T")
-
-STORE_RETRY_S = 1.0
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
@@ -176,7 +173,7 @@ class Executor:
             weights=checkpoint.manifest_key,
             created_at=datetime.now(UTC),
         )
-        await self._patiently(lambda: save_sampler(self._blobs, self._oplog.redis, record))
+        await outlasting_outage(lambda: save_sampler(self._blobs, self._oplog.redis, record))
         return _completed({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
 
     async def _save(
@@ -190,7 +187,7 @@ class Executor:
     ) -> CheckpointRecord:
         assert run.record is not None
         record = run.record
-        return await self._patiently(
+        return await outlasting_outage(
             lambda: save_checkpoint(
                 self._blobs,
                 self._oplog.redis,
@@ -206,7 +203,7 @@ class Executor:
         )
 
     async def _load(self, run: RunContext, source: dict[str, Any]) -> None:
-        files = await self._patiently(lambda: read_files(self._blobs, source["manifest"]))
+        files = await outlasting_outage(lambda: read_files(self._blobs, source["manifest"]))
         await self.on_engine(
             self.engine.load, run.run_id, files, optimizer=bool(source["optimizer"])
         )
@@ -214,24 +211,14 @@ class Executor:
     async def _payload(self, op: Op) -> bytes:
         if op.body.inline is not None:
             return op.body.inline
-        return op.body.checked(await self._patiently(lambda: self._blobs.get(op.body.key)))
+        return op.body.checked(await outlasting_outage(lambda: self._blobs.get(op.body.key)))
 
     async def _result_body(self, run: RunContext, op: Op, output: bytes) -> Body:
         if len(output) <= INLINE_LIMIT:
             return Body.of(output)
         key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
-        await self._patiently(lambda: self._blobs.put(key, output))
+        await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The call's result; while the object store is away the op waits, it does not fail."""
-        while True:
-            try:
-                return await call()
-            except Unavailable:
-                await asyncio.sleep(STORE_RETRY_S)
-            except BlobMissing as error:
-                raise LuthierError(f"stored bytes are gone: {error}") from error
 
 
 def _completed(result: dict[str, Any]) -> Outcome:

@@ -1,0 +1,116 @@
+"""The main program of a service: arguments, configuration, exit codes; what every worker opens."""
+
+import argparse
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from luthier_core.blobs import Blobs, open_blobs
+from luthier_core.config import Config, ModelConfig, load_config
+from luthier_core.errors import ConfigError
+from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
+from luthier_core.oplog import Oplog, connect
+from luthier_core.redis_server import check_server
+from luthier_core.telemetry import setup_logging
+
+T = TypeVar("T")
+Environ = Mapping[str, str]
+
+EXIT_REFUSED = 2
+"""The configuration or the machine does not allow a start; one line on standard error says why."""
+
+
+def service_main(
+    argv: Sequence[str] | None,
+    environ: Environ,
+    *,
+    role: str,
+    serve: Callable[[Config], Coroutine[Any, Any, int]],
+) -> int:
+    """Run a service that needs its configuration only; the exit code."""
+    arguments = _parser(role, name=role).parse_args(argv)
+    setup_logging(arguments.name)
+    return _run(lambda: serve(load_config(arguments.config, environ)))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What a worker has before it loads its model."""
+
+    config: Config
+    model: ModelConfig
+    stop: asyncio.Event
+    oplog: Oplog
+    blobs: Blobs
+    lease: WorkerLease
+    renew_s: float
+
+    async def load(self, function: Callable[[], T]) -> T:
+        """The result of a slow function, on a thread, while the lease is renewed."""
+        renewing = asyncio.create_task(self.lease.keep(self.renew_s))
+        try:
+            return await asyncio.to_thread(function)
+        finally:
+            renewing.cancel()
+
+
+def worker_main(
+    argv: Sequence[str] | None,
+    environ: Environ,
+    *,
+    role: Literal["trainer", "sampler"],
+    work: Callable[[WorkerParts], Coroutine[Any, Any, None]],
+) -> int:
+    """Run a worker of one base model; the exit code is 1 if another took its name."""
+    parser = _parser(role)
+    parser.add_argument("--model", required=True, help="name of the base model to work for")
+    arguments = parser.parse_args(argv)
+    setup_logging(arguments.name)
+
+    async def run() -> int:
+        config = load_config(arguments.config, environ)
+        model = config.model(arguments.model)
+        async with _open_worker(config, role, arguments.name, model) as parts:
+            await work(parts)
+            return 1 if parts.lease.lost.is_set() else 0
+
+    return _run(run)
+
+
+@contextlib.asynccontextmanager
+async def _open_worker(
+    config: Config, role: Literal["trainer", "sampler"], name: str, model: ModelConfig
+) -> AsyncIterator[WorkerParts]:
+    settings = config.trainer if role == "trainer" else config.sampler
+    async with contextlib.AsyncExitStack() as stack:
+        stop = await stack.enter_async_context(service_lifetime())
+        client = connect(config.redis_url)
+        stack.push_async_callback(client.aclose)
+        await check_server(client, allow_volatile=config.allow_volatile_redis)
+        oplog = Oplog(client)
+        await oplog.load_library()
+        blobs = await stack.enter_async_context(open_blobs(config))
+        lease = WorkerLease(oplog, name, role=role, base_model=model.name, lease_s=settings.lease_s)
+        await lease.take()
+        yield WorkerParts(config, model, stop, oplog, blobs, lease, settings.lease_renew_s)
+
+
+def _parser(role: str, name: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"luthier-{role}")
+    parser.add_argument("--config", type=Path, required=True, help="TOML file")
+    parser.add_argument(
+        "--name", default=name, required=name is None, help="unique among all parts"
+    )
+    return parser
+
+
+def _run(serve: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    try:
+        return run_service(serve())
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_REFUSED
