@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,40 +19,51 @@ MAX_S = 240
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """One line of output, when it came, and the step that had been reported by then."""
+
+    text: str
+    at_s: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """How a quickstart went; `learnt` is what its --json says, but for how long it took."""
 
     exit_code: int
-    lines: Sequence[tuple[float, str]]
-    """When each line of output came, in seconds, and the line."""
+    lines: Sequence[Line]
     learnt: dict[str, Any]
 
     @property
     def output(self) -> str:
-        return "".join(line for _, line in self.lines)
+        return "".join(line.text for line in self.lines)
 
-    def longest_wait_s(self, start: str) -> float:
-        """The longest silence from the line that begins with `start` on."""
-        first = next(i for i, (_, line) in enumerate(self.lines) if line.startswith(start))
-        return max(after - before for (before, _), (after, _) in pairwise(self.lines[first:]))
+    def longest_wait_s(self, step: int) -> float:
+        """The longest silence from the report of a step until after the report of the next."""
+        pairs = pairwise(self.lines)
+        return max(after.at_s - before.at_s for before, after in pairs if before.step == step)
 
 
 def run_quickstart(
-    stack: Stack, api_key: str, folder: Path, *, on_line: Callable[[str], None] = lambda line: None
+    stack: Stack, api_key: str, folder: Path, *, on_step: Callable[[int], None] = lambda step: None
 ) -> Ended:
-    """Runs the example to its end; `on_line` is called with every line it prints, as it does."""
+    """Runs the example to its end; `on_step` is called with each step that it reports."""
     report = folder / "quickstart.json"
     # Reading its output below has no limit of its own.
     argv = ["timeout", str(MAX_S), sys.executable, str(EXAMPLE), "--json", str(report)]
     environ = {**os.environ, "TINKER_BASE_URL": stack.url, "TINKER_API_KEY": api_key}
-    lines = []
+    lines, step = [], 0
     with subprocess.Popen(
         argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append((time.monotonic(), line))
-            on_line(line)
+        for text in process.stdout:
+            reported = re.match(r"step (\d+) of", text)
+            step = int(reported[1]) if reported else step
+            lines.append(Line(text, time.monotonic(), step))
+            if reported:
+                on_step(step)
     learnt = json.loads(report.read_text()) if report.exists() else {}
     learnt.pop("training_s", None)
     return Ended(process.returncode, lines, learnt)

@@ -41,6 +41,14 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float) ->
         time.sleep(0.02)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended and waits for init to notice does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the gateway answered to one request."""

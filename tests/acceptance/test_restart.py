@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.acceptance.stack import ANSWER_S, Stack, running_stack
+from tests.acceptance.stack import ANSWER_S, STOP_S, Stack, is_alive, running_stack, wait_until
 from tests.acceptance.training import create_run, make_data, submit_step, train
 from tinker import types
 from transformers import PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_runs_checkpoints_and_futures_outlive_a_restart(
         processes = stack.processes()
 
         assert stack.stop() == 0
-        assert [process for process in processes if process.is_running()] == []
+        assert [process for process in processes if is_alive(process)] == []
         stack.start()
 
         assert train(run, data, 3) == expected[5:]
@@ -56,8 +58,11 @@ def test_steps_under_way_outlive_luthier_up(
         run = create_run(service)
         steps = [submit_step(run, data) for _ in range(num_steps)]
         first = steps[0].result()
+        processes = stack.processes()
 
         assert stack.stop(sent) == (0 if sent is signal.SIGTERM else -signal.SIGKILL)
         stack.start()
 
         assert [first, *(step.result() for step in steps[1:])] == expected
+        # After SIGKILL nobody waits for the parts: they end by themselves.
+        wait_until(lambda: not any(map(is_alive, processes)), "end of parts", timeout_s=STOP_S)
