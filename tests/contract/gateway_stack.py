@@ -91,13 +91,16 @@ def running_gateway_stack(folder: Path) -> Iterator[GatewayStack]:
     with running_valkey() as redis_url:
         config = _configure(folder, redis_url)
         stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}")
-        with contextlib.ExitStack() as processes:
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
             for role in ("registry", "gateway"):
-                processes.enter_context(_running(folder, role))
+                processes.append(_start(folder, role))
             for role in ("trainer", "sampler"):
-                processes.enter_context(_running(folder, role, "--model", BASE_MODEL))
+                processes.append(_start(folder, role, "--model", BASE_MODEL))
             _wait_until_healthy(stack, folder)
             yield stack
+        finally:
+            _stop(processes)
 
 
 def _configure(folder: Path, redis_url: str) -> Config:
@@ -129,23 +132,25 @@ async def _store_keys(config: Config) -> None:
             await blobs.put(name, record.to_bytes())
 
 
-@contextlib.contextmanager
-def _running(folder: Path, role: str, *arguments: str) -> Iterator[None]:
+def _start(folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
     """One service; the end of its standard input stops it, however this process ends."""
     argv = [sys.executable, "-m", f"luthier_{role}", "--config", str(folder / "config.toml")]
     with (folder / f"{role}.log").open("wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*argv, "--name", role, *arguments],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             env={**os.environ, **_ENVIRON},
         )
-    assert process.stdin is not None
-    try:
-        yield
-    finally:
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """All drain at once; who does not within STOP_TIMEOUT_S is killed."""
+    for process in processes:
+        assert process.stdin is not None
         process.stdin.close()
+    for process in processes:
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -19,10 +19,26 @@ async def finish(api: Api, session_id: str, **fields: Any) -> int:
 # --- bootstrap ------------------------------------------------------------------------------------
 
 
+NEEDS = {
+    "sample_use_retrieve_futures": "retrieve_futures",
+    "sample_cancel_enabled": "cancel_future",
+    "sample_join_sampling_session": "join_sampling_session",
+    "custom_loss_server_side": "create_custom_loss",
+    "pjwt_auth_enabled": "auth/token",
+}
+"""Switch of the client -> the endpoint that it then calls."""
+
+
 @pytest.mark.parametrize("path", ["client/config", "client/dynamic_config"])
-async def test_the_client_is_left_with_its_defaults(api: Api, path: str):
+async def test_the_client_is_told_to_use_nothing_that_is_not_there(api: Api, path: str):
     answer = await api.post(path, {"sdk_version": "0.38.0"})
-    assert (answer.status, answer.json()) == (200, {})
+    assert answer.status == 200
+    switches = answer.json()
+    assert switches.keys() <= NEEDS.keys()
+    for name, value in switches.items():
+        assert value in (True, False)
+        if value:
+            assert (await api.post(NEEDS[name])).status != 404
 
 
 async def test_the_models_that_can_be_trained_are_listed(api: Api):
