@@ -28,6 +28,7 @@ _CHECKPOINT = (
 )
 OPEN_PATHS = frozenset({f"{API}/healthz", "/livez", "/readyz"})
 """Paths that need no key."""
+POLLS = frozenset({f"{API}/retrieve_future", f"{API}/retrieve_futures"})
 
 
 def routes() -> list[web.RouteDef]:
@@ -70,7 +71,7 @@ def routes() -> list[web.RouteDef]:
 def build_app(config: Config) -> web.Application:
     """The application; its connections open when it starts and close when it stops."""
     app = web.Application(
-        middlewares=[answer_errors, authenticate],
+        middlewares=[hold_failed_polls, answer_errors, authenticate],
         client_max_size=config.gateway.max_body_bytes,
     )
     app.add_routes(routes())
@@ -108,6 +109,15 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
             registry=registry,
             auth=auth,
         )
+
+
+@web.middleware
+async def hold_failed_polls(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The SDK repeats a poll that got a 5xx at once and for ever, so it gets one only slowly."""
+    response = await handler(request)
+    if response.status >= 500 and request.path in POLLS:
+        await futures.hold_in_trouble()
+    return response
 
 
 @web.middleware

@@ -31,6 +31,10 @@ MAX_SMALL_BODY = 1024 * 1024
 CANCELLED = Outcome(state="cancelled", body=Body.of(b"cancelled"), encoding="text", category="user")
 
 
+async def hold_in_trouble() -> None:
+    await asyncio.sleep(TROUBLE_HOLD_S)
+
+
 async def retrieve_future(request: web.Request) -> web.Response:
     """The result; or its error; or 408 try_again with a queue state after poll_hold_s."""
     backends, tenant = request.app[BACKENDS], request[TENANT]
@@ -47,7 +51,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
             return json_response({"status": "complete_metadata", "response_payload_size": size})
         response = await _result(request, backends.blobs, outcome)
     except REDIS_ERRORS:
-        await asyncio.sleep(TROUBLE_HOLD_S)
+        await hold_in_trouble()
         return _try_again(wanted.request_id, REDIS_AWAY)
     await _deliver(request, response, backends, future, outcome)
     return response
@@ -90,7 +94,7 @@ async def retrieve_futures(request: web.Request) -> web.Response:
             session, clone, after=wanted.prev_cursor, timeout_s=timeout_s
         )
     except REDIS_ERRORS:
-        await asyncio.sleep(TROUBLE_HOLD_S)
+        await hold_in_trouble()
         completions = []
     return json_response(
         {
