@@ -11,6 +11,7 @@ from tests.contract.gateway_stack import LIMITS, GatewayStack
 
 from luthier_core.oplog import Oplog, connect
 from luthier_core.ops import Body, Kind, Op
+from luthier_gateway import futures
 
 ABSENT_SESSION = "0" * 32
 
@@ -146,3 +147,20 @@ async def test_a_run_that_no_trainer_takes_is_paused_for_capacity_and_called_out
         assert "no trainer of tiny/nobody is running" in answer.json()["queue_state_reason"]
         # The gateway that admitted it may have died before it did this.
         assert await oplog.live_runs("tiny/nobody") == [run_id]
+
+
+async def test_a_poll_gets_a_5xx_only_slowly_because_it_is_repeated_at_once(
+    second_gateway: Callable[..., Any], api: Api, monkeypatch: pytest.MonkeyPatch
+):
+    run = await api.run()
+    held = []
+
+    async def hold() -> None:
+        held.append(True)
+
+    monkeypatch.setattr(futures, "hold_in_trouble", hold)
+    without_registry = await second_gateway(registry_url="unix:///nowhere/registry.sock")
+    assert (await without_registry.get("training_runs")).status == 503
+    assert held == []
+    assert (await without_registry.poll(f"{run.run_id}:0")).status == 503
+    assert held == [True]
