@@ -9,9 +9,11 @@ import pytest
 from tests.contract.gateway_client import PROTOBUF, Api, datum
 from tests.contract.gateway_stack import LIMITS, GatewayStack
 
+from luthier_core.errors import Unavailable
 from luthier_core.oplog import Oplog, connect
 from luthier_core.ops import Body, Kind, Op
 from luthier_gateway import futures
+from luthier_gateway.backends import Backends
 
 ABSENT_SESSION = "0" * 32
 
@@ -158,9 +160,13 @@ async def test_a_poll_gets_a_5xx_only_slowly_because_it_is_repeated_at_once(
     async def hold() -> None:
         held.append(True)
 
+    async def broken(*args: Any, **kwargs: Any) -> None:
+        raise Unavailable("the object store")
+
     monkeypatch.setattr(futures, "hold_in_trouble", hold)
-    without_registry = await second_gateway(registry_url="unix:///nowhere/registry.sock")
-    assert (await without_registry.get("training_runs")).status == 503
+    monkeypatch.setattr(Backends, "run", broken)
+    gateway = await second_gateway()
+    assert (await gateway.post("get_info", {"model_id": run.run_id})).status == 503
     assert held == []
-    assert (await without_registry.poll(f"{run.run_id}:0")).status == 503
+    assert (await gateway.poll(f"{run.run_id}:0")).status == 503
     assert held == [True]
