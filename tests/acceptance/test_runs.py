@@ -5,6 +5,7 @@ import tinker
 from tests.acceptance.stack import ANSWER_S, Stack
 from tests.acceptance.training import (
     PHRASES,
+    Step,
     create_run,
     make_data,
     sample_greedily,
@@ -29,7 +30,7 @@ def test_interleaved_runs_of_different_rank_equal_their_solo_results(
     expected = {rank: train(solo[rank], data[rank], num_steps) for rank in ranks}
 
     together = {rank: create_run(service, rank=rank) for rank in ranks}
-    steps = {rank: [] for rank in ranks}
+    steps: dict[int, list[Step]] = {rank: [] for rank in ranks}
     for _ in range(num_steps):  # all of both runs is under way before the first result is awaited
         for rank in ranks:
             steps[rank].append(submit_step(together[rank], data[rank]))
