@@ -32,7 +32,8 @@ MAX_CONNECTIONS = 32
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
 
-REDIS_ERRORS = (redis.RedisError, OSError)
+REDIS_ERRORS = (RedisConnectionError, RedisTimeoutError, redis.ReadOnlyError, OSError)
+"""Redis is not there just now. An error that it answers with is a bug of ours, and no such."""
 
 
 IO_TIMEOUT_S = 10.0

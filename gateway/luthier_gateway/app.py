@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from redis.exceptions import OutOfMemoryError
 
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config
-from luthier_core.errors import LuthierError, NotFound, Unavailable
+from luthier_core.errors import LuthierError, NotFound, TooManyRequests, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
@@ -127,6 +128,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return await handler(request)
     except LuthierError as error:
         return error_response(error)
+    except OutOfMemoryError:
+        return error_response(TooManyRequests("the operation log is full until more is executed"))
     except REDIS_ERRORS:
         log.warning("redis is away", exc_info=True)
         return error_response(Unavailable("the operation log"))

@@ -91,20 +91,38 @@ class Backends:
             raise BadRequest(f"model_id: {run_id} could not be created; create another")
         return run
 
-    async def working_run(self, tenant: str, run_id: str) -> RunFacts:
-        """The tenant's live run, if its session still takes work; BadRequest if not."""
+    async def working_run(self, tenant: str, run_id: str, seq: int) -> RunFacts:
+        """The tenant's live run, if it takes op seq; BadRequest if its session is finished.
+
+        A retry of what was accepted before the end still gets its answer.
+        """
         run = await self.live_run(tenant, run_id)
-        await self.check_unfinished(run.facts["session_id"])
+        session_id = run.facts["session_id"]
+        if await self._is_finished(session_id) and not await self._is_admitted(run_id, seq):
+            raise BadRequest(f"session {session_id} is finished")
         return run
 
-    async def check_unfinished(self, session_id: str) -> None:
-        """BadRequest once the client has closed the session: no work is taken any more."""
+    async def check_sampling(self, sampler: SamplerRecord, seq: int) -> None:
+        """BadRequest for a new sample of a session that is finished."""
+        outcome = keys.sampling_outcome(sampler.sampling_session_id, seq)
+        if await self._is_finished(sampler.session_id) and not await self.oplog.redis.exists(
+            outcome
+        ):
+            raise BadRequest(f"session {sampler.session_id} is finished")
+
+    async def _is_finished(self, session_id: str) -> bool:
+        """Whether the client has closed the session: no new work is taken any more."""
         status = await cast(
             Awaitable[bytes | None],
             self.oplog.redis.hget(keys.session_header(session_id), "status"),
         )
-        if status == b"finished":
-            raise BadRequest(f"session {session_id} is finished")
+        return status == b"finished"
+
+    async def _is_admitted(self, run_id: str, seq: int) -> bool:
+        header = await self.oplog.header(run_id)
+        return header is not None and (
+            seq <= header.admitted or await self.oplog.is_parked(run_id, seq)
+        )
 
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""

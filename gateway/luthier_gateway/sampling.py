@@ -36,7 +36,7 @@ async def asample(request: web.Request) -> web.Response:
     if not isinstance(session, str) or not isinstance(seq, int) or not 0 <= seq < 2**63:
         raise InvalidField("sampling_session_id must be a string and seq_id an integer from 0")
     sampler = await backends.sampler(tenant, session)
-    await backends.check_unfinished(sampler.session_id)
+    await backends.check_sampling(sampler, seq)
     limits = await backends.limits(sampler.base_model)
     problem: LuthierError | None = None
     body, num_samples = b"", value.get("num_samples") or 1

@@ -114,7 +114,7 @@ async def forward_backward(request: web.Request) -> web.Response:
         return refused
     if message.seq_id < 1:
         raise Unreadable("seq_id: must be from 1 to 2147483647")
-    run = await backends.working_run(tenant, message.model_id)
+    run = await backends.working_run(tenant, message.model_id, message.seq_id)
     problem: LuthierError | None = None
     try:
         limits = backends.limits_of(run.facts)
@@ -179,7 +179,7 @@ async def load_weights(request: web.Request) -> web.Response:
 
 async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any]) -> web.Response:
     run_id, seq = ids_of(value)
-    run = await backends.working_run(tenant, run_id)
+    run = await backends.working_run(tenant, run_id, seq)
     problem: LuthierError | None = None
     body = b""
     try:
@@ -214,7 +214,7 @@ async def _submit_json(request: web.Request, model: type[WireModel], kind: Kind)
     backends, tenant = request.app[BACKENDS], request[TENANT]
     value = read_object(await read_body(request, MAX_JSON_BODY))
     run_id, seq = ids_of(value)
-    run = await backends.working_run(tenant, run_id)
+    run = await backends.working_run(tenant, run_id, seq)
     problem: LuthierError | None = None
     body = b""
     try:
@@ -293,7 +293,7 @@ async def _use_up_seq(
     if ids is None:
         return None
     run_id, seq = ids
-    run = await backends.working_run(tenant, run_id)
+    run = await backends.working_run(tenant, run_id, seq)
     return await submit(
         backends,
         tenant,

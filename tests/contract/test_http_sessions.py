@@ -188,3 +188,14 @@ async def test_work_of_an_ended_session_is_refused(api: Api):
     assert [answer.status for answer in answers] == [400] * 5
     for answer in answers:
         assert f"session {session} is finished" in answer.detail
+
+
+async def test_a_retry_of_what_was_accepted_before_the_finish_keeps_its_answer(api: Api):
+    session = await api.session()
+    run, sampler = await api.run(session), await api.sampler(session)
+    step, sample = await run.step(seq_id=1), await sampler.send(seq_id=0)
+    assert await finish(api, session) == 200
+    assert await run.step(seq_id=1) == step
+    assert await sampler.send(seq_id=0) == sample
+    assert (await run.post("optim_step", seq_id=2)).status == 400
+    assert (await sampler.post(seq_id=1)).status == 400
