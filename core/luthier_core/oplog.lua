@@ -51,6 +51,34 @@ local function append(log, seq, fields)
   redis.call('XADD', log, entry_id(seq), unpack(fields))
 end
 
+local function unpark(header, parked, seq)
+  redis.call('HDEL', parked, seq)
+  local _, bytes = recall(header, seq)
+  redis.call('HINCRBY', header, 'parked_bytes', -bytes)
+end
+
+-- Everything up to `admitted` has arrived: what is parked directly above it enters the log.
+-- -> the new admitted
+local function advance(header, log, parked, channel, admitted)
+  while true do
+    local packed = redis.call('HGET', parked, admitted + 1)
+    if not packed then break end
+    admitted = admitted + 1
+    append(log, admitted, cmsgpack.unpack(packed))
+    unpark(header, parked, admitted)
+  end
+  redis.call('HSET', header, 'admitted', admitted)
+  redis.call('SPUBLISH', channel, admitted)
+  return admitted
+end
+
+-- seq will not be executed again: its bytes and attempts are not counted any more.
+local function forget_pending(header, seq)
+  local _, bytes = recall(header, seq)
+  redis.call('HINCRBY', header, 'bytes', -bytes)
+  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq)
+end
+
 -- admit(header, log, parked, news channel; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
 --       max_parked_bytes, header fields as JSON for op 0 or '', entry fields ...)
 -- -> {status, owner, admitted}. OK | DUP | MISMATCH | NORUN | FAR | BUSY | FULL | DEAD
@@ -104,19 +132,7 @@ local function admit(keys, args)
   end
 
   append(log, seq, fields)
-  admitted = seq
-  while true do
-    local packed = redis.call('HGET', parked, admitted + 1)
-    if not packed then break end
-    admitted = admitted + 1
-    append(log, admitted, cmsgpack.unpack(packed))
-    redis.call('HDEL', parked, admitted)
-    local _, freed = recall(header, admitted)
-    redis.call('HINCRBY', header, 'parked_bytes', -freed)
-  end
-  redis.call('HSET', header, 'admitted', admitted)
-  redis.call('SPUBLISH', keys[4], admitted)
-  return { 'OK', owner, admitted }
+  return { 'OK', owner, advance(header, log, parked, keys[4], seq) }
 end
 
 -- reject_run(header, outcome; tenant, digest, header fields as JSON, outcome ttl ms, outcome fields ...)
@@ -185,10 +201,8 @@ end
 local function store_outcome(header, outcome, channel, seq, ttl, fields)
   redis.call('HSET', outcome, unpack(fields))
   redis.call('PEXPIRE', outcome, ttl)
-  local _, bytes = recall(header, seq)
   redis.call('HSET', header, 'committed', seq)
-  redis.call('HINCRBY', header, 'bytes', -bytes)
-  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq)
+  forget_pending(header, seq)
   -- Replay follows the recorded outcome, which outlives the outcome's own record.
   if field_of(fields, 'state') == 'failed' then redis.call('HSET', header, 'x:' .. seq, 1) end
   redis.call('SPUBLISH', channel, seq)
@@ -236,18 +250,20 @@ local function trim(keys, args)
   return 'OK'
 end
 
--- ffwd(header, parked; epoch, seq) -> OK | FENCED | ALREADY
+-- ffwd(header, log, parked, news channel; epoch, seq) -> OK | FENCED | ALREADY
 -- Redis was rolled back behind a snapshot: the effects up to seq are in it, the ids are used up.
 local function ffwd(keys, args)
-  local header, parked, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  local header, parked, epoch, seq = keys[1], keys[3], tonumber(args[1]), tonumber(args[2])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
-  if seq <= num(h[3]) then return 'ALREADY' end
+  local admitted, committed = num(h[2]), num(h[3])
+  if seq <= committed then return 'ALREADY' end
   for _, s in ipairs(redis.call('HKEYS', parked)) do
-    if tonumber(s) <= seq then redis.call('HDEL', parked, s) end
+    if tonumber(s) <= seq then unpark(header, parked, tonumber(s)) end
   end
+  for s = committed + 1, seq do forget_pending(header, s) end
   redis.call('HSET', header, 'committed', seq)
-  if seq > num(h[2]) then redis.call('HSET', header, 'admitted', seq) end
+  if seq > admitted then advance(header, keys[2], parked, keys[4], seq) end
   return 'OK'
 end
 
@@ -275,10 +291,7 @@ local function fail_range(keys, args)
   if first ~= num(h[3]) + 1 then return 'ORDER' end
   local fields = rest(args, 5)
   for seq = first, last do
-    if redis.call('HDEL', parked, seq) == 1 then
-      local _, bytes = recall(header, seq)
-      redis.call('HINCRBY', header, 'parked_bytes', -bytes)
-    end
+    if redis.call('HEXISTS', parked, seq) == 1 then unpark(header, parked, seq) end
     store_outcome(header, keys[4 + seq - first], channel, seq, args[3], fields)
   end
   if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end

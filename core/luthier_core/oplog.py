@@ -210,8 +210,16 @@ class Oplog:
         return cast(bytes, await self._call("trim", call_keys, [epoch, seq])).decode()
 
     async def ffwd(self, run_id: str, epoch: int, seq: int) -> str:
-        """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED."""
-        call_keys = [keys.run_header(run_id), keys.run_parked(run_id)]
+        """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED.
+
+        The log has no entries for the ids that it had not admitted.
+        """
+        call_keys = [
+            keys.run_header(run_id),
+            keys.run_log(run_id),
+            keys.run_parked(run_id),
+            keys.run_new(run_id),
+        ]
         return cast(bytes, await self._call("ffwd", call_keys, [epoch, seq])).decode()
 
     async def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:

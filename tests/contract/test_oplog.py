@@ -248,6 +248,29 @@ async def test_ffwd_uses_up_the_ids_behind_a_snapshot(run):
     assert await admit(run, op(6)) == "OK"
 
 
+async def test_ffwd_admits_what_waited_directly_above_it(run):
+    for seq in (2, 6, 7, 9):
+        await admit(run, op(seq))
+    assert await run.ffwd(RUN, 1, 5) == "OK"
+    header = await run.header(RUN)
+    assert header is not None
+    assert (header.admitted, header.committed) == (7, 5)
+    assert [entry.seq for entry in (await run.read_log({RUN: 6}))[RUN]] == [6, 7]
+    assert (await run.commit(RUN, 1, 6, DONE)).status == "OK"
+
+
+async def test_ffwd_counts_the_bytes_of_used_up_ops_no_longer(run):
+    limits = LimitsConfig(max_pending_bytes=10, max_parked_bytes=10)
+    await admit(run, op(1, b"12345"), limits)
+    await admit(run, op(3, b"12345"), limits)
+    assert await run.ffwd(RUN, 1, 4) == "OK"
+    assert await admit(run, op(6, b"1234567890"), limits) == "OK"
+    assert await admit(run, op(5, b""), limits) == "OK"
+    assert await admit(run, op(7, b"1"), limits) == "BUSY"
+    fields = await run.redis.hmget(keys.run_header(RUN), "bytes", "parked_bytes")
+    assert fields == [b"10", b"0"]
+
+
 async def test_published_sampler_weights_never_go_back(run):
     assert await run.publish(RUN, 1, 5, "five") == "OK"
     assert await run.publish(RUN, 1, 5, "five") == "STALE"
