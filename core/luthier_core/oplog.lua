@@ -117,7 +117,9 @@ local function admit(keys, args)
   -- Refuse only while something can be executed: the official SDK withholds chunk 1 until every later
   -- chunk is accepted, so a refusal with an idle run would wait for itself.
   if over and admitted > committed and not fills_gap then return { 'BUSY', owner, admitted } end
-  if seq > admitted + 1 and parked_bytes + bytes > max_parked_bytes then
+  -- A refusal is what the gateway parks instead after FULL: it carries no payload and always fits.
+  local over_parked = parked_bytes + bytes > max_parked_bytes
+  if seq > admitted + 1 and over_parked and field_of(fields, 'kind') ~= 'rejected' then
     return { 'FULL', owner, admitted }
   end
 

@@ -118,6 +118,13 @@ async def test_parked_bytes_have_a_limit_of_their_own(run):
     assert await admit(run, op(2), limits) == "OK"
 
 
+async def test_a_refusal_is_parked_however_many_bytes_are(run):
+    limits = LimitsConfig(max_parked_bytes=10)
+    assert await admit(run, op(3, b"1234567890"), limits) == "OK"
+    assert await admit(run, op(4, b"x"), limits) == "FULL"
+    assert await admit(run, op(4, b"x", Kind.REJECTED), limits) == "OK"
+
+
 async def test_only_a_larger_epoch_takes_a_run_and_a_lost_reply_can_be_repeated(run):
     assert await run.acquire(RUN, 1, "trainer-1/b") is None
     assert await run.acquire(RUN, 2, "trainer-1/b") == (0, 0)
