@@ -284,6 +284,7 @@ end
 -- fail_range(header, parked, channel, outcome ...; epoch, first seq, ttl ms, status, fields ...)
 -- -> OK | ALREADY | FENCED | ORDER. Fail consecutive seqs from committed+1 on, one per outcome key,
 -- whether they are admitted, parked or never arrived; the run's status becomes `status`.
+-- ORDER also if an op is parked above the range: it would be accepted and never end.
 local function fail_range(keys, args)
   local header, parked, channel = keys[1], keys[2], keys[3]
   local epoch, first, last = tonumber(args[1]), tonumber(args[2]), tonumber(args[2]) + #keys - 4
@@ -291,6 +292,9 @@ local function fail_range(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if last <= num(h[3]) then return 'ALREADY' end
   if first ~= num(h[3]) + 1 then return 'ORDER' end
+  for _, s in ipairs(redis.call('HKEYS', parked)) do
+    if tonumber(s) > last then return 'ORDER' end
+  end
   local fields = rest(args, 5)
   for seq = first, last do
     if redis.call('HEXISTS', parked, seq) == 1 then unpark(header, parked, seq) end

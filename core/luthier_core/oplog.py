@@ -232,7 +232,8 @@ class Oplog:
     ) -> str:
         """Fail consecutive seqs from committed + 1 on, admitted or not, and set the run's status.
 
-        OK | ALREADY | FENCED | ORDER.
+        OK | ALREADY | FENCED | ORDER. The range must reach every parked op: ORDER says that one
+        has arrived meanwhile, or that another has committed, so read both again.
         """
         reply = await self._call(
             "fail_range",

@@ -302,6 +302,15 @@ async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
     assert await admit(run, op(3)) == "DUP"
 
 
+async def test_a_run_does_not_end_with_an_op_that_waits_above_the_failed_ones(run):
+    await admit(run, op(3))
+    never = Outcome.failure("seq 1 never arrived", "user")
+    await admit(run, op(5))  # arrives after the reaper has looked
+    assert await run.fail_range(RUN, 1, range(1, 4), never, status="failed") == "ORDER"
+    assert await run.training_outcome(RUN, 1) is None
+    assert await run.fail_range(RUN, 1, range(1, 6), never, status="failed") == "OK"
+
+
 async def test_the_log_survives_a_reload_of_the_library(run):
     await admit(run, op(1))
     await run.load_library()
