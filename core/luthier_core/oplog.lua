@@ -30,7 +30,8 @@ local function field_of(fields, name)
 end
 
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest and payload bytes, x:{seq} = the
--- op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death.
+-- op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death,
+-- a:{seq} = the last of those attempts.
 local function remember(header, seq, digest, bytes)
   redis.call('HSET', header, 'd:' .. seq, string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes)
 end
@@ -76,7 +77,7 @@ end
 local function forget_pending(header, seq)
   local _, bytes = recall(header, seq)
   redis.call('HINCRBY', header, 'bytes', -bytes)
-  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq)
+  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq, 'a:' .. seq)
 end
 
 -- admit(header, log, parked, news channel; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
@@ -228,12 +229,17 @@ local function commit(keys, args)
 end
 
 -- blame(header; epoch, seq) -> deaths so far | -1 if fenced | -2 if this op is not under way
--- The engine died while it executed this op.
+-- The engine died while it executed this op. One attempt has one death, however often it is told: a
+-- call repeated after a lost reply must not bring the op nearer to quarantine.
 local function blame(keys, args)
   local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
   local h = redis.call('HMGET', header, 'epoch', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return -1 end
   if seq ~= num(h[2]) + 1 then return -2 end
+  local a = redis.call('HMGET', header, 'n:' .. seq, 'a:' .. seq, 'b:' .. seq)
+  if not a[1] then return -2 end
+  if a[1] == a[2] then return num(a[3]) end
+  redis.call('HSET', header, 'a:' .. seq, a[1])
   return redis.call('HINCRBY', header, 'b:' .. seq, 1)
 end
 
@@ -245,7 +251,7 @@ local function trim(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if seq > num(h[2]) then return 'ORDER' end
   for s = num(h[3], -1) + 1, seq do
-    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 'n:' .. s, 'b:' .. s)
+    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s)
   end
   if seq > num(h[3], -1) then redis.call('HSET', header, 'trimmed', seq) end
   redis.call('XTRIM', log, 'MINID', entry_id(seq + 1))

@@ -201,7 +201,10 @@ class Oplog:
         return Attempt.from_reply(reply)
 
     async def blame(self, run_id: str, epoch: int, seq: int) -> int:
-        """How often the engine has died of this op, now included; negative if it is not ours."""
+        """How often the engine has died of this op, now included; negative if it is not ours.
+
+        Each attempt that was begun counts once.
+        """
         return int(await self._call("blame", [keys.run_header(run_id)], [epoch, seq]))
 
     async def trim(self, run_id: str, epoch: int, seq: int) -> str:

@@ -220,13 +220,23 @@ async def test_a_fenced_owner_begins_and_blames_nothing(run):
 
 async def test_deaths_are_counted_for_the_op_under_way_and_forgotten_with_it(run):
     await admit(run, op(1))
-    await run.begin(RUN, 1, 1)
-    assert [await run.blame(RUN, 1, 1), await run.blame(RUN, 1, 1)] == [1, 2]
+    assert await run.blame(RUN, 1, 1) < 0  # not begun
+    for deaths in (1, 2):
+        await run.begin(RUN, 1, 1)
+        assert await run.blame(RUN, 1, 1) == deaths
     assert await run.blame(RUN, 1, 2) < 0
     assert (await run.begin(RUN, 1, 1)).deaths == 2
     await run.commit(RUN, 1, 1, DONE)
     fields = await run.redis.hkeys(keys.run_header(RUN))
-    assert not {b"b:1", b"n:1"} & set(fields)
+    assert not {b"b:1", b"n:1", b"a:1"} & set(fields)
+
+
+async def test_a_death_that_is_told_twice_counts_once(run):
+    await admit(run, op(1))
+    await run.begin(RUN, 1, 1)
+    assert [await run.blame(RUN, 1, 1), await run.blame(RUN, 1, 1)] == [1, 1]
+    await run.begin(RUN, 1, 1)
+    assert await run.blame(RUN, 1, 1) == 2
 
 
 async def test_trim_drops_the_log_and_its_fields_and_a_late_duplicate_keeps_its_id(run):
