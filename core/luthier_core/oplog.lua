@@ -351,11 +351,12 @@ local function enqueue(keys, args)
 end
 
 -- settle(outcome, jobs, channel; seq, group, entry id, ttl ms, outcome fields ...) -> OK | ALREADY
--- The first outcome of a sampling job wins; the job leaves the stream in the same step.
+-- The first outcome of a sampling job wins; the job leaves the stream in the same step. A job whose
+-- record has expired has no reader left: an outcome for it could be overwritten by a late POST.
 local function settle(keys, args)
   local outcome, jobs, channel = keys[1], keys[2], keys[3]
   local state = redis.call('HGET', outcome, 'state')
-  local done = state and state ~= 'queued'
+  local done = state ~= 'queued'
   if not done then
     redis.call('HSET', outcome, unpack(rest(args, 5)))
     redis.call('PEXPIRE', outcome, args[4])

@@ -379,6 +379,15 @@ async def test_the_first_outcome_of_a_sample_wins_and_the_job_is_gone(jobs):
     assert await jobs.claim_own("m", "sampler-0") == []
 
 
+async def test_an_outcome_after_its_record_has_expired_is_dropped_with_the_job(jobs):
+    await enqueue(jobs)
+    (job,) = await jobs.claim("m", "sampler-0", max_jobs=1, block_ms=1)
+    await jobs.redis.delete(keys.sampling_outcome(SAMPLER, BIG_SEQ))
+    assert await jobs.settle(job, "m", Outcome.completed(Body.of(b"late"))) == "ALREADY"
+    assert await jobs.redis.exists(keys.sampling_outcome(SAMPLER, BIG_SEQ)) == 0
+    assert await jobs.redis.xlen(keys.sampling_jobs("m")) == 0
+
+
 async def test_a_job_of_a_dead_sampler_is_claimed_by_another_and_by_itself_again(jobs):
     await enqueue(jobs)
     await jobs.claim("m", "sampler-0", max_jobs=1, block_ms=1)
