@@ -18,6 +18,14 @@ from luthier_core.owner import Action, Owner, Step
 
 A = TypeVar("A")
 
+COMMIT_DEPTH = 4
+"""Ops of a run that may be executed ahead of their commit (reliability 1.3)."""
+PROBATION = COMMIT_DEPTH + 1
+"""New ops of a tenure that are executed one by one, each begun and committed before the next.
+
+One of them may be what killed the owner before, and it can be blamed only if it was begun: executed
+ahead, it would kill every owner before what precedes it is committed.
+"""
 MAX_DEATHS = 3
 """An op during which the engine died this often is failed (reliability 1.6)."""
 MAX_ATTEMPTS = 10
@@ -278,12 +286,17 @@ class Tenure:
     etag: str
     owner: Owner
     committed: int
-    has_begun: bool = False
-    """Whether the first op of this tenure was begun: it may be what killed the owner before."""
+    num_begun: int = 0
+    """New ops that execute_next has begun; none beyond PROBATION."""
 
     @property
     def epoch(self) -> int:
         return self.head.epoch
+
+    @property
+    def depth(self) -> int:
+        """How many executed ops may wait for their commit before execute_next is called again."""
+        return COMMIT_DEPTH if self.num_begun >= PROBATION else 1
 
     def check(self, status: str) -> None:
         """Left unless the run is still ours. ORDER means that Redis went back behind us."""
@@ -320,16 +333,17 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
 def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
     """Execute the op at the head; what it returns goes to commit_next if it is to be published.
 
-    None if nothing waits. Diverged if a replayed op does not end as it did.
+    Call it only while fewer than `tenure.depth` executed ops wait for their commit. None if nothing
+    waits. Diverged if a replayed op does not end as it did.
     """
     owner = tenure.owner
     step = owner.next_step()
     if step is None:
         return None
-    if step.publish and not tenure.has_begun:
+    if step.publish and tenure.num_begun < PROBATION:
         attempt: Attempt = yield Begin(tenure.run_id, tenure.epoch, step.op.seq)
         tenure.check(attempt.status)
-        tenure.has_begun = True
+        tenure.num_begun += 1
         if attempt.deaths >= MAX_DEATHS or attempt.attempts > MAX_ATTEMPTS:
             step = owner.quarantine(attempt.deaths)
     executed = Executed(step.outcome)
