@@ -369,6 +369,19 @@ def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
     tenure.committed = seq
 
 
+def recheck(run_id: str, tenure: Tenure | None) -> Steps[None]:
+    """What a driver does after Redis was away, before it sends anything for this run again.
+
+    `tenure`: None while the run is being taken over. Redis may have gone back to an earlier state,
+    in which it takes an old epoch for the newest; HEAD never does. Left if the run is not ours.
+    """
+    if tenure is None:
+        raise Left(f"{run_id}: Redis was away during the take-over")
+    head, _ = yield ReadHead(run_id)
+    if head is None or head.epoch != tenure.epoch:
+        raise Left(f"{run_id}: HEAD has been taken")
+
+
 def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] = ()) -> Steps[None]:
     """Make a copy of the state after op seq, which is committed, the one to restore from.
 
