@@ -286,6 +286,8 @@ class Tenure:
     etag: str
     owner: Owner
     committed: int
+    sound: SnapshotRef | None
+    """The newest snapshot that this tenure knows to be whole: restored from, or its own."""
     num_begun: int = 0
     """New ops that execute_next has begun; none beyond PROBATION."""
 
@@ -327,7 +329,7 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
         committed = state_seq
     failed = yield ReadFailed(run_id)
     owner = Owner(run_id, head.epoch, committed, failed, state_seq=state_seq, missing=missing)
-    return Tenure(run_id, name, head, etag, owner, committed)
+    return Tenure(run_id, name, head, etag, owner, committed, sound=ref)
 
 
 def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
@@ -392,11 +394,12 @@ def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] =
     assert seq <= tenure.committed, "a snapshot must not be ahead of what is committed"
     ref = SnapshotRef(seq, tenure.epoch)
     yield PutSnapshot(run_id, ref, copy, tuple(missing))
-    head = replace(tenure.head, snap=ref, prev_snap=tenure.head.snap)
+    # Not HEAD's newest, which may be the damaged one that this tenure did not start from.
+    head = replace(tenure.head, snap=ref, prev_snap=tenure.sound)
     etag = yield from _swap_head(run_id, head, tenure.etag)
     if etag is None:
         raise Left(f"{run_id}: HEAD has been taken")
-    tenure.head, tenure.etag = head, etag
+    tenure.head, tenure.etag, tenure.sound = head, etag, ref
     if head.prev_snap is not None:
         status = yield Trim(run_id, tenure.epoch, head.prev_snap.seq)
         tenure.check(status)
