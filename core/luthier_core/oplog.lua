@@ -5,6 +5,7 @@
 -- side by side during an upgrade.
 
 local DIGEST_CHARS = 32
+local DELIVERED = '2' -- of a failure: see remember
 
 local function num(value, default)
   return tonumber(value or default)
@@ -30,8 +31,8 @@ local function field_of(fields, name)
 end
 
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
--- admission, x:{seq} = the op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with
--- the engine's death, a:{seq} = the last of those attempts.
+-- admission, x:{seq} = the op failed (1, or DELIVERED once the client has been told), n:{seq} =
+-- attempts begun, b:{seq} = attempts that ended with the engine's death, a:{seq} = the last of those.
 local function remember(header, seq, digest, bytes, now)
   local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
   redis.call('HSET', header, 'd:' .. seq, known)
@@ -325,12 +326,23 @@ local function fail_range(keys, args)
   return 'OK'
 end
 
--- told(header; seq): the error of this seq has been delivered to the client.
+-- told(header; seq): the error of this seq has been delivered to the client. `told` moves only as far
+-- as every failure up to it has been: errors of concurrent polls arrive in any order, and an optimizer
+-- step must not be obeyed because a later failure than its gradient's was known (reliability 1.6).
 local function told(keys, args)
-  local known = redis.call('HGET', keys[1], 'told')
-  if known and tonumber(args[1]) > tonumber(known) then
-    redis.call('HSET', keys[1], 'told', args[1])
+  local header, seq = keys[1], args[1]
+  local h = redis.call('HMGET', header, 'told', 'trimmed', 'committed')
+  if not h[1] then return 'OK' end
+  if redis.call('HEXISTS', header, 'x:' .. seq) == 1 then
+    redis.call('HSET', header, 'x:' .. seq, DELIVERED)
   end
+  local known = num(h[1])
+  for s = math.max(known, num(h[2], -1)) + 1, num(h[3]) do
+    local failed = redis.call('HGET', header, 'x:' .. s)
+    if failed == DELIVERED then known = s
+    elseif failed then break end
+  end
+  redis.call('HSET', header, 'told', known)
   return 'OK'
 end
 

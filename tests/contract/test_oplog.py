@@ -169,10 +169,24 @@ async def test_failures_are_remembered_for_replay(run):
 async def test_an_op_carries_the_failures_its_client_knew_of(run):
     await admit(run, op(1))
     await admit(run, op(4))
+    await run.commit(RUN, 1, 1, Outcome.failure("no", "user"))
     await run.told(RUN, 1)
     await admit(run, op(2))
     await admit(run, op(3))
     assert [entry.told for entry in (await run.read_log({RUN: 1}))[RUN]] == [-1, 1, 1, -1]
+
+
+async def test_an_op_does_not_carry_a_failure_while_an_older_one_has_not_been_delivered(run):
+    for seq in (1, 2, 3):
+        await admit(run, op(seq))
+    for seq, outcome in ((1, Outcome.failure("no", "user")), (2, DONE)):
+        await run.commit(RUN, 1, seq, outcome)
+    await run.commit(RUN, 1, 3, Outcome.failure("no", "user"))
+    await run.told(RUN, 3)
+    await admit(run, op(4))
+    await run.told(RUN, 1)
+    await admit(run, op(5))
+    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [-1, 3]
 
 
 async def test_a_run_with_work_is_not_released(run):
