@@ -5,6 +5,7 @@
 -- side by side during an upgrade.
 
 local DIGEST_CHARS = 32
+local DELIVERED = '2' -- of a failure: see remember
 
 local function num(value, default)
   return tonumber(value or default)
@@ -30,7 +31,8 @@ local function field_of(fields, name)
 end
 
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
--- admission, x:{seq} = the op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with the engine's death.
+-- admission, x:{seq} = the op failed (1, or DELIVERED once the client has been told), n:{seq} =
+-- attempts begun, b:{seq} = attempts that ended with the engine's death, a:{seq} = the last of those.
 local function remember(header, seq, digest, bytes, now)
   local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
   redis.call('HSET', header, 'd:' .. seq, known)
@@ -50,6 +52,40 @@ end
 
 local function append(log, seq, fields)
   redis.call('XADD', log, entry_id(seq), unpack(fields))
+end
+
+local function unpark(header, parked, seq)
+  redis.call('HDEL', parked, seq)
+  local _, bytes = recall(header, seq)
+  redis.call('HINCRBY', header, 'parked_bytes', -bytes)
+end
+
+-- gap_since is there while something waits above a gap.
+local function forget_gap(header, parked)
+  if redis.call('HLEN', parked) == 0 then redis.call('HDEL', header, 'gap_since') end
+end
+
+-- Everything up to `admitted` has arrived: what is parked directly above it enters the log.
+-- -> the new admitted
+local function advance(header, log, parked, channel, admitted)
+  while true do
+    local packed = redis.call('HGET', parked, admitted + 1)
+    if not packed then break end
+    admitted = admitted + 1
+    append(log, admitted, cmsgpack.unpack(packed))
+    unpark(header, parked, admitted)
+  end
+  redis.call('HSET', header, 'admitted', admitted)
+  forget_gap(header, parked)
+  redis.call('SPUBLISH', channel, admitted)
+  return admitted
+end
+
+-- seq will not be executed again: its bytes and attempts are not counted any more.
+local function forget_pending(header, seq)
+  local _, bytes = recall(header, seq)
+  redis.call('HINCRBY', header, 'bytes', -bytes)
+  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq, 'a:' .. seq)
 end
 
 -- admit(header, log, parked, news channel; tenant, seq, digest, bytes, max_ahead, max_ops, max_bytes,
@@ -90,7 +126,9 @@ local function admit(keys, args)
   -- Refuse only while something can be executed: the official SDK withholds chunk 1 until every later
   -- chunk is accepted, so a refusal with an idle run would wait for itself.
   if over and admitted > committed and not fills_gap then return { 'BUSY', owner, admitted } end
-  if seq > admitted + 1 and parked_bytes + bytes > max_parked_bytes then
+  -- A refusal is what the gateway parks instead after FULL: it carries no payload and always fits.
+  local over_parked = parked_bytes + bytes > max_parked_bytes
+  if seq > admitted + 1 and over_parked and field_of(fields, 'kind') ~= 'rejected' then
     return { 'FULL', owner, admitted }
   end
 
@@ -106,22 +144,11 @@ local function admit(keys, args)
   end
 
   append(log, seq, fields)
-  admitted = seq
-  while true do
-    local packed = redis.call('HGET', parked, admitted + 1)
-    if not packed then break end
-    admitted = admitted + 1
-    append(log, admitted, cmsgpack.unpack(packed))
-    redis.call('HDEL', parked, admitted)
-    local _, freed = recall(header, admitted)
-    redis.call('HINCRBY', header, 'parked_bytes', -freed)
+  admitted = advance(header, log, parked, keys[4], seq)
+  -- Another gap may be left above the one that was filled.
+  if redis.call('HEXISTS', header, 'gap_since') == 1 then
+    redis.call('HSET', header, 'gap_since', now)
   end
-  redis.call('HSET', header, 'admitted', admitted)
-  if fills_gap then -- another gap may be left above
-    redis.call('HDEL', header, 'gap_since')
-    if redis.call('HLEN', parked) > 0 then redis.call('HSET', header, 'gap_since', now) end
-  end
-  redis.call('SPUBLISH', keys[4], admitted)
   return { 'OK', owner, admitted }
 end
 
@@ -191,10 +218,8 @@ end
 local function store_outcome(header, outcome, channel, seq, ttl, fields)
   redis.call('HSET', outcome, unpack(fields))
   redis.call('PEXPIRE', outcome, ttl)
-  local _, bytes = recall(header, seq)
   redis.call('HSET', header, 'committed', seq)
-  redis.call('HINCRBY', header, 'bytes', -bytes)
-  redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq)
+  forget_pending(header, seq)
   -- Replay follows the recorded outcome, which outlives the outcome's own record.
   if field_of(fields, 'state') == 'failed' then redis.call('HSET', header, 'x:' .. seq, 1) end
   redis.call('SPUBLISH', channel, seq)
@@ -218,12 +243,17 @@ local function commit(keys, args)
 end
 
 -- blame(header; epoch, seq) -> deaths so far | -1 if fenced | -2 if this op is not under way
--- The engine died while it executed this op.
+-- The engine died while it executed this op. One attempt has one death, however often it is told: a
+-- call repeated after a lost reply must not bring the op nearer to quarantine.
 local function blame(keys, args)
   local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
   local h = redis.call('HMGET', header, 'epoch', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return -1 end
   if seq ~= num(h[2]) + 1 then return -2 end
+  local a = redis.call('HMGET', header, 'n:' .. seq, 'a:' .. seq, 'b:' .. seq)
+  if not a[1] then return -2 end
+  if a[1] == a[2] then return num(a[3]) end
+  redis.call('HSET', header, 'a:' .. seq, a[1])
   return redis.call('HINCRBY', header, 'b:' .. seq, 1)
 end
 
@@ -235,30 +265,27 @@ local function trim(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if seq > num(h[2]) then return 'ORDER' end
   for s = num(h[3], -1) + 1, seq do
-    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 'n:' .. s, 'b:' .. s)
+    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s)
   end
   if seq > num(h[3], -1) then redis.call('HSET', header, 'trimmed', seq) end
   redis.call('XTRIM', log, 'MINID', entry_id(seq + 1))
   return 'OK'
 end
 
-local function forget_gap(header, parked)
-  if redis.call('HLEN', parked) == 0 then redis.call('HDEL', header, 'gap_since') end
-end
-
--- ffwd(header, parked; epoch, seq) -> OK | FENCED | ALREADY
+-- ffwd(header, log, parked, news channel; epoch, seq) -> OK | FENCED | ALREADY
 -- Redis was rolled back behind a snapshot: the effects up to seq are in it, the ids are used up.
 local function ffwd(keys, args)
-  local header, parked, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  local header, parked, epoch, seq = keys[1], keys[3], tonumber(args[1]), tonumber(args[2])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
-  if seq <= num(h[3]) then return 'ALREADY' end
+  local admitted, committed = num(h[2]), num(h[3])
+  if seq <= committed then return 'ALREADY' end
   for _, s in ipairs(redis.call('HKEYS', parked)) do
-    if tonumber(s) <= seq then redis.call('HDEL', parked, s) end
+    if tonumber(s) <= seq then unpark(header, parked, tonumber(s)) end
   end
+  for s = committed + 1, seq do forget_pending(header, s) end
   redis.call('HSET', header, 'committed', seq)
-  if seq > num(h[2]) then redis.call('HSET', header, 'admitted', seq) end
-  forget_gap(header, parked)
+  if seq > admitted then advance(header, keys[2], parked, keys[4], seq) end
   return 'OK'
 end
 
@@ -277,6 +304,7 @@ end
 -- fail_range(header, parked, channel, outcome ...; epoch, first seq, ttl ms, status, fields ...)
 -- -> OK | ALREADY | FENCED | ORDER. Fail consecutive seqs from committed+1 on, one per outcome key,
 -- whether they are admitted, parked or never arrived; the run's status becomes `status`.
+-- ORDER also if an op is parked above the range: it would be accepted and never end.
 local function fail_range(keys, args)
   local header, parked, channel = keys[1], keys[2], keys[3]
   local epoch, first, last = tonumber(args[1]), tonumber(args[2]), tonumber(args[2]) + #keys - 4
@@ -284,12 +312,12 @@ local function fail_range(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if last <= num(h[3]) then return 'ALREADY' end
   if first ~= num(h[3]) + 1 then return 'ORDER' end
+  for _, s in ipairs(redis.call('HKEYS', parked)) do
+    if tonumber(s) > last then return 'ORDER' end
+  end
   local fields = rest(args, 5)
   for seq = first, last do
-    if redis.call('HDEL', parked, seq) == 1 then
-      local _, bytes = recall(header, seq)
-      redis.call('HINCRBY', header, 'parked_bytes', -bytes)
-    end
+    if redis.call('HEXISTS', parked, seq) == 1 then unpark(header, parked, seq) end
     store_outcome(header, keys[4 + seq - first], channel, seq, args[3], fields)
   end
   if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end
@@ -298,12 +326,23 @@ local function fail_range(keys, args)
   return 'OK'
 end
 
--- told(header; seq): the error of this seq has been delivered to the client.
+-- told(header; seq): the error of this seq has been delivered to the client. `told` moves only as far
+-- as every failure up to it has been: errors of concurrent polls arrive in any order, and an optimizer
+-- step must not be obeyed because a later failure than its gradient's was known (reliability 1.6).
 local function told(keys, args)
-  local known = redis.call('HGET', keys[1], 'told')
-  if known and tonumber(args[1]) > tonumber(known) then
-    redis.call('HSET', keys[1], 'told', args[1])
+  local header, seq = keys[1], args[1]
+  local h = redis.call('HMGET', header, 'told', 'trimmed', 'committed')
+  if not h[1] then return 'OK' end
+  if redis.call('HEXISTS', header, 'x:' .. seq) == 1 then
+    redis.call('HSET', header, 'x:' .. seq, DELIVERED)
   end
+  local known = num(h[1])
+  for s = math.max(known, num(h[2], -1)) + 1, num(h[3]) do
+    local failed = redis.call('HGET', header, 'x:' .. s)
+    if failed == DELIVERED then known = s
+    elseif failed then break end
+  end
+  redis.call('HSET', header, 'told', known)
   return 'OK'
 end
 
@@ -347,10 +386,12 @@ local function enqueue(keys, args)
 end
 
 -- One outcome of a sampling job, unless it has one. -> whether this is it
+-- A job whose record has expired has no reader left: an outcome for it could be overwritten by a
+-- late POST.
 local function store_sample(keys, seq, clone, ttl, fields)
   local header, outcome, completions, channel = keys[1], keys[2], keys[4], keys[5]
   local state = redis.call('HGET', outcome, 'state')
-  if state and state ~= 'queued' then return false end
+  if state ~= 'queued' then return false end
   redis.call('HSET', outcome, unpack(fields))
   redis.call('PEXPIRE', outcome, ttl)
   local done = field_of(fields, 'state') == 'completed' and 'finished' or 'failed'

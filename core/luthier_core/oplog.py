@@ -266,7 +266,10 @@ class Oplog:
         return Attempt.from_reply(reply)
 
     async def blame(self, run_id: str, epoch: int, seq: int) -> int:
-        """How often the engine has died of this op, now included; negative if it is not ours."""
+        """How often the engine has died of this op, now included; negative if it is not ours.
+
+        Each attempt that was begun counts once.
+        """
         return int(await self._call("blame", [keys.run_header(run_id)], [epoch, seq]))
 
     async def trim(self, run_id: str, epoch: int, seq: int) -> str:
@@ -275,8 +278,16 @@ class Oplog:
         return cast(bytes, await self._call("trim", call_keys, [epoch, seq])).decode()
 
     async def ffwd(self, run_id: str, epoch: int, seq: int) -> str:
-        """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED."""
-        call_keys = [keys.run_header(run_id), keys.run_parked(run_id)]
+        """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED.
+
+        The log has no entries for the ids that it had not admitted.
+        """
+        call_keys = [
+            keys.run_header(run_id),
+            keys.run_log(run_id),
+            keys.run_parked(run_id),
+            keys.run_new(run_id),
+        ]
         return cast(bytes, await self._call("ffwd", call_keys, [epoch, seq])).decode()
 
     async def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:
@@ -289,7 +300,8 @@ class Oplog:
     ) -> str:
         """Fail consecutive seqs from committed + 1 on, admitted or not, and set the run's status.
 
-        OK | ALREADY | FENCED | ORDER.
+        OK | ALREADY | FENCED | ORDER. The range must reach every parked op: ORDER says that one
+        has arrived meanwhile, or that another has committed, so read both again.
         """
         reply = await self._call(
             "fail_range",

@@ -134,7 +134,8 @@ class Owner:
         assert self._step is not None
         message = f"the operation was given up: the worker died {deaths} times while it ran"
         outcome = Outcome.failure(message, "server")
-        self._step = Step(self._step.op, Action.NOTHING, publish=True, outcome=outcome)
+        op = self._step.op
+        self._step = Step(op, _action_of_failure(op), publish=True, outcome=outcome)
         return self._step
 
     def break_run(self, reason: str) -> None:
@@ -150,9 +151,7 @@ class Owner:
             action = Action.EXECUTE if executed else Action.NOTHING
             decided = None if action is Action.EXECUTE else _RECORDED_SUCCESS
             return Step(op, action, publish=False, outcome=decided)
-        # A failed optimizer step had cleared the gradient; every other failure had no effect.
-        action = Action.CLEAR_GRADIENT if op.kind in _TAKES_GRADIENT else Action.NOTHING
-        return Step(op, action, publish=False, outcome=_RECORDED_FAILURE)
+        return Step(op, _action_of_failure(op), publish=False, outcome=_RECORDED_FAILURE)
 
     def _new_step(self, op: Op) -> Step:
         if self._broken is not None:
@@ -180,6 +179,11 @@ class Owner:
             self._missing.append(op.seq)
         elif op.kind in _TAKES_GRADIENT or (op.kind is Kind.LOAD_WEIGHTS and not outcome.failed):
             self._missing.clear()
+
+
+def _action_of_failure(op: Op) -> Action:
+    """However an optimizer step fails, it clears the gradient; any other failure has no effect."""
+    return Action.CLEAR_GRADIENT if op.kind in _TAKES_GRADIENT else Action.NOTHING
 
 
 _RECORDED_SUCCESS = Outcome(state="completed")

@@ -20,6 +20,14 @@ from luthier_core.owner import Action, Owner, Step
 
 A = TypeVar("A")
 
+COMMIT_DEPTH = 4
+"""Ops of a run that may be executed ahead of their commit (reliability 1.3)."""
+PROBATION = COMMIT_DEPTH + 1
+"""New ops of a tenure that are executed one by one, each begun and committed before the next.
+
+One of them may be what killed the owner before, and it can be blamed only if it was begun: executed
+ahead, it would kill every owner before what precedes it is committed.
+"""
 MAX_DEATHS = 3
 """An op during which the engine died this often is failed (reliability 1.6)."""
 MAX_ATTEMPTS = 10
@@ -309,12 +317,19 @@ class Tenure:
     etag: str
     owner: Owner
     committed: int
-    has_begun: bool = False
-    """Whether the first op of this tenure was begun: it may be what killed the owner before."""
+    sound: SnapshotRef | None
+    """The newest snapshot that this tenure knows to be whole: restored from, or its own."""
+    num_begun: int = 0
+    """New ops that execute_next has begun; none beyond PROBATION."""
 
     @property
     def epoch(self) -> int:
         return self.head.epoch
+
+    @property
+    def depth(self) -> int:
+        """How many executed ops may wait for their commit before execute_next is called again."""
+        return COMMIT_DEPTH if self.num_begun >= PROBATION else 1
 
     def check(self, status: str) -> None:
         """Left unless the run is still ours. ORDER means that Redis went back behind us."""
@@ -345,22 +360,23 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
         committed = state_seq
     failed = yield ReadFailed(run_id)
     owner = Owner(run_id, head.epoch, committed, failed, state_seq=state_seq, missing=missing)
-    return Tenure(run_id, name, head, etag, owner, committed)
+    return Tenure(run_id, name, head, etag, owner, committed, sound=ref)
 
 
 def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
     """Execute the op at the head; what it returns goes to commit_next if it is to be published.
 
-    None if nothing waits. Diverged if a replayed op does not end as it did.
+    Call it only while fewer than `tenure.depth` executed ops wait for their commit. None if nothing
+    waits. Diverged if a replayed op does not end as it did.
     """
     owner = tenure.owner
     step = owner.next_step()
     if step is None:
         return None
-    if step.publish and not tenure.has_begun:
+    if step.publish and tenure.num_begun < PROBATION:
         attempt: Attempt = yield Begin(tenure.run_id, tenure.epoch, step.op.seq)
         tenure.check(attempt.status)
-        tenure.has_begun = True
+        tenure.num_begun += 1
         if attempt.deaths >= MAX_DEATHS or attempt.attempts > MAX_ATTEMPTS:
             step = owner.quarantine(attempt.deaths)
     executed = Executed(step.outcome)
@@ -386,6 +402,19 @@ def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
     tenure.committed = seq
 
 
+def recheck(run_id: str, tenure: Tenure | None) -> Steps[None]:
+    """What a driver does after Redis was away, before it sends anything for this run again.
+
+    `tenure`: None while the run is being taken over. Redis may have gone back to an earlier state,
+    in which it takes an old epoch for the newest; HEAD never does. Left if the run is not ours.
+    """
+    if tenure is None:
+        raise Left(f"{run_id}: Redis was away during the take-over")
+    head, _ = yield ReadHead(run_id)
+    if head is None or head.epoch != tenure.epoch:
+        raise Left(f"{run_id}: HEAD has been taken")
+
+
 def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] = ()) -> Steps[None]:
     """Make a copy of the state after op seq, which is committed, the one to restore from.
 
@@ -396,11 +425,12 @@ def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] =
     assert seq <= tenure.committed, "a snapshot must not be ahead of what is committed"
     ref = SnapshotRef(seq, tenure.epoch)
     yield PutSnapshot(run_id, ref, copy, tuple(missing))
-    head = replace(tenure.head, snap=ref, prev_snap=tenure.head.snap)
+    # Not HEAD's newest, which may be the damaged one that this tenure did not start from.
+    head = replace(tenure.head, snap=ref, prev_snap=tenure.sound)
     etag = yield from _swap_head(run_id, head, tenure.etag)
     if etag is None:
         raise Left(f"{run_id}: HEAD has been taken")
-    tenure.head, tenure.etag = head, etag
+    tenure.head, tenure.etag, tenure.sound = head, etag, ref
     if head.prev_snap is not None:
         status = yield Trim(run_id, tenure.epoch, head.prev_snap.seq)
         tenure.check(status)

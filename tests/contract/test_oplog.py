@@ -118,6 +118,13 @@ async def test_parked_bytes_have_a_limit_of_their_own(run):
     assert await admit(run, op(2), limits) == "OK"
 
 
+async def test_a_refusal_is_parked_however_many_bytes_are(run):
+    limits = LimitsConfig(max_parked_bytes=10)
+    assert await admit(run, op(3, b"1234567890"), limits) == "OK"
+    assert await admit(run, op(4, b"x"), limits) == "FULL"
+    assert await admit(run, op(4, b"x", Kind.REJECTED), limits) == "OK"
+
+
 async def test_only_a_larger_epoch_takes_a_run_and_a_lost_reply_can_be_repeated(run):
     assert await run.acquire(RUN, 1, "trainer-1/b") is None
     assert await run.acquire(RUN, 2, "trainer-1/b") == (0, 0)
@@ -162,10 +169,24 @@ async def test_failures_are_remembered_for_replay(run):
 async def test_an_op_carries_the_failures_its_client_knew_of(run):
     await admit(run, op(1))
     await admit(run, op(4))
+    await run.commit(RUN, 1, 1, Outcome.failure("no", "user"))
     await run.told(RUN, 1)
     await admit(run, op(2))
     await admit(run, op(3))
     assert [entry.told for entry in (await run.read_log({RUN: 1}))[RUN]] == [-1, 1, 1, -1]
+
+
+async def test_an_op_does_not_carry_a_failure_while_an_older_one_has_not_been_delivered(run):
+    for seq in (1, 2, 3):
+        await admit(run, op(seq))
+    for seq, outcome in ((1, Outcome.failure("no", "user")), (2, DONE)):
+        await run.commit(RUN, 1, seq, outcome)
+    await run.commit(RUN, 1, 3, Outcome.failure("no", "user"))
+    await run.told(RUN, 3)
+    await admit(run, op(4))
+    await run.told(RUN, 1)
+    await admit(run, op(5))
+    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [-1, 3]
 
 
 async def test_a_run_with_work_is_not_released(run):
@@ -213,13 +234,23 @@ async def test_a_fenced_owner_begins_and_blames_nothing(run):
 
 async def test_deaths_are_counted_for_the_op_under_way_and_forgotten_with_it(run):
     await admit(run, op(1))
-    await run.begin(RUN, 1, 1)
-    assert [await run.blame(RUN, 1, 1), await run.blame(RUN, 1, 1)] == [1, 2]
+    assert await run.blame(RUN, 1, 1) < 0  # not begun
+    for deaths in (1, 2):
+        await run.begin(RUN, 1, 1)
+        assert await run.blame(RUN, 1, 1) == deaths
     assert await run.blame(RUN, 1, 2) < 0
     assert (await run.begin(RUN, 1, 1)).deaths == 2
     await run.commit(RUN, 1, 1, DONE)
     fields = await run.redis.hkeys(keys.run_header(RUN))
-    assert not {b"b:1", b"n:1"} & set(fields)
+    assert not {b"b:1", b"n:1", b"a:1"} & set(fields)
+
+
+async def test_a_death_that_is_told_twice_counts_once(run):
+    await admit(run, op(1))
+    await run.begin(RUN, 1, 1)
+    assert [await run.blame(RUN, 1, 1), await run.blame(RUN, 1, 1)] == [1, 1]
+    await run.begin(RUN, 1, 1)
+    assert await run.blame(RUN, 1, 1) == 2
 
 
 async def test_trim_drops_the_log_and_its_fields_and_a_late_duplicate_keeps_its_id(run):
@@ -248,6 +279,29 @@ async def test_ffwd_uses_up_the_ids_behind_a_snapshot(run):
     assert await admit(run, op(6)) == "OK"
 
 
+async def test_ffwd_admits_what_waited_directly_above_it(run):
+    for seq in (2, 6, 7, 9):
+        await admit(run, op(seq))
+    assert await run.ffwd(RUN, 1, 5) == "OK"
+    header = await run.header(RUN)
+    assert header is not None
+    assert (header.admitted, header.committed) == (7, 5)
+    assert [entry.seq for entry in (await run.read_log({RUN: 6}))[RUN]] == [6, 7]
+    assert (await run.commit(RUN, 1, 6, DONE)).status == "OK"
+
+
+async def test_ffwd_counts_the_bytes_of_used_up_ops_no_longer(run):
+    limits = LimitsConfig(max_pending_bytes=10, max_parked_bytes=10)
+    await admit(run, op(1, b"12345"), limits)
+    await admit(run, op(3, b"12345"), limits)
+    assert await run.ffwd(RUN, 1, 4) == "OK"
+    assert await admit(run, op(6, b"1234567890"), limits) == "OK"
+    assert await admit(run, op(5, b""), limits) == "OK"
+    assert await admit(run, op(7, b"1"), limits) == "BUSY"
+    fields = await run.redis.hmget(keys.run_header(RUN), "bytes", "parked_bytes")
+    assert fields == [b"10", b"0"]
+
+
 async def test_published_sampler_weights_never_go_back(run):
     assert await run.publish(RUN, 1, 5, "five") == "OK"
     assert await run.publish(RUN, 1, 5, "five") == "STALE"
@@ -270,6 +324,15 @@ async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
     assert await run.failed_seqs(RUN) == {2, 3}
     assert await admit(run, op(4)) == "DEAD"
     assert await admit(run, op(3)) == "DUP"
+
+
+async def test_a_run_does_not_end_with_an_op_that_waits_above_the_failed_ones(run):
+    await admit(run, op(3))
+    never = Outcome.failure("seq 1 never arrived", "user")
+    await admit(run, op(5))  # arrives after the reaper has looked
+    assert await run.fail_range(RUN, 1, range(1, 4), never, status="failed") == "ORDER"
+    assert await run.training_outcome(RUN, 1) is None
+    assert await run.fail_range(RUN, 1, range(1, 6), never, status="failed") == "OK"
 
 
 async def test_the_log_survives_a_reload_of_the_library(run):
@@ -328,6 +391,15 @@ async def test_the_first_outcome_of_a_sample_wins_and_the_job_is_gone(jobs):
     assert fields[b"body"] == b"first"
     assert await jobs.redis.xlen(keys.sampling_jobs("m")) == 0
     assert await jobs.claim_own("m", "sampler-0") == []
+
+
+async def test_an_outcome_after_its_record_has_expired_is_dropped_with_the_job(jobs):
+    await enqueue(jobs)
+    (job,) = await jobs.claim("m", "sampler-0", max_jobs=1, block_ms=1)
+    await jobs.redis.delete(keys.sampling_outcome(SAMPLER, BIG_SEQ))
+    assert await jobs.settle(job, "m", Outcome.completed(Body.of(b"late"))) == "ALREADY"
+    assert await jobs.redis.exists(keys.sampling_outcome(SAMPLER, BIG_SEQ)) == 0
+    assert await jobs.redis.xlen(keys.sampling_jobs("m")) == 0
 
 
 async def test_a_job_of_a_dead_sampler_is_claimed_by_another_and_by_itself_again(jobs):

@@ -107,6 +107,15 @@ def test_knowing_an_older_failure_is_not_knowing_a_later_one():
     assert steps[3] == (3, Action.CLEAR_GRADIENT, True, True)
 
 
+def test_an_optimizer_step_that_is_given_up_clears_the_gradient_as_its_replay_will():
+    owner = new(log(FB, STEP))
+    for _ in range(2):
+        owner.next_step()
+        owner.ended(OK)
+    owner.next_step()
+    assert owner.quarantine(3).action is Action.CLEAR_GRADIENT
+
+
 def test_the_message_of_an_incomplete_gradient_names_the_seq():
     owner = new(log(FB, STEP))
     for _ in range(2):

@@ -25,6 +25,9 @@ from luthier_core.protocol import (
     ReadFailed,
     ReadHead,
     Restore,
+    Tenure,
+    drive,
+    recheck,
 )
 from luthier_trainer.execution import Executor, RunContext
 
@@ -40,6 +43,8 @@ class RunEffects:
     def __init__(self, context: RunContext, oplog: Oplog, blobs: Blobs, executor: Executor) -> None:
         self.cycle = 0
         """Number of the clock cycle under way."""
+        self.tenure: Tenure | None = None
+        """None while the run is being taken over."""
         self.state_is_unknown = False
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
         self._context = context
@@ -54,11 +59,11 @@ class RunEffects:
             case Execute(step):
                 return await self._execute(step)
             case Begin(run_id, epoch, seq):
-                return await _patiently(lambda: oplog.begin(run_id, epoch, seq))
+                return await self._patiently(lambda: oplog.begin(run_id, epoch, seq))
             case Finish(_, rest):
                 return await self._finish(rest)
             case Commit(run_id, epoch, seq, outcome):
-                return await _patiently(lambda: oplog.commit(run_id, epoch, seq, outcome))
+                return await self._patiently(lambda: oplog.commit(run_id, epoch, seq, outcome))
             case ReadHead(run_id):
                 return await self._read_head(run_id)
             case CasHead(run_id, head, etag):
@@ -113,12 +118,15 @@ class RunEffects:
     def _head_key(self, run_id: str) -> str:
         return keys.run_head(self._context.tenant, run_id)
 
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The call's answer, however long Redis is away: only a commit counts, so it must come.
 
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """The call's answer, however long Redis is away: only a commit counts, so it must come."""
-    while True:
-        try:
-            return await call()
-        except REDIS_ERRORS:
-            log.warning("redis is away; trying again")
-            await asyncio.sleep(REDIS_RETRY_S)
+        Left if the run is another's by then: Redis may have come back in an earlier state.
+        """
+        while True:
+            try:
+                return await call()
+            except REDIS_ERRORS:
+                log.warning("redis is away; trying again")
+                await asyncio.sleep(REDIS_RETRY_S)
+            await drive(recheck(self._context.run_id, self.tenure), self.perform)

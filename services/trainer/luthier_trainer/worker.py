@@ -22,6 +22,7 @@ from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.owner import Diverged, Owner, Step
 from luthier_core.protocol import (
+    COMMIT_DEPTH,
     Executed,
     Left,
     Tenure,
@@ -37,8 +38,6 @@ from luthier_trainer.planner import Head, plan
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
-COMMIT_DEPTH = 4
-"""Steps of a run that may be executed ahead of their commit (reliability 1.3)."""
 DRAIN_S = 10.0
 
 
@@ -48,8 +47,9 @@ class OwnedRun:
 
     tenure: Tenure
     effects: RunEffects
+    # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
     commits: asyncio.Queue[tuple[Step, Executed]] = field(
-        default_factory=lambda: asyncio.Queue(COMMIT_DEPTH)
+        default_factory=lambda: asyncio.Queue(COMMIT_DEPTH - 2)
     )
     committer: asyncio.Task[None] | None = None
     last_cycle: int = -1
@@ -197,6 +197,7 @@ class Worker:
         if tenure is None:
             return  # another worker was first
         context.epoch = tenure.epoch
+        effects.tenure = tenure
         run = OwnedRun(tenure, effects)
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
@@ -254,6 +255,8 @@ class Worker:
         if run is None or not run.owner.num_queued:
             return
         run.last_cycle = run.effects.cycle = cycle
+        if run.tenure.depth == 1:
+            await run.commits.join()
         try:
             carried_out = await drive(execute_next(run.tenure), run.effects.perform)
         except Diverged as error:
