@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from luthier_core.oplog import Admission
-from luthier_core.ops import Kind, Op, Outcome
-from luthier_core.protocol import MAX_ATTEMPTS, MAX_DEATHS
 from tests.simulation.model import Model
 from tests.simulation.store import ObjectStore, manifest_key
 from tests.simulation.toy import State, ToyOp
+
+from luthier_core.oplog import Admission
+from luthier_core.ops import Kind, Op, Outcome
+from luthier_core.protocol import MAX_ATTEMPTS, MAX_DEATHS
 
 DEATHS_BOUND = MAX_DEATHS + 3
 """Deaths of one op under its owner's eyes: one before it is begun, two reported too late."""

@@ -1,7 +1,6 @@
 """The protocol core under simulated faults: a few histories, and every planted bug."""
 
 import pytest
-
 from tests.simulation.history import simulate
 from tests.simulation.planted import BUGS
 
