@@ -7,7 +7,7 @@ DATA ?= .luthier
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart setup fmt check test up proto bench build
+.PHONY: quickstart setup fmt check sim sim-long test up proto bench build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -31,6 +31,12 @@ check: $(READY)                         ## lint, format, types, who may import w
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+sim: $(READY)                           ## 500 simulated histories with faults, and every planted bug
+	$(BIN)/python tests/simulation/run.py --histories 500
+
+sim-long: $(READY)                      ## 20,000, and how often each planted bug shows by chance
+	$(BIN)/python tests/simulation/run.py --histories 20000 --long
 
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -34,7 +34,7 @@ def program(rng: Random, run_id: str) -> list[Group]:
         seq += len(kinds)
 
     add(Kind.CREATE_MODEL)
-    for _ in range(rng.randint(2, 6)):
+    for _ in range(rng.randint(2, rng.choice((4, 6, 12)))):
         for _ in range(rng.choice((1, 1, 1, 2))):
             add(*[Kind.FORWARD_BACKWARD] * rng.choice((1, 2, 3, 3, 5, 9)))
         add(Kind.OPTIM_STEP)
@@ -136,7 +136,7 @@ class Client:
             gateway = self.world.rng.choice(self.gateways)
             if self.world.chance(self.duplicates):
                 self._deliver_again(op)
-            answer = yield Ask(gateway.process, lambda g=gateway: g.post(op), TIMEOUT_S)
+            answer = yield Ask(gateway.process, partial(gateway.post, op), TIMEOUT_S)
             if answer == 200:
                 self.oracle.accepted(op)
                 self._accepted.add(op.seq)
@@ -170,7 +170,7 @@ class Client:
         while not self.definite_error and op.seq not in self._refused:
             gateway = self.world.rng.choice(self.gateways)
             answer = yield Ask(
-                gateway.process, lambda g=gateway: g.poll(self.run_id, op.seq), TIMEOUT_S
+                gateway.process, partial(gateway.poll, self.run_id, op.seq), TIMEOUT_S
             )
             if answer is LOST or answer.status == 503:
                 yield Sleep(0.5 + self.world.rng.random())

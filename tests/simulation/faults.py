@@ -1,7 +1,8 @@
 """What goes wrong in a history: its rates and its moments, drawn from the seed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from tests.simulation.redis_server import Redis, Saved
@@ -21,7 +22,8 @@ class Weather:
     redis_restarts: float
     store_outages: float
     power_losses: float
-    rollbacks: int
+    rollbacks: tuple[str, ...]
+    """Redis goes back to just before an admit or an acquire, once each."""
     rots: bool
     client_vanishes: bool
     duplicates: float
@@ -31,7 +33,8 @@ class Weather:
         def some(chance: float, most: float) -> float:
             return most * rng.random() if rng.random() < chance else 0.0
 
-        rollbacks = rng.choice((1, 2, 4)) if rng.random() < 0.25 else 0
+        num_rollbacks = rng.choice((1, 2, 4)) if rng.random() < 0.25 else 0
+        rollbacks = tuple(rng.choice(("admit", "acquire")) for _ in range(num_rollbacks))
         lossy = some(0.7, 0.12)
         return cls(
             until_s=rng.choice((20.0, 40.0, 80.0)),
@@ -61,21 +64,23 @@ class Faults:
     gateways: Sequence[Process]
     workers: Sequence[Worker]
     clients: Sequence[Process]
-    num_rollbacks: int = 0
+    rollbacks: list[str] = field(default_factory=list)
+    """Those that are to come."""
 
     def start(self) -> None:
         world, weather = self.world, self.weather
         world.network = weather.network
         world.after(weather.until_s, self._clear_up)
         for process in self.gateways:
-            self._often(weather.crashes, lambda p=process: self._crash(p))
-            self._often(weather.freezes / 2, lambda p=process: self._freeze(p))
+            self._often(weather.crashes, partial(self._crash, process))
+            self._often(weather.freezes / 2, partial(self._freeze, process))
         for worker in self.workers:
-            self._often(weather.crashes, lambda w=worker: self._crash_worker(w))
-            self._often(weather.freezes, lambda w=worker: self._freeze(w.process))
+            self._often(weather.crashes, partial(self._crash_worker, worker))
+            self._often(weather.freezes, partial(self._freeze, worker.process))
         self._often(weather.redis_restarts, self._restart_redis)
         self._often(weather.store_outages, self._break_store)
         self._often(weather.power_losses, self._cut_power)
+        self.rollbacks = list(weather.rollbacks)
         self.redis.before = self._before
         if weather.client_vanishes:
             client = world.rng.choice(self.clients)
@@ -140,8 +145,8 @@ class Faults:
         if weather.rots and name == "acquire" and self.world.chance(0.4):
             self.world.counts["snapshot rot"] += self.store.rot(run_id)
         chance = 0.3 if name == "acquire" else 0.05
-        if self.num_rollbacks < weather.rollbacks and self.world.chance(chance):
-            self.num_rollbacks += 1
+        if name in self.rollbacks and self.world.chance(chance):
+            self.rollbacks.remove(name)
             delay_s = self.world.rng.choice((0.1, 1.0, 10.0)) * self.world.rng.random()
             self.world.after(delay_s, self._go_back, self.redis.saved())
 

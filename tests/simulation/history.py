@@ -140,7 +140,7 @@ class _History:
             self.store_server,
             self.oracle,
             rules,
-            snapshot_every=self.world.rng.choice((3, 6, 12)),
+            snapshot_every=self.world.rng.choice((2, 4, 8)),
             execute_s=self.world.rng.choice((0.02, 0.2, 1.0)),
         )
         process.start = worker.start
@@ -194,10 +194,11 @@ class _History:
         worker = self._worker(9, Rules())
         worker.name = "auditor/1"
         held = Held(run_id, self.redis.server.generation)
-        return _at_once(_replay(worker, held))
+        _at_once(_replay(worker, held))
+        return held.state
 
 
-def _replay(worker: Worker, held: Held) -> Coroutine[State]:
+def _replay(worker: Worker, held: Held) -> Coroutine[None]:
     tenure = yield from worker.drive(held, protocol.take_over(held.run_id, worker.name))
     assert tenure is not None, f"{held.run_id} cannot be taken over"
     held.tenure = tenure
@@ -205,17 +206,17 @@ def _replay(worker: Worker, held: Held) -> Coroutine[State]:
         log = yield from worker.call("read_log", {held.run_id: tenure.owner.cursor})
         tenure.owner.feed(log.get(held.run_id, []))
         if not tenure.owner.replaying:
-            return held.state
+            return
         while tenure.owner.replaying:
             yield from worker.drive(held, protocol.execute_next(tenure))
 
 
-def _at_once(steps: Coroutine[Any]) -> Any:
+def _at_once(steps: Coroutine[None]) -> None:
     """Answer every request at once, without faults."""
     answer = None
     while True:
         try:
             request = steps.send(answer)
-        except StopIteration as end:
-            return end.value
+        except StopIteration:
+            return
         answer = request.do() if isinstance(request, Call) else None

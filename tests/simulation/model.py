@@ -124,16 +124,15 @@ class Model:
     clock: Callable[[], float] = lambda: 0.0
     """Seconds."""
 
-    def copy(self) -> "Model":
+    def copy(self) -> Self:
         """A state to roll back to: assign it, or go on with it. Both share the entry ids."""
-        return Model(
+        return replace(
+            self,
             runs={run_id: run.copy() for run_id, run in self.runs.items()},
             outcomes=self.outcomes.copy(),
             samplers=self.samplers.copy(),
             samples=self.samples.copy(),
             queues={name: queue.copy() for name, queue in self.queues.items()},
-            entry_ids=self.entry_ids,
-            clock=self.clock,
         )
 
     # --- admission --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ had not been told of was never applied.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tests.simulation.model import Model
@@ -18,7 +19,7 @@ from luthier_core.ops import Kind, Op, Outcome
 from luthier_core.protocol import MAX_ATTEMPTS, MAX_DEATHS
 
 DEATHS_BOUND = MAX_DEATHS + 3
-"""Deaths of one op under its owner's eyes: one before it begins, two that are told too late."""
+"""Deaths of one op under its owner's eyes: one before it is begun, two reported too late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Oracle:
         self.violations: list[str] = []
         self.rolled_back = False
         """Redis has lost what it had acknowledged: errors are allowed, wrong answers are not."""
-        self.now = lambda: 0.0
+        self.now: Callable[[], float] = lambda: 0.0
 
     def expect(self, holds: bool, violation: str) -> None:
         if not holds and violation not in self.violations:

@@ -213,29 +213,29 @@ def no_recheck(run_id: str, tenure: Tenure | None) -> Steps[None]:
 class Bug:
     parts: Parts
     seed: int
-    """A history in which it shows; found with `run.py --mutant NAME --find`."""
+    """A history in which it shows: the first that `run.py --mutant NAME` names."""
 
 
 PLANTED = {
-    "no-epoch-check": Bug(Parts(model=NoEpochCheck), 0),
+    "no-epoch-check": Bug(Parts(model=NoEpochCheck), 8),
     "no-dedupe": Bug(Parts(model=NoDedupe), 0),
     "arrival-order": Bug(Parts(model=ArrivalOrder), 0),
-    "trim-before-cas": Bug(Parts(rules=Rules(store_snapshot=trim_before_cas)), 0),
-    "unconditional-head": Bug(Parts(store=UnconditionalHead), 0),
+    "trim-before-cas": Bug(Parts(rules=Rules(store_snapshot=trim_before_cas)), 912),
+    "unconditional-head": Bug(Parts(store=UnconditionalHead), 4),
     "overwrite-on-replay": Bug(Parts(model=Overwrite, rules=Rules(take_over=publish_on_replay)), 0),
-    "no-blame": Bug(Parts(rules=Rules(blames=False)), 0),
+    "no-blame": Bug(Parts(rules=Rules(blames=False)), 3),
     "quota-always": Bug(Parts(model=QuotaAlways), 0),
-    "commit-above-admitted": Bug(Parts(model=CommitAboveAdmitted), 0),
-    "ack-before-fsync": Bug(Parts(redis=AckBeforeFsync), 0),
+    "commit-above-admitted": Bug(Parts(model=CommitAboveAdmitted), 127),
+    "ack-before-fsync": Bug(Parts(redis=AckBeforeFsync), 30),
     "no-tombstone": Bug(Parts(submit=no_tombstone), 0),
-    "quarantine-by-attempts": Bug(Parts(rules=Rules(execute_next=quarantine_by_attempts)), 0),
+    "quarantine-by-attempts": Bug(Parts(rules=Rules(execute_next=quarantine_by_attempts)), 43),
 }
 FOUND = {
     "keep-gradient-in-quarantine": Bug(
-        Parts(rules=Rules(execute_next=keep_gradient_in_quarantine)), 0
+        Parts(rules=Rules(execute_next=keep_gradient_in_quarantine)), 6
     ),
-    "begin-the-first-only": Bug(Parts(rules=Rules(execute_next=begin_the_first_only)), 0),
-    "told-the-latest": Bug(Parts(model=ToldTheLatest), 0),
-    "no-recheck": Bug(Parts(rules=Rules(recheck=no_recheck)), 0),
+    "begin-the-first-only": Bug(Parts(rules=Rules(execute_next=begin_the_first_only)), 67),
+    "told-the-latest": Bug(Parts(model=ToldTheLatest), 20),
+    "no-recheck": Bug(Parts(rules=Rules(recheck=no_recheck)), 367),
 }
 BUGS = PLANTED | FOUND

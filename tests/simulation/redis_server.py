@@ -27,7 +27,7 @@ class Sight:
 
     headers: Mapping[str, RunHeader]
     last_parked: Mapping[str, int]
-    live: frozenset[str]
+    live: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Redis:
         """Headers of live runs and of these, and which workers have a lease."""
         headers = self.model.headers(sorted(self.live_runs | set(run_ids)))
         parked = {run_id: max(self.model.runs[run_id].parked, default=-1) for run_id in headers}
-        live = frozenset(name for name, end in self.leases.items() if end > self.world.now)
+        live = tuple(name for name, end in self.leases.items() if end > self.world.now)
         return Sight(headers, parked, live)
 
     # --- trouble ----------------------------------------------------------------------------------
