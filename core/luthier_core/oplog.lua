@@ -5,7 +5,6 @@
 -- side by side during an upgrade.
 
 local DIGEST_CHARS = 32
-local DELIVERED = '2' -- of a failure: see remember
 
 local function num(value, default)
   return tonumber(value or default)
@@ -31,8 +30,8 @@ local function field_of(fields, name)
 end
 
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
--- admission, x:{seq} = the op failed (1, or DELIVERED once the client has been told), n:{seq} =
--- attempts begun, b:{seq} = attempts that ended with the engine's death, a:{seq} = the last of those.
+-- admission, x:{seq} = the op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with
+-- the engine's death, a:{seq} = the last of those.
 local function remember(header, seq, digest, bytes, now)
   local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
   redis.call('HSET', header, 'd:' .. seq, known)
@@ -225,6 +224,13 @@ local function store_outcome(header, outcome, channel, seq, ttl, fields)
   redis.call('SPUBLISH', channel, seq)
 end
 
+-- Consecutive seqs have failed, and the client has not been told. Trim forgets outcomes, never this.
+local function note_untold(header, first, last)
+  local untold = { redis.call('HGET', header, 'untold') or nil }
+  for seq = first, last do untold[#untold + 1] = seq end
+  redis.call('HSET', header, 'untold', table.concat(untold, ' '))
+end
+
 -- commit(header, outcome, channel; epoch, seq, ttl ms, next seq to begin or -1, outcome fields ...)
 -- -> {OK, attempts, deaths of the next} | {ALREADY} | {FENCED} | {ORDER}
 -- The only writer of an outcome, and it writes once.
@@ -235,7 +241,9 @@ local function commit(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
   if seq <= num(h[3]) then return { 'ALREADY' } end
   if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
-  store_outcome(header, keys[2], keys[3], seq, args[3], rest(args, 5))
+  local fields = rest(args, 5)
+  store_outcome(header, keys[2], keys[3], seq, args[3], fields)
+  if field_of(fields, 'state') == 'failed' then note_untold(header, seq, seq) end
   if next_seq == seq + 1 and next_seq <= num(h[2]) then
     return { 'OK', note_attempt(header, next_seq) }
   end
@@ -320,6 +328,7 @@ local function fail_range(keys, args)
     if redis.call('HEXISTS', parked, seq) == 1 then unpark(header, parked, seq) end
     store_outcome(header, keys[4 + seq - first], channel, seq, args[3], fields)
   end
+  note_untold(header, first, last)
   if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end
   redis.call('HSET', header, 'status', args[4])
   forget_gap(header, parked)
@@ -331,18 +340,16 @@ end
 -- step must not be obeyed because a later failure than its gradient's was known (reliability 1.6).
 local function told(keys, args)
   local header, seq = keys[1], args[1]
-  local h = redis.call('HMGET', header, 'told', 'trimmed', 'committed')
-  if not h[1] then return 'OK' end
-  if redis.call('HEXISTS', header, 'x:' .. seq) == 1 then
-    redis.call('HSET', header, 'x:' .. seq, DELIVERED)
+  local h = redis.call('HMGET', header, 'told', 'untold', 'committed')
+  if not h[2] then return 'OK' end
+  local untold, is_untold = {}, false
+  for s in string.gmatch(h[2], '%d+') do
+    if s == seq then is_untold = true else untold[#untold + 1] = s end
   end
-  local known = num(h[1])
-  for s = math.max(known, num(h[2], -1)) + 1, num(h[3]) do
-    local failed = redis.call('HGET', header, 'x:' .. s)
-    if failed == DELIVERED then known = s
-    elseif failed then break end
-  end
-  redis.call('HSET', header, 'told', known)
+  if not is_untold then return 'OK' end
+  local known = untold[1] and tonumber(untold[1]) - 1 or num(h[3])
+  redis.call('HSET', header, 'untold', table.concat(untold, ' '))
+  if known > num(h[1]) then redis.call('HSET', header, 'told', known) end
   return 'OK'
 end
 

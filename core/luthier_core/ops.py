@@ -88,7 +88,7 @@ class Op:
     digest: str
     body: Body
     told: int = -1
-    """Highest failed seq whose error had been delivered when this op was admitted (-1: none)."""
+    """Every failure up to this seq had been delivered when this op was admitted (-1: none)."""
 
     def fields(self) -> dict[str, str | bytes]:
         """Fields of the stream entry, without `told`: the admit function stamps that."""

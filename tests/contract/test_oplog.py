@@ -186,7 +186,18 @@ async def test_an_op_does_not_carry_a_failure_while_an_older_one_has_not_been_de
     await admit(run, op(4))
     await run.told(RUN, 1)
     await admit(run, op(5))
-    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [-1, 3]
+    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [0, 3]
+
+
+async def test_a_failure_that_was_trimmed_before_its_delivery_is_not_taken_for_known(run):
+    for seq in (1, 2, 3):
+        await admit(run, op(seq))
+        await run.commit(RUN, 1, seq, Outcome.failure("no", "user"))
+    await run.trim(RUN, 1, 2)
+    await run.told(RUN, 1)
+    await run.told(RUN, 3)
+    await admit(run, op(4))
+    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [1]
 
 
 async def test_a_run_with_work_is_not_released(run):

@@ -1,7 +1,7 @@
 """Planted bugs: each replaces one part of the cluster, and the oracle has to catch it.
 
 `PLANTED` are the twelve of reliability 5. `FOUND` are errors that this simulation found in the
-protocol: planted again, so that they stay found. Product code knows nothing of either.
+protocol: planted again, so that they stay found. Product code knows of neither.
 """
 
 from collections.abc import Callable, Iterable
@@ -115,6 +115,16 @@ class ToldTheLatest(Model):
     def told(self, run_id: str, seq: int) -> None:
         if run := self.runs.get(run_id):
             run.told = max(run.told, seq)
+
+
+class TrimForgetsUntold(Model):
+    """What is trimmed counts as delivered."""
+
+    def trim(self, run_id: str, epoch: int, seq: int) -> str:
+        status = super().trim(run_id, epoch, seq)
+        if status == "OK":
+            self.runs[run_id].untold = {s for s in self.runs[run_id].untold if s > seq}
+        return status
 
 
 @dataclass(slots=True)
@@ -236,6 +246,7 @@ FOUND = {
     ),
     "begin-the-first-only": Bug(Parts(rules=Rules(execute_next=begin_the_first_only)), 67),
     "told-the-latest": Bug(Parts(model=ToldTheLatest), 20),
+    "trim-forgets-untold": Bug(Parts(model=TrimForgetsUntold), 3183),
     "no-recheck": Bug(Parts(rules=Rules(recheck=no_recheck)), 367),
 }
 BUGS = PLANTED | FOUND

@@ -4,8 +4,8 @@ import pytest
 from tests.simulation.history import simulate
 from tests.simulation.planted import BUGS
 
-NUM_HISTORIES = 60
-CHUNK = 20
+NUM_HISTORIES = 200
+CHUNK = 50
 
 
 @pytest.mark.parametrize("first", range(0, NUM_HISTORIES, CHUNK))

@@ -62,7 +62,6 @@ class Held:
     """Of Redis, when the connection was made on which this run is worked."""
     tenure: Tenure | None = None
     state: State = field(default_factory=State)
-    executing: int | None = None
     executed: deque[tuple[Step, Executed]] = field(default_factory=deque)
     copied: tuple[int, State, tuple[int, ...]] | None = None
     """A copy of the state that waits for its seq's commit: seq, state, missing gradients."""
@@ -316,13 +315,11 @@ class Worker:
             body = yield from self._store("get", op.body.key)
             if body is None:
                 raise AssertionError(f"the payload of {held.run_id}:{op.seq} is not stored")
-        held.executing = op.seq
         yield Sleep(self.execute_s * self.world.rng.random())
         fields = body_fields(body)
         self.oracle.executed(held.run_id, op.seq)
         if fields.ends == "kills":
             yield from self._die(held, op)
-        held.executing = None
         if fields.ends == "fails":
             if op.kind is Kind.OPTIM_STEP:
                 held.state = held.state.without_gradient()
