@@ -348,7 +348,11 @@ local function told(keys, args)
   end
   if not is_untold then return 'OK' end
   local known = untold[1] and tonumber(untold[1]) - 1 or num(h[3])
-  redis.call('HSET', header, 'untold', table.concat(untold, ' '))
+  if untold[1] then
+    redis.call('HSET', header, 'untold', table.concat(untold, ' '))
+  else
+    redis.call('HDEL', header, 'untold')
+  end
   if known > num(h[1]) then redis.call('HSET', header, 'told', known) end
   return 'OK'
 end

@@ -43,8 +43,8 @@ class Run:
     admissions: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     """seq -> digest, payload bytes and time in ms, from its admission until it is trimmed."""
     failed: set[int] = field(default_factory=set)
-    delivered: set[int] = field(default_factory=set)
-    """Failed seqs whose error the client has got."""
+    untold: set[int] = field(default_factory=set)
+    """Failed seqs whose error the client has not got."""
     attempts: dict[int, int] = field(default_factory=dict)
     deaths: dict[int, int] = field(default_factory=dict)
     blamed: dict[int, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Run:
             "parked",
             "admissions",
             "failed",
-            "delivered",
+            "untold",
             "attempts",
             "deaths",
             "blamed",
@@ -238,11 +238,10 @@ class Model:
         return run.deaths[seq]
 
     def told(self, run_id: str, seq: int) -> None:
-        if run := self.runs.get(run_id):
-            run.delivered |= {seq} & run.failed
-            known = {s for s in run.delivered if s > run.trimmed}
-            unknown = min(run.failed - run.delivered, default=run.committed + 1)
-            run.told = max([run.told, *(s for s in known if s < unknown)])
+        run = self.runs.get(run_id)
+        if run is not None and seq in run.untold:
+            run.untold.remove(seq)
+            run.told = max(run.told, min(run.untold, default=run.committed + 1) - 1)
 
     # --- snapshots and the end of a run -----------------------------------------------------------
 
@@ -256,7 +255,6 @@ class Model:
             for old in [s for s in per_seq if s <= seq]:
                 del per_seq[old]
         run.failed = {s for s in run.failed if s > seq}
-        run.delivered &= run.failed
         run.trimmed = max(run.trimmed, seq)
         return "OK"
 
@@ -453,6 +451,7 @@ class Model:
         self.outcomes[run_id, seq] = outcome
         if outcome.failed:
             run.failed.add(seq)
+            run.untold.add(seq)
         run.move_cursor(seq)
 
 

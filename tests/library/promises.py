@@ -63,7 +63,7 @@ class Promises:
         assert run.pending_bytes == sum(op.body.num_bytes for op in waiting)
         assert set(run.attempts) | set(run.deaths) <= {run.committed + 1}
         assert all(run.deaths[seq] <= run.attempts[seq] for seq in run.deaths)
-        assert run.told < min(run.failed - run.delivered, default=run.committed + 1)
+        assert run.told < min(run.untold, default=run.committed + 1)
         assert bool(run.gap_since) == bool(run.parked)
 
 

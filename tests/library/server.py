@@ -180,11 +180,13 @@ def _header_fields(run: Run) -> dict[str, str]:
         **{
             f"d:{seq}": f"{known[0]} {known[1]} {known[2]}" for seq, known in run.admissions.items()
         },
-        **{f"x:{seq}": 2 if seq in run.delivered else 1 for seq in run.failed},
+        **{f"x:{seq}": 1 for seq in run.failed},
         **{f"n:{seq}": attempts for seq, attempts in run.attempts.items()},
         **{f"b:{seq}": deaths for seq, deaths in run.deaths.items()},
         **{f"a:{seq}": attempt for seq, attempt in run.blamed.items()},
     }
+    if run.untold:
+        fields["untold"] = " ".join(str(seq) for seq in sorted(run.untold))
     if run.gap_since:
         fields["gap_since"] = run.gap_since
     if run.trimmed >= 0:

@@ -66,7 +66,7 @@ def untell(model: Model, run: Run) -> None:
 
 
 def tell_past_an_unknown_failure(model: Model, run: Run) -> None:
-    run.delivered.clear()
+    run.untold.add(1)
 
 
 def forget_the_gap(model: Model, run: Run) -> None:
