@@ -228,6 +228,30 @@ PROGRAMS: dict[str, Program] = {
     ],
     "cancel: the claim stays": [ENQUEUED, CLAIMED, CANCELLED],
     "cancel: a sample that has ended": [ENQUEUED, CLAIMED, SETTLED, CANCELLED],
+    "same: none is a duplicate after trim": [
+        IDLE_RUN,
+        ("trim", {"epoch_error": 0, "back": 0}),
+        ("post_again", {"pick": 0, "data": None, "tenant": "ann"}),
+    ],
+    "admit: told is not stamped": [
+        *TWO_FAILED,
+        ("deliver_a_failure", {"pick": 1}),
+        ("post", {"num_ops": 1, "data": b"", "kind": Kind.FORWARD}),
+    ],
+    "admit: no limit of parked bytes": [
+        ("start", {"limits": "few bytes", "num_ops": 1, "num_done": 1}),
+        post_above(1, b"c" * 12),
+        post_above(2, b"a"),
+    ],
+    "admit: quota counts no bytes": [
+        ("start", {"limits": "few bytes", "num_ops": 1, "num_done": 1}),
+        ("post", {"num_ops": 2, "data": b"c" * 12, "kind": Kind.FORWARD}),
+    ],
+    "enqueue: another tenant's session": [
+        ENQUEUED,
+        ("enqueue", {**ENQUEUED[1], "tenant": "eve"}),
+    ],
+    "enqueue: a refusal is not listed": [("enqueue", {**ENQUEUED[1], "refused": True})],
     "enqueue: the queue has no limit": [
         ENQUEUED,
         ("enqueue", {**ENQUEUED[1], "nth": 1, "max_jobs": 1}),
