@@ -89,7 +89,10 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "publish: goes back": ("seq <= s", "seq == s"),
     "told: a later failure is enough": ("tonumber(untold[1]) - 1", "tonumber(seq)"),
     "told: one delivery for all": ("if s == seq", "if true"),
-    "told: deliveries are not noted": ("if s == seq then is_untold = true", "if false then is_untold = true"),
+    "told: deliveries are not noted": (
+        "if s == seq then is_untold = true",
+        "if false then is_untold = true",
+    ),
     "note_untold: only the last": ("redis.call('HGET', header, 'untold') or nil", ""),
     "fail_range: nobody need be told": ("note_untold(header, first, last)", ""),
     # --- gaps
