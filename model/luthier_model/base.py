@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
 from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAttention
-from luthier_model.lora import TARGETS, MultiLoRALinear, Routing, Segment
+from luthier_model.lora import TARGETS, MultiLoRALinear, Routing, Segment, widened
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,11 @@ class BaseModel:
         dtype: torch.dtype = self.module.dtype
         return dtype
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of adapters, logits, losses and gradients: float32, but float64 on a float64 model."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def hidden(
         self,
         tokens_T: Tensor,
@@ -94,10 +99,10 @@ class BaseModel:
         return out[0]
 
     def logits(self, hidden_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """float32 logits [M, V]; `segments` count the rows of hidden_MD."""
+        """Logits [M, V] in `compute_dtype`; `segments` count the rows of hidden_MD."""
         with self.routing.use(segments):
             out: Tensor = self.module.get_output_embeddings()(hidden_MD)
-        return out.float()
+        return widened(out)
 
 
 def load_base_model(
@@ -105,8 +110,9 @@ def load_base_model(
 ) -> BaseModel:
     """The model in the Hugging Face folder `path`, frozen, served to clients as `name`.
 
-    dtype is float32, bfloat16 or auto (bfloat16 on CUDA, float32 elsewhere). Only safetensors are
-    read and no code of the folder is run. ConfigError says in one line what is wrong with it.
+    dtype is float32, bfloat16, auto (bfloat16 on CUDA, float32 elsewhere) or, to measure the others
+    against, float64. Only safetensors are read and no code of the folder is run. ConfigError says
+    in one line what is wrong with it.
     """
     _check_folder(Path(path))
     if dtype == "auto":
@@ -166,7 +172,7 @@ def _check_logits(model: BaseModel) -> None:
     except Unsupported as error:
         raise ConfigError(f"model {model.facts.name}: {error.detail}") from error
     theirs = model.module(input_ids=tokens_T[None], use_cache=False, attention=attention).logits[0]
-    if not torch.allclose(ours, theirs.float(), rtol=1e-3, atol=1e-3):
+    if not torch.allclose(ours, widened(theirs), rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"model {model.facts.name}: {model.facts.architecture} changes its logits after lm_head"
         )

@@ -1,6 +1,6 @@
 """LoRA for many tenants on one frozen model: each packed row gets its own adapter's delta.
 
-delta = (LORA_ALPHA / rank) B A x, computed in float32 whatever the base model's dtype.
+delta = (LORA_ALPHA / rank) B A x, computed in float32 even on a bfloat16 model.
 
 Dimensions: T packed tokens, D features in, E features out, R rank.
 """
@@ -44,7 +44,7 @@ class LoraSpec:
 
 @dataclass(slots=True)
 class LoraPair:
-    """The two factors of one module's delta, float32."""
+    """The two factors of one module's delta, float32 (float64 on a float64 model)."""
 
     a: Tensor
     """[R, D]"""
@@ -111,9 +111,14 @@ class MultiLoRALinear(nn.Module):
         segments = self.routing.segments
         if not any(s.adapter is not None and self.name in s.adapter.pairs for s in segments):
             return base
-        x_TD = x.reshape(-1, x.shape[-1]).float()
-        base_TE = base.reshape(-1, base.shape[-1]).float()
+        x_TD = widened(x.reshape(-1, x.shape[-1]))
+        base_TE = widened(base.reshape(-1, base.shape[-1]))
         return add_deltas_loop(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that deltas and logits are computed in: float32, or float64 if x has it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def add_deltas_loop(

@@ -13,7 +13,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from luthier_core.errors import BadRequest
-from luthier_model.lora import LORA_ALPHA, TARGETS, LoraAdapter, LoraPair, LoraSpec, target_modules
+from luthier_model.lora import (
+    LORA_ALPHA,
+    TARGETS,
+    LoraAdapter,
+    LoraPair,
+    LoraSpec,
+    target_modules,
+    widened,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -144,4 +152,4 @@ def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, int]) -> Tens
         raise BadRequest(
             f"{WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}, expected {list(shape)}"
         )
-    return tensor.float()
+    return widened(tensor)

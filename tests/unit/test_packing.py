@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from luthier_core.losses import LOSSES
 from luthier_core.proto import wire_pb2
 from luthier_trainer.packing import Example, decode_datum, decode_tensor, micro_batches, pack
 
@@ -55,7 +56,7 @@ def test_the_chunks_of_a_datum_are_one_sequence() -> None:
     datum = wire_pb2.Datum(
         model_input=chunks, loss_fn_inputs={"target_tokens": targets, "weights": targets}
     )
-    decoded = decode_datum(datum, ["weights"])
+    decoded = decode_datum(datum, LOSSES["cross_entropy"], {})
     assert decoded.tokens.tolist() == [1, 2, 3]
     # Weights that a client sent as integers count like any others.
     assert decoded.loss_inputs["weights"].dtype == np.float32

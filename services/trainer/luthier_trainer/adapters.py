@@ -1,6 +1,6 @@
 """One run's state on the device: LoRA weights, summed gradient, Adam's moments.
 
-Weights and gradient each lie in one flat float32 buffer. The tensors that autograd sees are views,
+Weights and gradient each lie in one flat buffer, float32. The tensors that autograd sees are views,
 so that a backward adds up in place and the optimizer, a copy or a digest is one pass over memory.
 """
 
@@ -38,13 +38,13 @@ class _Slot:
 class RunState:
     """What a training op reads and changes, for one run."""
 
-    def __init__(self, initial: LoraAdapter) -> None:
+    def __init__(self, initial: LoraAdapter, dtype: torch.dtype = torch.float32) -> None:
         self.spec: LoraSpec = initial.spec
         self._slots = _layout(initial)
         device = next(iter(initial.pairs.values())).a.device
         size = max(slot.start + math.prod(slot.shape) for slot in self._slots.values())
-        self.weights = nn.Parameter(torch.zeros(size, device=device))
-        self.gradient = torch.zeros(size, device=device)
+        self.weights = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+        self.gradient = torch.zeros_like(self.weights.detach())
         self.weights.grad = self.gradient
         self.optimizer = FlatAdamW(self.weights)
         self.adapter = LoraAdapter(

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from luthier_core.errors import NotFound
+from luthier_core.losses import loss_config, loss_spec
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter, target_modules
 from luthier_trainer.adapters import RunState
+from luthier_trainer.loss_metrics import loss_metrics
 from luthier_trainer.losses import Loss, loss_named
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.packing import (
@@ -63,7 +65,9 @@ class Engine:
         """A run in its initial state, instead of the one that has this id."""
         shapes = self._model.lora_shapes
         modules = {name: shapes[name] for name in target_modules(shapes, spec)}
-        self._runs[run_id] = RunState(init_adapter(spec, modules, self._model.device))
+        self._runs[run_id] = RunState(
+            init_adapter(spec, modules, self._model.device), self._model.compute_dtype
+        )
 
     def forward_backward(
         self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
@@ -75,8 +79,9 @@ class Engine:
         """
         run = self._run(run_id)
         message = wire_pb2.ForwardBackwardRequest.FromString(request)
-        loss = loss_named(message.loss_fn)
-        examples = [decode_datum(datum, loss.inputs) for datum in message.data]
+        loss, spec = loss_named(message.loss_fn), loss_spec(message.loss_fn)
+        config = loss_config(message)
+        examples = [decode_datum(datum, spec, config) for datum in message.data]
         logprobs: list[Array] = []
         total = 0.0
         with run.atomic_gradient() if backward else nullcontext(), torch.set_grad_enabled(backward):
@@ -90,6 +95,7 @@ class Engine:
             loss_fn_output_type="ArrayRecord",
             loss_fn_outputs=array_records(logprobs),
             metrics={
+                **loss_metrics(message.loss_fn, examples, logprobs),
                 "loss:sum": total,
                 "num_tokens:sum": float(sum(len(example.tokens) for example in examples)),
                 "clock_cycle:unique": float(clock_cycle),
@@ -144,11 +150,11 @@ class Engine:
         self, run: RunState, examples: Sequence[Example], loss: Loss
     ) -> tuple[Tensor, Tensor]:
         """Logprobs [T, K] of the targets, and the loss, of one packed micro-batch."""
-        batch = pack(examples, self._model.device)
+        batch = pack(examples, self._model.device, self._model.compute_dtype)
         segments = [Segment(0, len(batch.tokens_T), run.adapter)]
         attention = PackedAttention(batch.lengths)
         hidden_TD = self._model.hidden(batch.tokens_T, batch.positions_T, attention, segments)
         logprobs_TK = token_logprobs(
             self._model, hidden_TD, batch.targets_TK, segments, chunk_tokens=self._chunk_tokens
         )
-        return logprobs_TK, loss.total(logprobs_TK, batch.loss_inputs_TK)
+        return logprobs_TK, loss(logprobs_TK, batch.loss_inputs_TK, batch.datum_T).sum()
