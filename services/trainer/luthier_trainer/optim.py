@@ -92,4 +92,5 @@ class FlatAdamW:
 
 def _norm(flat: Tensor) -> Tensor:
     """float64 scalar: the squares of numbers near 1e20 overflow float32 although they do not."""
-    return torch.linalg.vector_norm(flat, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    return norm
