@@ -19,7 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
 from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAttention
-from luthier_model.lora import TARGETS, MultiLoRALinear, Routing, Segment, widened
+from luthier_model.experts import MultiLoRAExperts, is_fused_experts
+from luthier_model.lora import (
+    TARGETS,
+    LoraShape,
+    MultiLoRALinear,
+    Routing,
+    Segment,
+    widened,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -59,12 +67,15 @@ class BaseModel:
         self.facts = facts
         self.module = module
         self.routing = routing
-        self.lora_shapes = {
-            part.name: (part.linear.in_features, part.linear.out_features)
-            for part in module.modules()
-            if isinstance(part, MultiLoRALinear)
-        }
-        """Module name -> features (in, out), in the model's order."""
+        config = module.config.get_text_config()
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.lora_shapes: dict[str, LoraShape] = {}
+        """What an adapter can be on, in the model's order, by name as in named_parameters()."""
+        for part in module.modules():
+            if isinstance(part, MultiLoRALinear):
+                self.lora_shapes[part.name] = (part.linear.in_features, part.linear.out_features)
+            elif isinstance(part, MultiLoRAExperts):
+                self.lora_shapes |= part.shapes
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +113,8 @@ class BaseModel:
         """Logits [M, V] in `compute_dtype`; `segments` count the rows of hidden_MD."""
         with self.routing.use(segments):
             out: Tensor = self.module.get_output_embeddings()(hidden_MD)
+        if (cap := self._logit_cap) is not None:
+            out = cap * torch.tanh(out / cap)
         return widened(out)
 
 
@@ -157,6 +170,8 @@ def _wrap_linears(module: nn.Module, routing: Routing) -> None:
         parent, _, last = name.rpartition(".")
         if isinstance(part, nn.Linear) and last in wanted:
             setattr(module.get_submodule(parent), last, MultiLoRALinear(part, name, routing))
+        elif is_fused_experts(part):
+            setattr(module.get_submodule(parent), last, MultiLoRAExperts(part, name, routing))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 delta = (LORA_ALPHA / rank) B A x, computed in float32 even on a bfloat16 model.
 
-Dimensions: T packed tokens, D features in, E features out, R rank.
+Dimensions: T packed tokens, D features in, E features out, R rank, X experts of a layer.
 """
 
 import hashlib
@@ -21,10 +21,14 @@ LORA_ALPHA = 32.0
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "train_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "train_mlp": ("gate_proj", "up_proj", "down_proj"),
+    "train_mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
     "train_unembed": ("lm_head",),
 }
-"""Last part of the module names that each switch of a LoraSpec trains."""
+"""Last part of the module names that each switch of a LoraSpec trains. gate_up_proj is how
+transformers stores what gate and up of all experts of a layer have in common: one tensor."""
+
+LoraShape = tuple[int, ...]
+"""Features (D, E) of a linear module, or (X, D, E) of the experts of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,9 @@ class LoraPair:
     """The two factors of one module's delta, float32 (float64 on a float64 model)."""
 
     a: Tensor
-    """[R, D]"""
+    """[R, D], or [X, R, D] for experts: a delta for each, all of the spec's rank."""
     b: Tensor
-    """[E, R]"""
+    """[E, R], or [X, E, R]"""
 
 
 @dataclass(slots=True)
@@ -158,20 +162,28 @@ def target_modules(names: Iterable[str], spec: LoraSpec) -> list[str]:
     return [name for name, last in last_parts.items() if last in wanted]
 
 
+def factor_shapes(shape: LoraShape, rank: int) -> tuple[LoraShape, LoraShape]:
+    """Shapes of A and B for a module of that shape."""
+    *experts, num_in, num_out = shape
+    return (*experts, rank, num_in), (*experts, num_out, rank)
+
+
 def init_adapter(
-    spec: LoraSpec, modules: Mapping[str, tuple[int, int]], device: torch.device | str
+    spec: LoraSpec, modules: Mapping[str, LoraShape], device: torch.device | str
 ) -> LoraAdapter:
-    """A new adapter on `modules` (name -> features in, out): A uniform as PEFT's, B zero."""
+    """A new adapter on `modules`: A uniform as PEFT's, B zero."""
     pairs = {}
-    for name, (num_in, num_out) in modules.items():
-        a = _initial_a(spec, name, num_in).to(device)
-        pairs[name] = LoraPair(a=a, b=torch.zeros(num_out, spec.rank, device=device))
+    for name, shape in modules.items():
+        a_shape, b_shape = factor_shapes(shape, spec.rank)
+        a = _initial_a(spec, name, a_shape).to(device)
+        pairs[name] = LoraPair(a=a, b=torch.zeros(b_shape, device=device))
     return LoraAdapter(spec=spec, pairs=pairs)
 
 
-def _initial_a(spec: LoraSpec, name: str, num_in: int) -> Tensor:
+def _initial_a(spec: LoraSpec, name: str, shape: LoraShape) -> Tensor:
     """Drawn on the CPU by a generator of its own: device, order and neighbours do not matter."""
     digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    a_RD = torch.empty(spec.rank, num_in, dtype=torch.float32)
-    return nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5), generator=generator)
+    # Experts under one another: the bound depends on the number of features in alone.
+    a_RD = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.float32)
+    return nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5), generator=generator).view(shape)

@@ -41,9 +41,8 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     if request.param == "qwen3-tied":
         model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True))
     elif request.param == "qwen2-biased":
-        model = Qwen2ForCausalLM(
-            Qwen2Config(**{**_SHAPE, "initializer_range": 0.06}, tie_word_embeddings=False)
-        )
+        shape = {**_SHAPE, "initializer_range": 0.06}
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False))
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
