@@ -6,7 +6,7 @@ Dimensions: T packed tokens, D hidden size, M rows whose logits are wanted, V vo
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -98,9 +99,15 @@ class BaseModel:
         positions_T: Tensor,
         attention: AttentionContext,
         segments: Sequence[Segment],
+        *,
+        recompute: bool = False,
     ) -> Tensor:
-        """Hidden states [T, D] after the final norm, of int64 tokens[T] at positions[T]."""
-        with self.routing.use(segments):
+        """Hidden states [T, D] after the final norm, of int64 tokens[T] at positions[T].
+
+        With `recompute`, what a backward holds on to is one [T, D] per layer; the numbers are the
+        same bit for bit, and it costs a second forward.
+        """
+        with self.routing.use(segments, recompute=recompute):
             out: Tensor = self.module.base_model(
                 input_ids=tokens_T[None],
                 position_ids=positions_T[None],
@@ -150,6 +157,7 @@ def load_base_model(
     module.eval().requires_grad_(False).to(device)
     routing = Routing()
     _wrap_linears(module, routing)
+    _make_recomputable(module, routing)
     model = BaseModel(_facts(name, str(path), module), module, routing)
     _check_logits(model)
     return model
@@ -172,6 +180,31 @@ def _wrap_linears(module: nn.Module, routing: Routing) -> None:
             setattr(module.get_submodule(parent), last, MultiLoRALinear(part, name, routing))
         elif is_fused_experts(part):
             setattr(module.get_submodule(parent), last, MultiLoRAExperts(part, name, routing))
+
+
+def _make_recomputable(module: Any, routing: Routing) -> None:
+    for layer in module.base_model.layers:
+        layer.forward = _recomputable(layer.forward, routing)
+
+
+def _recomputable(forward: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
+    """A layer's forward that is a checkpoint while `routing` says so.
+
+    transformers' own checkpointing would compute again outside the routing: without adapters.
+    """
+
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        if not (routing.recompute and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        segments = routing.segments
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with routing.use(segments):
+                return forward(*args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputing
 
 
 @torch.no_grad()

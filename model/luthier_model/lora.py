@@ -85,14 +85,17 @@ class Routing:
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
+        self.recompute = False
+        """Whether each layer drops its activations and computes them again in the backward."""
 
     @contextmanager
-    def use(self, segments: Sequence[Segment]) -> Iterator[None]:
-        before, self.segments = self.segments, segments
+    def use(self, segments: Sequence[Segment], *, recompute: bool = False) -> Iterator[None]:
+        before = self.segments, self.recompute
+        self.segments, self.recompute = segments, recompute
         try:
             yield
         finally:
-            self.segments = before
+            self.segments, self.recompute = before
 
 
 class MultiLoRALinear(nn.Module):

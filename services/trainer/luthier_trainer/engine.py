@@ -47,10 +47,13 @@ class Engine:
         logprob_chunk_tokens: int,
         num_threads: int,
         micro_batch_tokens: int = 4096,
+        recompute: bool | None = None,
     ) -> None:
         """`micro_batch_tokens`: tokens whose activations exist at once, at least one datum.
 
-        Another number adds up a gradient in another order, so a run's bits depend on it.
+        Another number adds up a gradient in another order, so a run's bits depend on it; they do
+        not depend on `recompute`, which trades a second forward for the layers' activations. None
+        is where it pays: on a GPU, where 4096 tokens of an 8 B model would hold tens of GB.
         """
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
@@ -59,6 +62,7 @@ class Engine:
         self._model = model
         self._chunk_tokens = logprob_chunk_tokens
         self._micro_batch_tokens = micro_batch_tokens
+        self._recompute = model.device.type == "cuda" if recompute is None else recompute
         self._runs: dict[str, RunState] = {}
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
@@ -153,7 +157,9 @@ class Engine:
         batch = pack(examples, self._model.device, self._model.compute_dtype)
         segments = [Segment(0, len(batch.tokens_T), run.adapter)]
         attention = PackedAttention(batch.lengths)
-        hidden_TD = self._model.hidden(batch.tokens_T, batch.positions_T, attention, segments)
+        hidden_TD = self._model.hidden(
+            batch.tokens_T, batch.positions_T, attention, segments, recompute=self._recompute
+        )
         logprobs_TK = token_logprobs(
             self._model, hidden_TD, batch.targets_TK, segments, chunk_tokens=self._chunk_tokens
         )
