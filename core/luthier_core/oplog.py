@@ -23,7 +23,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
-from luthier_core.ops import Op, Outcome, SamplingJob, clone_of
+from luthier_core.ops import Gradient, Op, Outcome, SamplingJob, clone_of
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
 DELIVERED_TTL_MS = 3600 * 1000
@@ -108,6 +108,8 @@ class RunHeader:
     told: int
     gap_since: int
     """Milliseconds since the epoch when the oldest gap was first seen; 0: there is none."""
+    lost: int
+    """A seq that the client has sent and that is not here; -1: none is known of."""
 
     @property
     def pending(self) -> bool:
@@ -129,6 +131,7 @@ class RunHeader:
             committed=int(text[7]),
             told=int(text[8]),
             gap_since=int(text[9] or 0),
+            lost=int(text[10] or -1),
         )
 
 
@@ -162,7 +165,7 @@ class Attempt:
     status: str
     """OK | ALREADY | FENCED | ORDER"""
     attempts: int = 0
-    """How often the op that was begun has been, now included; 0 if none was."""
+    """Under how many epochs the op that was begun has been, this one included; 0 if none was."""
     deaths: int = 0
     """How many of those ended with the engine's death."""
 
@@ -248,11 +251,19 @@ class Oplog:
         return Attempt.from_reply(reply)
 
     async def commit(
-        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
+        self,
+        run_id: str,
+        epoch: int,
+        seq: int,
+        outcome: Outcome,
+        *,
+        gradient: Gradient = Gradient.KEPT,
+        begin_next: bool = False,
     ) -> Attempt:
         """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
 
-        With `begin_next` an OK also begins seq + 1 if it is admitted: one write instead of two.
+        `gradient` says what became of it. With `begin_next` an OK also begins seq + 1 if it is
+        admitted: one write instead of two.
         """
         reply = await self._call(
             "commit",
@@ -261,7 +272,10 @@ class Oplog:
                 keys.run_outcome(run_id, seq),
                 keys.run_done(run_id),
             ],
-            [epoch, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, *_flat(outcome.fields())],
+            [
+                *(epoch, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, gradient),
+                *_flat(outcome.fields()),
+            ],
         )
         return Attempt.from_reply(reply)
 
@@ -295,13 +309,11 @@ class Oplog:
         reply = await self._call("publish", [keys.run_header(run_id)], [epoch, seq, key])
         return cast(bytes, reply).decode()
 
-    async def fail_range(
-        self, run_id: str, epoch: int, seqs: range, outcome: Outcome, *, status: str
-    ) -> str:
-        """Fail consecutive seqs from committed + 1 on, admitted or not, and set the run's status.
+    async def fail_range(self, run_id: str, epoch: int, seqs: range, outcome: Outcome) -> str:
+        """Give up the gap at committed + 1: fail the seqs from it on, and with them the run.
 
         OK | ALREADY | FENCED | ORDER. The range must reach every parked op: ORDER says that one
-        has arrived meanwhile, or that another has committed, so read both again.
+        has arrived meanwhile, or what was missing, so look again.
         """
         reply = await self._call(
             "fail_range",
@@ -311,9 +323,13 @@ class Oplog:
                 keys.run_done(run_id),
                 *(keys.run_outcome(run_id, seq) for seq in seqs),
             ],
-            [epoch, seqs.start, OUTCOME_TTL_MS, status, *_flat(outcome.fields())],
+            [epoch, seqs.start, OUTCOME_TTL_MS, *_flat(outcome.fields())],
         )
         return cast(bytes, reply).decode()
+
+    async def lost(self, run_id: str, seq: int) -> None:
+        """The client asks for a seq that is not here: its admission is lost (reliability 2.5)."""
+        await self._call("lost", [keys.run_header(run_id), keys.run_parked(run_id)], [seq])
 
     async def told(self, run_id: str, seq: int) -> None:
         """The client has been given the error of this seq."""

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from luthier_core.oplog import Admission, Attempt
-from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, Owner, Step
+from luthier_core.ops import INLINE_LIMIT, Body, Gradient, Kind, Op, Outcome, Refusal
+from luthier_core.owner import Action, Owner, Step, gradient_after
 
 A = TypeVar("A")
 
@@ -31,7 +31,7 @@ ahead, it would kill every owner before what precedes it is committed.
 MAX_DEATHS = 3
 """An op during which the engine died this often is failed (reliability 1.6)."""
 MAX_ATTEMPTS = 10
-"""So is one that was begun this often for whatever reason."""
+"""So is one that was begun under this many epochs, for whatever reason."""
 
 _OUTSIDE_EFFECT = frozenset({Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER})
 """Kinds whose commit writes something outside of Redis first: they are begun under the epoch."""
@@ -260,6 +260,7 @@ class Commit(Effect):
     epoch: int
     seq: int
     outcome: Outcome
+    gradient: Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +398,8 @@ def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
     outcome = executed.outcome
     if outcome is None:
         outcome = yield Finish(step, executed.rest)
-    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome)
+    gradient = gradient_after(step.op, outcome)
+    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome, gradient)
     tenure.check(committed.status)
     tenure.committed = seq
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from luthier_core.ops import Kind
+from luthier_core.ops import Gradient, Kind
 
 LIBRARY = files("luthier_core").joinpath("oplog.lua").read_text()
 
@@ -68,9 +68,11 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "forget_pending: bytes stay": ("redis.call('HINCRBY', header, 'bytes', -bytes)", ""),
     # --- quarantine
     "note_attempt: attempts count as deaths": (
-        "num(redis.call('HGET', header, 'b:' .. seq), 0)",
+        "num(known[2], 0)",
         "attempts - 1",
     ),
+    "note_attempt: every call is an attempt": ("tonumber(last) ~= epoch", "true"),
+    "note_attempt: there is but one": ("tonumber(last) ~= epoch", "attempts == 0"),
     "blame: nothing is counted": ("'b:' .. seq, 1)", "'b:' .. seq, 0)"),
     "blame: a death told twice counts twice": ("a[1] == a[2]", "false"),
     "blame: without an attempt": ("not a[1] then return -2", "not a[1] then return 1"),
@@ -93,8 +95,9 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "if s == seq then is_untold = true",
         "if false then is_untold = true",
     ),
-    "note_untold: only the last": ("redis.call('HGET', header, 'untold') or nil", ""),
-    "fail_range: nobody need be told": ("note_untold(header, first, last)", ""),
+    "note_untold: only the last": ("untold and untold .. ' ' .. seq or seq", "seq"),
+    "note_untold: a step forgets nothing": ("redis.call('HDEL', header, 'untold')", ""),
+    "note_untold: whatever becomes of it": ("gradient == 'lost'", "true"),
     # --- gaps
     "admit: a gap has no time": ("redis.call('HSETNX', header, 'gap_since', now)", ""),
     "admit: all that waits renews its gap": (
@@ -113,7 +116,11 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "fail_range: parked ops stay": ("redis.call('HEXISTS', parked, seq) == 1", "false"),
     "fail_range: what waits above is forgotten": ("tonumber(s) > last", "false"),
     "fail_range: outcomes are overwritten": ("first ~= num(h[3]) + 1", "false"),
-    "fail_range: the run stays active": ("redis.call('HSET', header, 'status', args[4])", ""),
+    "fail_range: the run stays active": (", 'status', 'failed')", ")"),
+    "fail_range: what has arrived fails too": ("or num(h[2]) > num(h[3]) then", "then"),
+    "lost: what is here": ("tonumber(args[1]) <= num(admitted)", "false"),
+    "lost: what is parked": ("redis.call('HEXISTS', keys[2], args[1]) == 0", "true"),
+    "forget_gap: it stays lost": (", 'gap_since', 'lost'", ", 'gap_since'"),
     # --- sampling
     "enqueue: no dedupe": ("if first then", "if false then"),
     "enqueue: the queue has no limit": ("redis.call('XLEN', jobs) >= tonumber(args[5])", "false"),
@@ -185,7 +192,13 @@ PROGRAMS: dict[str, Program] = {
     ],
     "commit: a second outcome overwrites the first": [
         IDLE_RUN,
-        ("commit", {"epoch_error": 0, "seq_error": -1, "outcome": "stored", "begin_next": False}),
+        (
+            "commit",
+            {
+                **{"epoch_error": 0, "seq_error": -1, "outcome": "stored"},
+                **{"gradient": Gradient.KEPT, "begin_next": False},
+            },
+        ),
     ],
     "admit: quota holds back what fills a gap": [
         ("start", {"limits": "few ops", "num_ops": 1, "num_done": 1}),

@@ -282,8 +282,10 @@ class Worker:
                 return (yield from self._run(held, step))
             case protocol.Finish(step, rest):
                 return (yield from self._finish(held, step, rest))
-            case protocol.Commit(run_id, epoch, seq, outcome):
-                return (yield from self._redis(held, "commit", run_id, epoch, seq, outcome))
+            case protocol.Commit(run_id, epoch, seq, outcome, gradient):
+                return (
+                    yield from self._redis(held, "commit", run_id, epoch, seq, outcome, gradient)
+                )
             case protocol.CopyState():
                 return held.state
             case protocol.PutSnapshot(run_id, ref, copy, missing):

@@ -62,8 +62,10 @@ class RunEffects:
                 return await self._patiently(lambda: oplog.begin(run_id, epoch, seq))
             case Finish(_, rest):
                 return await self._finish(rest)
-            case Commit(run_id, epoch, seq, outcome):
-                return await self._patiently(lambda: oplog.commit(run_id, epoch, seq, outcome))
+            case Commit(run_id, epoch, seq, outcome, gradient):
+                return await self._patiently(
+                    lambda: oplog.commit(run_id, epoch, seq, outcome, gradient=gradient)
+                )
             case ReadHead(run_id):
                 return await self._read_head(run_id)
             case CasHead(run_id, head, etag):
