@@ -32,6 +32,13 @@ MAX_CONNECTIONS = 32
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
 
+ANY_SERVER = ""
+
+
+class RedisRestarted(RedisConnectionError):
+    """This is another server than the caller means: it may have gone back to an earlier state."""
+
+
 REDIS_ERRORS = (RedisConnectionError, RedisTimeoutError, redis.ReadOnlyError, OSError)
 """Redis is not there just now. An error that it answers with is a bug of ours, and no such."""
 
@@ -236,18 +243,33 @@ class Oplog:
         )
         return cast(bytes, reply[0]).decode()
 
-    async def acquire(self, run_id: str, epoch: int, owner: str) -> tuple[int, int] | None:
+    # `server` of the calls below: see `server_id`. RedisRestarted if it is another by now.
+
+    async def server_id(self, run_id: str) -> str:
+        """The server process that holds this run: another after each restart or failover.
+
+        An owner reads it before HEAD and names it in its calls. So a Redis that was rolled back,
+        and takes an old epoch for the newest, is heard only once HEAD has been read again.
+        """
+        return cast(bytes, await self._call("server", [keys.run_header(run_id)], [])).decode()
+
+    async def acquire(
+        self, run_id: str, epoch: int, owner: str, *, server: str = ANY_SERVER
+    ) -> tuple[int, int] | None:
         """(admitted, committed) if `owner` now holds the run under `epoch`; None if it lost."""
-        reply = await self._call("acquire", [keys.run_header(run_id)], [epoch, owner])
+        reply = await self._call("acquire", [keys.run_header(run_id)], [epoch, server, owner])
         return (int(reply[1]), int(reply[2])) if reply[0] == b"OK" else None
 
-    async def release(self, run_id: str, epoch: int) -> bool:
+    async def release(self, run_id: str, epoch: int, *, server: str = ANY_SERVER) -> bool:
         """Whether the run, held under `epoch` and with nothing pending, has no owner now."""
-        return bool(await self._call("release", [keys.run_header(run_id)], [epoch]) == b"OK")
+        reply = await self._call("release", [keys.run_header(run_id)], [epoch, server])
+        return bool(reply == b"OK")
 
-    async def begin(self, run_id: str, epoch: int, seq: int) -> Attempt:
+    async def begin(
+        self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER
+    ) -> Attempt:
         """Note that the owner is about to execute this op: OK | ALREADY | FENCED | ORDER."""
-        reply = await self._call("begin", [keys.run_header(run_id)], [epoch, seq])
+        reply = await self._call("begin", [keys.run_header(run_id)], [epoch, server, seq])
         return Attempt.from_reply(reply)
 
     async def commit(
@@ -259,6 +281,7 @@ class Oplog:
         *,
         gradient: Gradient = Gradient.KEPT,
         begin_next: bool = False,
+        server: str = ANY_SERVER,
     ) -> Attempt:
         """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
 
@@ -273,25 +296,25 @@ class Oplog:
                 keys.run_done(run_id),
             ],
             [
-                *(epoch, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, gradient),
+                *(epoch, server, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, gradient),
                 *_flat(outcome.fields()),
             ],
         )
         return Attempt.from_reply(reply)
 
-    async def blame(self, run_id: str, epoch: int, seq: int) -> int:
+    async def blame(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> int:
         """How often the engine has died of this op, now included; negative if it is not ours.
 
         Each attempt that was begun counts once.
         """
-        return int(await self._call("blame", [keys.run_header(run_id)], [epoch, seq]))
+        return int(await self._call("blame", [keys.run_header(run_id)], [epoch, server, seq]))
 
-    async def trim(self, run_id: str, epoch: int, seq: int) -> str:
+    async def trim(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> str:
         """Drop the log up to seq: a snapshot at or after it is confirmed. OK | FENCED | ORDER."""
         call_keys = [keys.run_header(run_id), keys.run_log(run_id)]
-        return cast(bytes, await self._call("trim", call_keys, [epoch, seq])).decode()
+        return cast(bytes, await self._call("trim", call_keys, [epoch, server, seq])).decode()
 
-    async def ffwd(self, run_id: str, epoch: int, seq: int) -> str:
+    async def ffwd(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> str:
         """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED.
 
         The log has no entries for the ids that it had not admitted.
@@ -302,14 +325,24 @@ class Oplog:
             keys.run_parked(run_id),
             keys.run_new(run_id),
         ]
-        return cast(bytes, await self._call("ffwd", call_keys, [epoch, seq])).decode()
+        return cast(bytes, await self._call("ffwd", call_keys, [epoch, server, seq])).decode()
 
-    async def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:
+    async def publish(
+        self, run_id: str, epoch: int, seq: int, key: str, *, server: str = ANY_SERVER
+    ) -> str:
         """Move the in-flight sampler weights forward, never back. OK | STALE | FENCED."""
-        reply = await self._call("publish", [keys.run_header(run_id)], [epoch, seq, key])
+        reply = await self._call("publish", [keys.run_header(run_id)], [epoch, server, seq, key])
         return cast(bytes, reply).decode()
 
-    async def fail_range(self, run_id: str, epoch: int, seqs: range, outcome: Outcome) -> str:
+    async def fail_range(
+        self,
+        run_id: str,
+        epoch: int,
+        seqs: range,
+        outcome: Outcome,
+        *,
+        server: str = ANY_SERVER,
+    ) -> str:
         """Give up the gap at committed + 1: fail the seqs from it on, and with them the run.
 
         OK | ALREADY | FENCED | ORDER. The range must reach every parked op: ORDER says that one
@@ -323,7 +356,7 @@ class Oplog:
                 keys.run_done(run_id),
                 *(keys.run_outcome(run_id, seq) for seq in seqs),
             ],
-            [epoch, seqs.start, OUTCOME_TTL_MS, *_flat(outcome.fields())],
+            [epoch, server, seqs.start, OUTCOME_TTL_MS, *_flat(outcome.fields())],
         )
         return cast(bytes, reply).decode()
 
@@ -358,6 +391,15 @@ class Oplog:
 
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
+
+    async def last_parked(self, run_id: str) -> int:
+        """The highest seq that waits above a gap; -1: none does."""
+        return max(map(int, await cast(Any, self.redis.hkeys(keys.run_parked(run_id)))), default=-1)
+
+    async def session_has_ended(self, run_id: str) -> bool:
+        """Whether the client session of this run was finished."""
+        session = keys.session_header(run_id.partition(":")[0])
+        return await cast(Any, self.redis.hget(session, "status")) not in (None, b"active")
 
     async def failed_seqs(self, run_id: str) -> frozenset[int]:
         """Seqs whose recorded outcome is a failure: what replay follows."""
@@ -582,9 +624,14 @@ class Oplog:
         return int(1000 * self._clock())
 
     async def _call(self, function: str, call_keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return await cast(
-            Any, self.redis.fcall(f"lu1_{function}", len(call_keys), *call_keys, *args)
-        )
+        try:
+            return await cast(
+                Any, self.redis.fcall(f"lu1_{function}", len(call_keys), *call_keys, *args)
+            )
+        except ResponseError as error:
+            if str(error).startswith("RESTARTED"):
+                raise RedisRestarted(str(error)) from None
+            raise
 
 
 def _jobs(entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[SamplingJob]:

@@ -7,7 +7,7 @@ import pytest
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
-from luthier_core.oplog import Oplog
+from luthier_core.oplog import Oplog, RedisRestarted
 from luthier_core.ops import Body, Gradient, Kind, Op, Outcome, digest_of
 
 RUN = "s1:train:0"
@@ -408,6 +408,16 @@ async def test_a_run_does_not_end_with_an_op_that_waits_above_the_failed_ones(ru
     assert await run.fail_range(RUN, 1, range(1, 4), never) == "ORDER"
     assert await run.training_outcome(RUN, 1) is None
     assert await run.fail_range(RUN, 1, range(1, 6), never) == "OK"
+
+
+async def test_an_owner_is_not_heard_by_another_server_than_it_means(run):
+    info = await run.redis.info("server")
+    assert await run.server_id(RUN) == info["run_id"]
+    await admit(run, op(1))
+    with pytest.raises(RedisRestarted):
+        await run.commit(RUN, 1, 1, DONE, server="0" * 40)
+    assert await run.training_outcome(RUN, 1) is None
+    assert (await run.commit(RUN, 1, 1, DONE, server=info["run_id"])).status == "OK"
 
 
 async def test_the_log_survives_a_reload_of_the_library(run):

@@ -4,6 +4,7 @@ After each step the server and the model must have answered alike and hold the s
 must hold what reliability promises (`Promises`): so the library does too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.library.server import Contents, Hash, Server, expected_contents
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
+from luthier_core.oplog import RedisRestarted
 from luthier_core.ops import (
     SEQS_PER_CLONE,
     Body,
@@ -30,6 +32,21 @@ from luthier_core.ops import (
 TENANT, STRANGER = "ann", "eve"
 OWNERS = ("trainer-0/a", "trainer-1/b")
 HEADER = {"base_model": "m", "facts": "{}"}
+OWNER_CALLS: dict[str, Callable[[Run], tuple[Any, ...]]] = {
+    "acquire": lambda run: (run.epoch + 1, OWNERS[0]),
+    "release": lambda run: (run.epoch,),
+    "begin": lambda run: (run.epoch, run.committed + 1),
+    "commit": lambda run: (run.epoch, run.committed + 1, OUTCOMES["done"]),
+    "blame": lambda run: (run.epoch, run.committed + 1),
+    "trim": lambda run: (run.epoch, run.committed),
+    "ffwd": lambda run: (run.epoch, run.committed + 1),
+    "publish": lambda run: (run.epoch, run.committed, "w"),
+    "fail_range": lambda run: (
+        *(run.epoch, range(run.committed + 1, max(run.parked, default=run.committed + 1) + 1)),
+        OUTCOMES["failed"],
+    ),
+}
+"""Calls of an owner -> arguments with which it would be obeyed, as a rule."""
 # Named, so that a failing program reads well.
 LIMITS = {
     "wide": LimitsConfig(max_seq_ahead=9),
@@ -300,6 +317,17 @@ class LibraryMachine(RuleBasedStateMachine):
         if self.both("fail_range", self.run_id, epoch, seqs, OUTCOMES["failed"]) == "OK":
             self.promises.note_commit(self.run_id, epoch)
             self.promises.note_used_up(self.run_id, range(admitted + 1, seqs.stop))
+
+    @rule(name=st.sampled_from(sorted(OWNER_CALLS)))
+    def call_the_server_before_its_restart(self, name: str) -> None:
+        """Whatever an owner asks for, nothing is done."""
+        run, run_id = self.run, self.run_id
+        args = OWNER_CALLS[name](run)
+        try:
+            self.server.run(getattr(self.server.oplog, name)(run_id, *args, server="before"))
+        except RedisRestarted:
+            return
+        raise AssertionError(f"{name} was obeyed")
 
     @rule(cursor=st.integers(0, 6))
     def read(self, cursor: int) -> None:

@@ -27,8 +27,15 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "publish: no epoch check": NOT_MY_EPOCH,
     "fail_range: no epoch check": NOT_MY_EPOCH,
     "release: no epoch check": ("num(h[1]) ~= tonumber(args[1])", "false"),
+    **{
+        f"{function}: on a server that was restarted": ("check_server(args[2])", "")
+        for function in (
+            *("acquire", "release", "begin", "commit", "blame", "trim", "ffwd", "publish"),
+            "fail_range",
+        )
+    },
     "acquire: an equal epoch takes the run": ("epoch > num(h[1])", "epoch >= num(h[1])"),
-    "acquire: a repeated call is stale": ("epoch == num(h[1]) and h[2] == args[2]", "false"),
+    "acquire: a repeated call is stale": ("epoch == num(h[1]) and h[2] == args[3]", "false"),
     "admit: another tenant's run": ("h[1] ~= tenant", "false"),
     "enqueue: another tenant's session": ("known ~= tenant", "false"),
     # --- once, and in order
@@ -45,7 +52,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "commit: out of order": (NOT_NEXT, "if seq > num(h[2])"),
     "commit: a second outcome overwrites the first": (
         "return { 'ALREADY' }",
-        "redis.call('HSET', keys[2], unpack(rest(args, 5))) return { 'ALREADY' }",
+        "redis.call('HSET', keys[2], unpack(rest(args, 7))) return { 'ALREADY' }",
     ),
     "commit: begins what is not admitted": (
         "next_seq == seq + 1 and next_seq <= num(h[2])",
@@ -228,6 +235,17 @@ PROGRAMS: dict[str, Program] = {
     "fail_range: what waits above is forgotten": [
         IDLE_RUN,
         ("fail_what_waits", {"epoch_error": 0, "seq_error": 0, "num_more": 0, "gap": 3}),
+    ],
+    "note_untold: a step forgets nothing": [
+        ("start", {"limits": "wide", "num_ops": 4, "num_done": 1}),
+        TWO_FAILED[1],
+        (
+            "commit",
+            {
+                **{"epoch_error": 0, "seq_error": 0, "outcome": "done"},
+                **{"gradient": Gradient.CLEARED, "begin_next": False},
+            },
+        ),
     ],
     "told: a later failure is enough": [*TWO_FAILED, ("deliver_a_failure", {"pick": 0})],
     "told: one delivery for all": [*TWO_FAILED, ("deliver_a_failure", {"pick": 1})],
