@@ -5,7 +5,7 @@ deployment does. A point lies directly before the step that it is named after.
 
 Orders come one at a time in the file `order` of a folder that any number of processes share: point,
 action and at which hit, such as `tr.commit kill9 3`. Hits are counted by each process for itself,
-from when it first sees the order; the first to get there takes the order away and carries it out.
+from when it first sees the order; the first to get there renames it to `taken.{pid}` and obeys.
 Every hit is a line in the file `hits`.
 """
 
@@ -61,7 +61,7 @@ class _Orders:
     def _take(self) -> bool:
         """Whether the order was there to take: of several processes only one carries it out."""
         try:
-            self._order.rename(self._order.with_name("taken"))
+            self._order.rename(self._order.with_name(f"taken.{os.getpid()}"))
         except FileNotFoundError:
             return False
         return True

@@ -181,7 +181,7 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
     seq = int(future.seq)
     header = await backends.oplog.header(future.parent)
     if header is None or (
-        seq > header.admitted and not await backends.oplog.is_parked(future.parent, seq)
+        seq > header.admitted and not await backends.has_arrived(future.parent, seq)
     ):
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
     if seq <= header.committed and await backends.futures.outcome(future) is None:
