@@ -691,7 +691,7 @@ async def test_a_replay_follows_the_failures_that_were_recorded(rig: Rig):
     infinite = await rig.client.step(A)  # fails: not finite
     known = await rig.client.refused(A)
     await rig.client.failed(A, known)
-    for seq in await rig.client.oplog.failed_seqs(A):  # as a client that awaits every result
+    for seq in (await rig.client.oplog.recorded(A)).failed:  # as a client that awaits every result
         await rig.client.oplog.told(A, seq)
     await rig.client.forward_backward(A, gradient(3))
     await rig.client.step(A)  # obeyed: the client knows
