@@ -165,6 +165,11 @@ class Owner:
         self._step = Step(op, _action_of_failure(op), publish=True, outcome=outcome)
         return self._step
 
+    @property
+    def broken(self) -> bool:
+        """Whether the engine has no state of this run."""
+        return self._broken is not None
+
     def break_run(self, reason: str) -> None:
         """From now on nothing is executed, and every op that is not committed fails with `reason`.
 

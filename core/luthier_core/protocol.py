@@ -38,6 +38,8 @@ GAP_TIMEOUT_S = 1800.0
 LOST_GAP_S = 60.0
 """The same if the client has been told that what it sent is lost."""
 
+STATE_LOST = "the run's stored state is damaged: create another from its last checkpoint"
+
 _OUTSIDE_EFFECT = frozenset({Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER})
 """Kinds whose commit writes something outside of Redis first: they are begun under the epoch."""
 
@@ -360,15 +362,18 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
         return None
     _, committed = cursors
     restored = yield from _restore(run_id, head)
-    if restored is None:
-        return None
-    ref, state = restored
+    ref, state = restored or (head.snap, FoldState())
     state_seq = ref.seq if ref else -1
     if state_seq > committed:
         status = yield FastForward(run_id, head.epoch, state_seq)
         if status == "FENCED":
             return None
         committed = state_seq
+    if restored is None:
+        # Nothing can be replayed on top of it; what comes fails, with a reason.
+        owner = Owner(run_id, head.epoch, committed, state_seq=committed)
+        owner.break_run(STATE_LOST)
+        return Tenure(run_id, name, head, etag, owner, committed, sound=None)
     recorded = yield ReadRecorded(run_id)
     owner = Owner(run_id, head.epoch, committed, recorded, state_seq=state_seq, state=state)
     return Tenure(run_id, name, head, etag, owner, committed, sound=ref)
@@ -495,7 +500,7 @@ def _swap_head(run_id: str, head: Head, etag: str) -> Steps[str | None]:
 def _restore(run_id: str, head: Head) -> Steps[tuple[SnapshotRef | None, FoldState] | None]:
     """The newest snapshot that is whole, with what was put beside it; None for it: start at op 0.
 
-    None if there are snapshots and every one is damaged: the log before them is trimmed.
+    None if there are two and both are damaged: the log before them is trimmed.
     """
     for ref in (head.snap, head.prev_snap):
         if ref is not None:

@@ -74,11 +74,16 @@ class Snapshotter:
     """A copy that waits for the commit of its seq: seq, tensors, the rest."""
     _storing: asyncio.Task[None] | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a copy waits for its commit or is being stored."""
+        return self._copied is not None or self._storing is not None
+
     async def executed(self, step: Step, execute_s: float) -> None:
         """Call it when a step has been executed, before the next one is: copies if it is time."""
         self._note(step, execute_s)
-        busy = self._copied is not None or self._storing is not None
-        if not busy and step.publish and self.snapshots.due(self._spent, step):
+        wanted = step.publish and not (self.busy or self.tenure.owner.broken)
+        if wanted and self.snapshots.due(self._spent, step):
             await self._copy(step.op.seq)
 
     def store_if_committed(self) -> None:
@@ -96,7 +101,8 @@ class Snapshotter:
         if self._storing is not None:
             await self._storing
         owner = self.tenure.owner
-        if self._spent.num_ops and not owner.under_way and not owner.replaying:
+        whole = not (owner.under_way or owner.replaying or owner.broken)
+        if self._spent.num_ops and whole:
             await self._copy(owner.executed_to)
             self.store_if_committed()
             if self._storing is not None:

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
 DRAIN_S = 10.0
+TAKE_OVER_PAUSE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -103,6 +104,8 @@ class Worker:
         self._news = asyncio.Event()
         self._ready = asyncio.Event()
         self._unowned_since: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
+        """Runs that could not be taken over -> when to try again."""
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -225,6 +228,8 @@ class Worker:
                 continue
             if not self._is_my_turn(run_id, trainers):
                 continue
+            if self._clock() < self._not_before.get(run_id, 0.0):
+                continue
             if header.pending or await self._is_overdue(run_id, header):
                 if len(self._runs) < self._config.max_runs or await self._make_room():
                     await self._acquire(run_id, header)
@@ -232,9 +237,9 @@ class Worker:
                 continue  # it stays listed: somebody has to give the gap up
             elif not header.owner or await self._oplog.release(run_id, header.epoch):
                 await self._oplog.retire_run(self._base_model, run_id)
-        self._unowned_since = {
-            run_id: since for run_id, since in self._unowned_since.items() if run_id in headers
-        }
+        for noted in (self._unowned_since, self._not_before):
+            for run_id in noted.keys() - headers.keys():
+                del noted[run_id]
 
     def _is_my_turn(self, run_id: str, trainers: list[str]) -> bool:
         """At once for the trainer that ranks first for this run, for others after a lease time."""
@@ -249,7 +254,14 @@ class Worker:
         effects = RunEffects(
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
-        tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        try:
+            tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        except REDIS_ERRORS:
+            raise
+        except Exception:
+            log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
+            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
+            return
         if tenure is None:
             return  # another worker was first
         context.epoch = tenure.epoch
