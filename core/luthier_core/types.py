@@ -136,7 +136,7 @@ class OptimizerConfig(WireModel):
     def refuse_unsupported(self) -> None:
         if self.type != "adamw":
             raise Unsupported(
-                f"optimizer_config.type: {self.type!r} has no implementation here; supported is 'adamw'"
+                f"optimizer_config.type: {self.type!r} is not implemented; supported is 'adamw'"
             )
 
 
