@@ -178,7 +178,7 @@ def test_an_adapter_made_elsewhere_on_some_modules_is_loaded(folder: Path, tmp_p
     has_experts = any(name.endswith(".experts") for name, _ in base.named_modules())
     config = LoraConfig(
         r=4,
-        lora_alpha=LORA_ALPHA / 2,
+        lora_alpha=12,
         use_rslora=True,
         target_modules=["q_proj", "v_proj", "lm_head"],
         target_parameters=["mlp.experts.down_proj"] if has_experts else None,
