@@ -14,27 +14,40 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from log.capacity import measure_bytes, measure_throughput
 from log.figures import Part
 from log.latency import measure_latency
+from log.polls import measure_polls
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="20 s in all: does it run?")
-    parser.add_argument(
-        "--disk", type=Path, help="folder on the disk to measure (default: temporary)"
-    )
-    arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}\n")
+    arguments = _arguments()
     quick = arguments.quick
     parts: dict[str, Callable[[Path], Part]] = {
         "latency": lambda disk: measure_latency(disk, 30 if quick else 1000),
+        "throughput": lambda disk: measure_throughput(disk, 10 if quick else 200),
+        "polls": lambda disk: (
+            measure_polls(disk, 200, 20, 2) if quick else measure_polls(disk, 2000, 200, 50)
+        ),
+        "bytes": lambda disk: measure_bytes(disk, 20 if quick else 500),
     }
+    wanted = arguments.parts.split(",") if arguments.parts else list(parts)
+    if unknown := set(wanted) - set(parts):
+        raise SystemExit(f"--parts: no {sorted(unknown)}; there are {list(parts)}")
+    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}\n")
     with tempfile.TemporaryDirectory(prefix="lu-bench-", dir=arguments.disk) as disk:
-        for measure in parts.values():
-            part = measure(Path(disk))
+        for name in wanted:
+            part = parts[name](Path(disk))
             print(part.markdown(), part.json(), sep="\n", end="\n\n", flush=True)
     return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="does it run? figures mean nothing")
+    parser.add_argument("--parts", default="", help="names with commas (default: all)")
+    parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: /tmp)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

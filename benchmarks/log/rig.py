@@ -1,4 +1,4 @@
-"""The service on one machine with a toy trainer: Valkey, registry, gateways, workers; no sampler."""
+"""The service on one machine with toy trainers: Valkey, registry, gateways; no sampler."""
 
 import asyncio
 import contextlib

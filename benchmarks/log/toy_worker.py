@@ -15,18 +15,12 @@ from typing import Any
 
 from instant_stub import forward_backward_result
 
+from log.traffic import FACTS
 from luthier_core import keys, protocol
 from luthier_core.service import WorkerParts, worker_main
 from luthier_trainer.execution import Executor
 from luthier_trainer.worker import Worker
 
-FACTS = {
-    "vocab_size": 1000,
-    "max_context_tokens": 4096,
-    "architecture": "toy",
-    "tokenizer_id": "toy",
-}
-"""What the gateway checks requests against."""
 PROBATION = {"shipped": protocol.PROBATION, "every": 10**9, "none": 0}
 
 

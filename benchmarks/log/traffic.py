@@ -15,6 +15,13 @@ from luthier_core.proto import wire_pb2
 
 PROTOBUF = "application/x-protobuf"
 NUM_TOKENS = 16
+FACTS = {
+    "vocab_size": 1000,
+    "max_context_tokens": 4096,
+    "architecture": "toy",
+    "tokenizer_id": "toy",
+}
+"""What the gateway checks requests against."""
 
 
 def forward_backward(run_id: str, seq: int) -> bytes:
