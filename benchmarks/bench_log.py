@@ -17,6 +17,7 @@ from pathlib import Path
 from log.capacity import measure_bytes, measure_throughput
 from log.figures import Part
 from log.latency import measure_latency
+from log.overload import measure_overload
 from log.polls import measure_polls
 
 
@@ -30,6 +31,9 @@ def main() -> int:
             measure_polls(disk, 200, 20, 2) if quick else measure_polls(disk, 2000, 200, 50)
         ),
         "bytes": lambda disk: measure_bytes(disk, 20 if quick else 500),
+        "overload": lambda disk: (
+            measure_overload(disk, 5.0, 3, 1) if quick else measure_overload(disk, 5.0, 20, 5)
+        ),
     }
     wanted = arguments.parts.split(",") if arguments.parts else list(parts)
     if unknown := set(wanted) - set(parts):

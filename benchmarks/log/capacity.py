@@ -31,8 +31,9 @@ def measure_throughput(disk: Path, num_rounds: int, num_clients: int = 2, repeat
     part.figures |= {"plain_ops_per_s": plain, "plain_server_cores": plain_cores}
     num_runs = num_clients * load.num_sockets * load.runs_per_socket
     part.notes.append(
-        f"{num_clients} client processes, {num_clients * load.num_sockets} sockets, {num_runs} runs, "
-        f"{load.payload_bytes} B payloads, {load.result_bytes} B results; commands packed ahead"
+        f"{num_clients} client processes, {num_clients * load.num_sockets} sockets, "
+        f"{num_runs} runs, {load.payload_bytes} B payloads, {load.result_bytes} B results; "
+        "commands packed ahead"
     )
     return part
 

@@ -76,7 +76,7 @@ async def _measure(rig: Rig, num_polls: int, num_wakes: int, idle_s: float) -> P
         for run_id in run_ids:
             await log.create(run_id)
         await _warm_up(client, run_ids)
-        before, quiet = gateway.memory_info().rss, await _cores(gateway, idle_s)
+        before, quiet = gateway.memory_info().rss, await _cores(gateway, min(idle_s, 5.0))
         delivered: dict[str, asyncio.Future[float]] = {}
         polls = [
             asyncio.create_task(_poll(client, f"{run_id}:{seq}", delivered))
@@ -132,7 +132,7 @@ async def _poll(client: Client, request_id: str, ended: dict[str, asyncio.Future
 
 async def _until_open(gateway: psutil.Process, num_polls: int) -> None:
     """Once the gateway has that many connections; the client opens one for each poll."""
-    while len(gateway.net_connections("tcp")) < num_polls:
+    while len(gateway.net_connections("tcp")) < num_polls:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
 
 
@@ -142,7 +142,7 @@ async def _cores(process: psutil.Process, window_s: float) -> float:
     await asyncio.sleep(window_s)
     after = process.cpu_times()
     busy = after.user + after.system - before.user - before.system
-    return busy / (time.perf_counter() - start)
+    return max(busy, 0.0) / (time.perf_counter() - start)
 
 
 async def _wake(

@@ -145,9 +145,13 @@ class Client:
             return response.status, await response.read()
 
 
+def open_client(rig: Rig, tenant: str = "ann") -> contextlib.AbstractAsyncContextManager[Client]:
+    return open_gateways(rig.urls, tenant)
+
+
 @contextlib.asynccontextmanager
-async def open_client(rig: Rig, tenant: str = "ann") -> AsyncIterator[Client]:
+async def open_gateways(urls: list[str], tenant: str) -> AsyncIterator[Client]:
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        yield Client(rig.urls, http, tenant)
+        yield Client(urls, http, tenant)
