@@ -389,6 +389,20 @@ class Oplog:
         known = await cast(Any, self.redis.hget(keys.run_header(run_id), f"d:{seq}"))
         return int(known.split()[2]) if known else None
 
+    async def accepted(self, run_id: str, seq: int) -> tuple[RunHeader | None, bool]:
+        """The run's header if there is such a run, and whether this op has been admitted or parked.
+
+        Parking first: an op leaves it for the log only, so between the two reads it cannot be lost.
+        """
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.hexists(keys.run_parked(run_id), str(seq))
+        pipe.hmget(keys.run_header(run_id), HEADER_FIELDS)
+        is_parked, values = await pipe.execute()
+        if values[0] is None:
+            return None, False
+        header = RunHeader.from_values(values)
+        return header, bool(is_parked) or seq <= header.admitted
+
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
 

@@ -98,7 +98,7 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id) and not await self._is_admitted(run_id, seq):
+        if await self._is_finished(session_id) and not (await self.oplog.accepted(run_id, seq))[1]:
             raise BadRequest(f"session {session_id} is finished")
         return run
 
@@ -117,12 +117,6 @@ class Backends:
             self.oplog.redis.hget(keys.session_header(session_id), "status"),
         )
         return status == b"finished"
-
-    async def _is_admitted(self, run_id: str, seq: int) -> bool:
-        header = await self.oplog.header(run_id)
-        return header is not None and (
-            seq <= header.admitted or await self.oplog.is_parked(run_id, seq)
-        )
 
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""

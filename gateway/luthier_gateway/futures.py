@@ -177,10 +177,8 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
             raise Gone(f"request_id={future.parent}:{future.seq}")
         return
     seq = int(future.seq)
-    header = await backends.oplog.header(future.parent)
-    if header is None or (
-        seq > header.admitted and not await backends.oplog.is_parked(future.parent, seq)
-    ):
+    header, is_accepted = await backends.oplog.accepted(future.parent, seq)
+    if header is None or not is_accepted:
         await backends.oplog.lost(future.parent, seq)
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
     if seq <= header.committed and await backends.futures.outcome(future) is None:
