@@ -1,8 +1,9 @@
 """Pure: which waiting ops make up the next clock cycle.
 
-Each run that has something waiting gets one share: its leading forward and forward_backward ops
-and the op that ends them, so that an optimizer step runs in the cycle of its gradients. The run
-served longest ago comes first, so that one with a deep queue does not keep the others waiting.
+Each tenant that has something waiting gets one share: of its runs the one served longest ago, with
+its leading forward and forward_backward ops and the op that ends them, so that an optimizer step
+runs in the cycle of its gradients. The tenant served longest ago comes first. So neither many runs
+nor a deep queue of one tenant keeps the others waiting: reliability G13.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ _GOES_ON = frozenset({Kind.FORWARD, Kind.FORWARD_BACKWARD})
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What waits at the head of one run."""
+    """What waits at the head of one run, if anything does."""
 
     run_id: str
+    tenant: str
     kinds: tuple[Kind, ...]
     last_cycle: int
     """The cycle that served this run last; -1 if none did."""
@@ -33,9 +35,19 @@ class Share:
 
 
 def plan(heads: Sequence[Head]) -> list[Share]:
-    """The shares of the next cycle, in the order in which they run."""
-    waiting = sorted((head for head in heads if head.kinds), key=lambda head: head.last_cycle)
-    return [Share(head.run_id, _share_of(head.kinds)) for head in waiting]
+    """The shares of the next cycle, in the order in which they run.
+
+    `heads` has every run, those with nothing waiting too: they say when their tenant was served.
+    """
+    served: dict[str, int] = {}
+    for head in heads:
+        served[head.tenant] = max(served.get(head.tenant, -1), head.last_cycle)
+    turns: dict[str, Head] = {}
+    for head in sorted(heads, key=lambda head: head.last_cycle):
+        if head.kinds:
+            turns.setdefault(head.tenant, head)
+    in_order = sorted(turns.values(), key=lambda head: served[head.tenant])
+    return [Share(head.run_id, _share_of(head.kinds)) for head in in_order]
 
 
 def _share_of(kinds: tuple[Kind, ...]) -> int:

@@ -36,7 +36,7 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.planner import Head, plan
+from luthier_trainer.planner import Head, Share, plan
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class OwnedRun:
     """One run that this worker owns."""
 
     tenure: Tenure
+    tenant: str
     effects: RunEffects
     # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
     commits: asyncio.Queue[tuple[Step, Executed]] = field(
@@ -242,7 +243,7 @@ class Worker:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
-        run = OwnedRun(tenure, effects)
+        run = OwnedRun(tenure, header.tenant, effects)
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
         await self._hints.subscribe(keys.run_new(run_id))
@@ -280,18 +281,26 @@ class Worker:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while heads := self._heads():
-                cycle = next(self._cycles)
-                for share in plan(heads):
-                    for _ in range(share.num_ops):
-                        await self._run_step(share.run_id, cycle)
+            while shares := plan(self._heads()):
+                await self._run_cycle(shares, next(self._cycles))
+
+    async def _run_cycle(self, shares: list[Share], cycle: int) -> None:
+        """Carry the shares out; it ends early, after an op, when a tenant without a share comes."""
+        tenants = {self._runs[share.run_id].tenant for share in shares}
+        for share in shares:
+            for _ in range(share.num_ops):
+                await self._run_step(share.run_id, cycle)
+                if not self._waiting_tenants() <= tenants:
+                    return
 
     def _heads(self) -> list[Head]:
         return [
-            Head(run_id, tuple(op.kind for op in run.owner.queued), run.last_cycle)
+            Head(run_id, run.tenant, tuple(op.kind for op in run.owner.queued), run.last_cycle)
             for run_id, run in self._runs.items()
-            if run.owner.num_queued
         ]
+
+    def _waiting_tenants(self) -> set[str]:
+        return {run.tenant for run in self._runs.values() if run.owner.num_queued}
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
