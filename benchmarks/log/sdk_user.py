@@ -15,6 +15,7 @@ import sys
 import time
 
 import numpy as np
+
 from log.rig import api_key
 from log.traffic import NUM_TOKENS
 

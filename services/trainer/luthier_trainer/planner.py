@@ -1,9 +1,9 @@
 """Pure: which waiting ops make up the next clock cycle.
 
-Each tenant that has something waiting gets one share: of its runs the one served longest ago, with
-its leading forward and forward_backward ops and the op that ends them, so that an optimizer step
-runs in the cycle of its gradients. The tenant served longest ago comes first. So neither many runs
-nor a deep queue of one tenant keeps the others waiting: reliability G13.
+A cycle is one share: of the tenant served longest ago that has something waiting, of its runs the
+one served longest ago, the leading forward and forward_backward ops and the op that ends them, so
+that an optimizer step runs in the cycle of its gradients. While another tenant waits a share is cut
+short. So neither many runs nor deep queues of one tenant keep the others waiting (reliability G13).
 """
 
 from collections.abc import Sequence
@@ -28,30 +28,34 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The first `num_ops` waiting ops of a run, one after the other."""
+    """The first waiting ops of a run, one after the other."""
 
     run_id: str
-    num_ops: int
+    tenant: str
+    kinds: tuple[Kind, ...]
+
+    def may_end_after(self, num_ops: int) -> bool:
+        """Whether it can be cut there; not before its last op if that is no gradient's."""
+        return num_ops < len(self.kinds) - 1 or self.kinds[-1] in _GOES_ON
 
 
-def plan(heads: Sequence[Head]) -> list[Share]:
-    """The shares of the next cycle, in the order in which they run.
+def plan(heads: Sequence[Head]) -> Share | None:
+    """The next cycle; None if nothing waits.
 
     `heads` has every run, those with nothing waiting too: they say when their tenant was served.
     """
     served: dict[str, int] = {}
     for head in heads:
         served[head.tenant] = max(served.get(head.tenant, -1), head.last_cycle)
-    turns: dict[str, Head] = {}
-    for head in sorted(heads, key=lambda head: head.last_cycle):
-        if head.kinds:
-            turns.setdefault(head.tenant, head)
-    in_order = sorted(turns.values(), key=lambda head: served[head.tenant])
-    return [Share(head.run_id, _share_of(head.kinds)) for head in in_order]
+    waiting = [head for head in heads if head.kinds]
+    if not waiting:
+        return None
+    chosen = min(waiting, key=lambda head: (served[head.tenant], head.last_cycle))
+    return Share(chosen.run_id, chosen.tenant, _share_of(chosen.kinds))
 
 
-def _share_of(kinds: tuple[Kind, ...]) -> int:
+def _share_of(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
     for index, kind in enumerate(kinds[:MAX_OPS_PER_SHARE]):
         if kind not in _GOES_ON:
-            return index + 1
-    return min(len(kinds), MAX_OPS_PER_SHARE)
+            return kinds[: index + 1]
+    return kinds[:MAX_OPS_PER_SHARE]

@@ -281,17 +281,15 @@ class Worker:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while shares := plan(self._heads()):
-                await self._run_cycle(shares, next(self._cycles))
+            while share := plan(self._heads()):
+                await self._run_share(share, next(self._cycles))
 
-    async def _run_cycle(self, shares: list[Share], cycle: int) -> None:
-        """Carry the shares out; it ends early, after an op, when a tenant without a share comes."""
-        tenants = {self._runs[share.run_id].tenant for share in shares}
-        for share in shares:
-            for _ in range(share.num_ops):
-                await self._run_step(share.run_id, cycle)
-                if not self._waiting_tenants() <= tenants:
-                    return
+    async def _run_share(self, share: Share, cycle: int) -> None:
+        """Carry a share out; while another tenant waits, no more of it than must be."""
+        for num_ops in range(1, len(share.kinds) + 1):
+            await self._run_step(share.run_id, cycle)
+            if share.may_end_after(num_ops) and self._others_wait(share.tenant):
+                return
 
     def _heads(self) -> list[Head]:
         return [
@@ -299,8 +297,8 @@ class Worker:
             for run_id, run in self._runs.items()
         ]
 
-    def _waiting_tenants(self) -> set[str]:
-        return {run.tenant for run in self._runs.values() if run.owner.num_queued}
+    def _others_wait(self, tenant: str) -> bool:
+        return any(run.owner.num_queued for run in self._runs.values() if run.tenant != tenant)
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
