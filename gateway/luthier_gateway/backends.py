@@ -98,8 +98,10 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id) and not (await self.oplog.accepted(run_id, seq))[1]:
-            raise BadRequest(f"session {session_id} is finished")
+        if await self._is_finished(session_id):
+            standing = await self.oplog.standing(run_id, seq)
+            if not standing.is_accepted:
+                raise BadRequest(f"session {session_id} is finished")
         return run
 
     async def check_sampling(self, sampler: SamplerRecord, seq: int) -> None:
