@@ -19,7 +19,7 @@ from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
-from luthier_gateway.auth import Authenticator
+from luthier_gateway.auth import Authenticator, Turns
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class Backends:
         blobs: Blobs,
         registry: RegistryClient,
         auth: Authenticator,
+        turns: Turns,
     ) -> None:
         self.config = config
         self.oplog = oplog
@@ -72,6 +73,7 @@ class Backends:
         self.blobs = blobs
         self.registry = registry
         self.auth = auth
+        self.turns = turns
         self._runs = Cache(self._load_run)
         self._samplers = Cache(self._load_sampler)
         self._models = Cache(self._load_model)
