@@ -24,7 +24,7 @@ from log.soak import measure_soak
 
 def main() -> int:
     arguments = _arguments()
-    quick = arguments.quick
+    quick, op_ms = arguments.quick, arguments.op_ms
     parts: dict[str, Callable[[Path], Part]] = {
         "latency": lambda disk: measure_latency(disk, 30 if quick else 1000),
         "throughput": lambda disk: measure_throughput(disk, 10 if quick else 200),
@@ -33,7 +33,7 @@ def main() -> int:
         ),
         "bytes": lambda disk: measure_bytes(disk, 20 if quick else 500),
         "overload": lambda disk: (
-            measure_overload(disk, 20.0, 3, 1) if quick else measure_overload(disk, 20.0, 20, 5)
+            measure_overload(disk, op_ms, 3, 1) if quick else measure_overload(disk, op_ms, 20, 5)
         ),
         "soak": lambda disk: (
             measure_soak(disk, arguments.rate, 3, 2)
@@ -59,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: /tmp)")
     parser.add_argument("--minutes", type=int, default=10, help="of the soak")
     parser.add_argument("--rate", type=float, default=100, help="ops per second of the soak")
+    parser.add_argument("--op-ms", type=float, default=20, help="of the overload's toy engine")
     parser.add_argument("--profile", type=int, default=0, help="top costs of a gateway to print")
     return parser.parse_args()
 
