@@ -15,6 +15,7 @@ from luthier_core.errors import (
     TooManyRequests,
     Unsupported,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.futures import FutureId
 from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Body, Outcome
@@ -42,6 +43,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
     config = backends.config.gateway
     future = _parse_id(wanted.request_id)
     _check_room(backends)
+    await failpoint("gw.poll")
     try:
         outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
@@ -228,6 +230,7 @@ async def _deliver(
     In this order: a client that was not told of a failure must not have its optimizer step obeyed
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
+    await failpoint("gw.deliver")
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):

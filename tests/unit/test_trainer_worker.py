@@ -457,7 +457,7 @@ async def test_an_op_behind_an_unexpected_error_is_executed_after_the_rebuild(
     assert trainer.engine.run_digest(A) == expected
 
 
-# --- gaps, and a Redis that went back --------------------------------------------------------------
+# --- gaps, and a Redis that went back -------------------------------------------------------------
 
 
 async def skip_one(client: Client) -> int:

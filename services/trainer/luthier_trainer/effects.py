@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import LuthierError
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Outcome
 from luthier_core.owner import Action, Step
@@ -17,6 +18,7 @@ from luthier_core.protocol import (
     Begin,
     CasHead,
     Commit,
+    CopyState,
     Effect,
     Execute,
     Executed,
@@ -24,26 +26,49 @@ from luthier_core.protocol import (
     FastForward,
     Finish,
     Head,
+    PutSnapshot,
     ReadFailed,
     ReadHead,
     Restore,
+    SnapshotRef,
     Tenure,
+    Trim,
     drive,
     recheck,
 )
+from luthier_core.records import RunRecord
 from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REDIS_RETRY_S = 1.0
 
+_POINTS: dict[type[Effect], str] = {
+    Acquire: "tr.acquire",
+    Restore: "tr.restore",
+    Begin: "tr.begin",
+    Commit: "tr.commit",
+    CopyState: "sn.copy",
+    PutSnapshot: "sn.upload",
+    Trim: "sn.trim",
+}
+"""Effect -> the failpoint before it; Execute and CasHead have two each."""
+
 
 class RunEffects:
     """The effects of one run under one tenure."""
 
     def __init__(
-        self, context: RunContext, oplog: Oplog, blobs: Blobs, executor: Executor, *, server: str
+        self,
+        context: RunContext,
+        oplog: Oplog,
+        blobs: Blobs,
+        executor: Executor,
+        snapshots: Snapshots | None,
+        *,
+        server: str,
     ) -> None:
         """`server`: Redis as it was before HEAD is read (Oplog.server_id)."""
         self.server = server
@@ -58,10 +83,13 @@ class RunEffects:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._snapshots = snapshots
 
     async def perform(self, effect: Effect) -> Any:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
         oplog = self._oplog
+        if (point := _POINTS.get(type(effect))) is not None:
+            await failpoint(point)
         match effect:
             case Execute(step):
                 return await self._execute(step)
@@ -84,6 +112,8 @@ class RunEffects:
             case ReadHead(run_id):
                 return await self._read_head(run_id)
             case CasHead(run_id, head, etag):
+                if self.tenure is not None:
+                    await failpoint("sn.cas")
                 return await self._cas_head(run_id, head, etag)
             case Acquire(run_id, epoch, owner):
                 return await oplog.acquire(run_id, epoch, owner, server=self.server)
@@ -94,15 +124,31 @@ class RunEffects:
             case Restore(run_id, None):
                 await self._executor.on_engine(self._executor.engine.drop, run_id)
                 return ()
-        raise NotImplementedError(f"{type(effect).__name__}: snapshots come with crash safety")
+            case Trim(run_id, epoch, seq):
+                return await self._patiently(
+                    lambda: oplog.trim(run_id, epoch, seq, server=self.server)
+                )
+        if self._snapshots is not None:
+            match effect:
+                case CopyState(run_id):
+                    return await self._snapshots.copy(run_id)
+                case PutSnapshot(_, ref, copy, missing):
+                    return await self._snapshots.put(self._context, ref, copy, missing)
+                case Restore(_, SnapshotRef() as ref):
+                    return await self._restore(self._snapshots, ref)
+        raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
     async def _execute(self, step: Step) -> Executed:
         try:
+            await failpoint("tr.exec" if step.publish else "tr.replay")
             if step.action is Action.CLEAR_GRADIENT:
                 engine = self._executor.engine
                 await self._executor.on_engine(engine.clear_gradient, self._context.run_id)
                 return Executed()
-            return Executed(rest=await self._executor.execute(self._context, step.op, self.cycle))
+            rest = await self._executor.execute(self._context, step.op, self.cycle)
+            if step.publish:
+                await failpoint("tr.mid")
+            return Executed(rest=rest)
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))
         except Exception:
@@ -115,6 +161,13 @@ class RunEffects:
             return await rest()
         except LuthierError as error:
             return Outcome.failure(error.message, error.category)
+
+    async def _restore(self, snapshots: Snapshots, ref: SnapshotRef) -> tuple[int, ...] | None:
+        missing = await snapshots.restore(self._context, ref)
+        # Op 0, which brings the record along otherwise, is not replayed.
+        key = keys.run_record(self._context.tenant, self._context.run_id)
+        self._context.record = RunRecord.from_bytes(await self._blobs.get(key))
+        return missing
 
     async def _read_head(self, run_id: str) -> tuple[Head | None, str]:
         try:

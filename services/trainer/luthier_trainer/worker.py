@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
+from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
@@ -37,6 +38,7 @@ from luthier_core.protocol import (
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.planner import Head, Share, plan
+from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class OwnedRun:
     last_cycle: int = -1
     may_have_more: bool = False
     """The last read of the log was full, or left out for want of room."""
+    snapshotter: Snapshotter | None = None
 
     @property
     def owner(self) -> Owner:
@@ -82,6 +85,7 @@ class Worker:
         blobs: Blobs,
         executor: Executor,
         first_cycle: int,
+        snapshots: Snapshots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base_model = base_model
@@ -90,6 +94,7 @@ class Worker:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._snapshots = snapshots
         self._cycles = itertools.count(first_cycle)
         self._clock = clock
         self._runs: dict[str, OwnedRun] = {}
@@ -189,14 +194,17 @@ class Worker:
                 run.may_have_more = True
         if not cursors:
             return
+        await failpoint("tr.read")
         for run_id, ops in (await self._oplog.read_log(cursors)).items():
-            if (fed := self._runs.get(run_id)) is not None:
-                try:
-                    feed(fed.tenure, ops)
-                except Left as error:
-                    log.warning("leaving a run: %s", error)
-                    await self._forget(fed)
-                fed.may_have_more = len(ops) == READ_AHEAD
+            if (fed := self._runs.get(run_id)) is None:
+                continue
+            try:
+                feed(fed.tenure, ops)
+            except Left as error:
+                log.warning("leaving a run: %s", error)
+                await self._forget(fed)
+                continue
+            fed.may_have_more = len(ops) == READ_AHEAD
         self._ready.set()
 
     async def _adopt(self, headers: dict[str, RunHeader]) -> None:
@@ -237,13 +245,19 @@ class Worker:
     async def _acquire(self, run_id: str, header: RunHeader) -> None:
         context = RunContext(run_id=run_id, tenant=header.tenant)
         server = await self._oplog.server_id(run_id)
-        effects = RunEffects(context, self._oplog, self._blobs, self._executor, server=server)
+        effects = RunEffects(
+            context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
+        )
         tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         if tenure is None:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, effects)
+        if self._snapshots is not None:
+            run.snapshotter = Snapshotter(
+                tenure, self._snapshots, effects.perform, lambda: self._forget(run)
+            )
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
         await self._hints.subscribe(keys.run_new(run_id))
@@ -270,6 +284,8 @@ class Worker:
         await self._executor.on_engine(self._executor.engine.drop, run_id)
         if run.committer is not None and run.committer is not asyncio.current_task():
             run.committer.cancel()
+        if run.snapshotter is not None:
+            run.snapshotter.cancel()
         # Nobody commits these any more; whoever waits for room or for the last of them goes on.
         while not run.commits.empty():
             run.commits.get_nowait()
@@ -323,6 +339,9 @@ class Worker:
             await run.commits.put(carried_out)
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
+        if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
+            await run.snapshotter.copy_if_due(carried_out[0])
+            run.snapshotter.store_if_committed()
         if run.effects.state_is_unknown:
             await run.commits.join()
             await self._forget(run)
@@ -348,6 +367,8 @@ class Worker:
                 await self._forget(run)
                 return
             run.commits.task_done()
+            if run.snapshotter is not None:
+                run.snapshotter.store_if_committed()
 
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""
@@ -357,6 +378,8 @@ class Worker:
         for run in list(self._runs.values()):
             if run.committer is not None:
                 run.committer.cancel()
+            if run.snapshotter is not None:
+                run.snapshotter.cancel()
         await self._lease.release()
 
 
