@@ -110,11 +110,13 @@ class Client:
     futures: Futures
     blobs: DiskBlobs
     next_seq: dict[str, int] = field(default_factory=dict)
+    tenants: dict[str, str] = field(default_factory=dict)
+    """Run -> whose it is, if not TENANT's."""
 
     async def create(self, run_id: str, *, seed: int = 1, source: Any = None) -> None:
         record = RunRecord(
             run_id=run_id,
-            tenant=TENANT,
+            tenant=self.tenants.get(run_id, TENANT),
             session_id=run_id.partition(":")[0],
             base_model=MODEL,
             lora=LoraConfig(rank=2, seed=seed),
@@ -133,7 +135,10 @@ class Client:
         op = Op(run_id=run_id, seq=seq, kind=kind, digest=digest, body=body)
         header = {"base_model": MODEL, "facts": "{}"}
         admission = await self.oplog.admit(
-            op, tenant=TENANT, limits=LimitsConfig(), header=None if seq else header
+            op,
+            tenant=self.tenants.get(run_id, TENANT),
+            limits=LimitsConfig(),
+            header=None if seq else header,
         )
         assert admission.status == "OK"
         if not admission.owner:
@@ -790,6 +795,38 @@ async def test_what_was_queued_when_a_worker_died_is_executed_by_the_next(
     await rig.client.completed(A)
     expected = rig.reference(A, *(gradient(number) for number in range(3)))
     assert second.engine.run_digest(A) == expected
+
+
+async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = await rig.start("t0")
+    rig.client.tenants[B] = "bob"
+    for run_id in (A, B):
+        await rig.client.create(run_id)
+        await rig.client.completed(run_id)
+    executed: list[str] = []
+    may_go_on = threading.Semaphore(0)
+    whole = trainer.engine.forward_backward
+
+    def slow(run_id: str, *args: Any, **kwargs: Any) -> bytes:
+        executed.append(run_id)
+        may_go_on.acquire(timeout=30)
+        return whole(run_id, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.engine, "forward_backward", slow)
+    owned = trainer.worker._runs
+    for number in range(8):
+        await rig.client.forward_backward(A, gradient(number))
+    await until(lambda: owned[A].owner.num_queued == 8)
+    may_go_on.release()
+    await until(lambda: len(executed) == 2)  # the first of a share of seven
+    await rig.client.forward_backward(B, gradient(0))
+    await until(lambda: owned[B].owner.num_queued == 1)
+    may_go_on.release(8)
+    for run_id in (A, B):
+        await rig.client.completed(run_id)
+    assert executed == [A, A, B, A, A, A, A, A, A]
 
 
 async def test_a_worker_whose_run_was_taken_over_publishes_nothing_and_drops_it(
