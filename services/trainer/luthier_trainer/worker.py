@@ -98,6 +98,8 @@ class Worker:
         self._news = asyncio.Event()
         self._ready = asyncio.Event()
         self._unowned_since: dict[str, float] = {}
+        self._executing = ""
+        """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -184,6 +186,8 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
+            if run_id == self._executing:
+                continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
             if header.pending:
@@ -258,7 +262,9 @@ class Worker:
                 cycle = next(self._cycles)
                 for share in plan(heads):
                     for _ in range(share.num_ops):
+                        self._executing = share.run_id
                         await self._run_step(share.run_id, cycle)
+                        self._executing = ""
 
     def _heads(self) -> list[Head]:
         return [
@@ -314,10 +320,11 @@ class Worker:
                     error,
                     exc_info=not isinstance(error, Left),
                 )
-                run.commits.task_done()
                 await self._forget(run)
                 return
-            run.commits.task_done()
+            finally:
+                # Also when it is cancelled: who waits for the last commit must not wait for ever.
+                run.commits.task_done()
             if run.snapshotter is not None:
                 run.snapshotter.store_if_committed()
 
