@@ -183,6 +183,7 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
     if header is None or (
         seq > header.admitted and not await backends.has_arrived(future.parent, seq)
     ):
+        await backends.oplog.lost(future.parent, seq)
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
     if seq <= header.committed and await backends.futures.outcome(future) is None:
         raise Gone(f"request_id={future.parent}:{seq}")

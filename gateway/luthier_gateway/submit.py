@@ -141,7 +141,7 @@ def _raise_unless_admitted(status: str, run_id: str, seq: int) -> None:
     if status == "MISMATCH":
         raise BadRequest(f"seq_id: {seq} of {run_id} was used for a request with another body")
     if status == "DEAD":
-        raise BadRequest(f"model_id: {run_id} could not be created; create another")
+        raise BadRequest(f"model_id: {run_id} has failed: it takes no more requests")
     if status == "FAR":
         raise TooManyRequests(f"seq_id {seq} is too far ahead of what has arrived for {run_id}")
     raise TooManyRequests(f"the queue of {run_id} is full until it has executed more")

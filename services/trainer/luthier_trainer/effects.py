@@ -1,6 +1,7 @@
 """What the protocol core asks of a trainer, done for real: Redis, the object store, the engine."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import LuthierError
 from luthier_core.failpoints import failpoint
-from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Outcome
 from luthier_core.owner import Action, Step
 from luthier_core.protocol import (
@@ -21,6 +22,7 @@ from luthier_core.protocol import (
     Effect,
     Execute,
     Executed,
+    FailRange,
     FastForward,
     Finish,
     Head,
@@ -65,7 +67,12 @@ class RunEffects:
         blobs: Blobs,
         executor: Executor,
         snapshots: Snapshots | None,
+        *,
+        server: str,
     ) -> None:
+        """`server`: Redis as it was before HEAD is read (Oplog.server_id)."""
+        self.server = server
+        """On which HEAD has been found to be ours since it started."""
         self.cycle = 0
         """Number of the clock cycle under way."""
         self.tenure: Tenure | None = None
@@ -87,11 +94,21 @@ class RunEffects:
             case Execute(step):
                 return await self._execute(step)
             case Begin(run_id, epoch, seq):
-                return await self._patiently(lambda: oplog.begin(run_id, epoch, seq))
+                return await self._patiently(
+                    lambda: oplog.begin(run_id, epoch, seq, server=self.server)
+                )
             case Finish(_, rest):
                 return await self._finish(rest)
-            case Commit(run_id, epoch, seq, outcome):
-                return await self._patiently(lambda: oplog.commit(run_id, epoch, seq, outcome))
+            case Commit(run_id, epoch, seq, outcome, gradient):
+                return await self._patiently(
+                    lambda: oplog.commit(
+                        run_id, epoch, seq, outcome, gradient=gradient, server=self.server
+                    )
+                )
+            case FailRange(run_id, epoch, seqs, outcome):
+                return await self._patiently(
+                    lambda: oplog.fail_range(run_id, epoch, seqs, outcome, server=self.server)
+                )
             case ReadHead(run_id):
                 return await self._read_head(run_id)
             case CasHead(run_id, head, etag):
@@ -99,16 +116,18 @@ class RunEffects:
                     await failpoint("sn.cas")
                 return await self._cas_head(run_id, head, etag)
             case Acquire(run_id, epoch, owner):
-                return await oplog.acquire(run_id, epoch, owner)
+                return await oplog.acquire(run_id, epoch, owner, server=self.server)
             case ReadFailed(run_id):
                 return await oplog.failed_seqs(run_id)
             case FastForward(run_id, epoch, seq):
-                return await oplog.ffwd(run_id, epoch, seq)
+                return await oplog.ffwd(run_id, epoch, seq, server=self.server)
             case Restore(run_id, None):
                 await self._executor.on_engine(self._executor.engine.drop, run_id)
                 return ()
             case Trim(run_id, epoch, seq):
-                return await self._patiently(lambda: oplog.trim(run_id, epoch, seq))
+                return await self._patiently(
+                    lambda: oplog.trim(run_id, epoch, seq, server=self.server)
+                )
         if self._snapshots is not None:
             match effect:
                 case CopyState(run_id):
@@ -174,10 +193,16 @@ class RunEffects:
 
         Left if the run is another's by then: Redis may have come back in an earlier state.
         """
+        run_id = self._context.run_id
         while True:
             try:
                 return await call()
+            except RedisRestarted:
+                log.warning("redis was restarted: looking whether %s is ours", run_id)
             except REDIS_ERRORS:
                 log.warning("redis is away; trying again")
                 await asyncio.sleep(REDIS_RETRY_S)
-            await drive(recheck(self._context.run_id, self.tenure), self.perform)
+            with contextlib.suppress(*REDIS_ERRORS):
+                server = await self._oplog.server_id(run_id)
+                await drive(recheck(run_id, self.tenure), self.perform)
+                self.server = server

@@ -30,6 +30,9 @@ from luthier_core.protocol import (
     commit_next,
     drive,
     execute_next,
+    feed,
+    gap_is_overdue,
+    give_up_gap,
     take_over,
 )
 from luthier_trainer.effects import RunEffects
@@ -136,13 +139,49 @@ class Worker:
             try:
                 if self._clock() >= next_sweep or hinted - self._runs.keys():
                     next_sweep = self._clock() + SWEEP_S
-                    hinted |= self._runs.keys()
-                    await self._adopt(await self._oplog.live_runs(self._base_model))
+                    await self._sweep()
                     hinted |= self._runs.keys()
                 await self._read(hinted)
             except REDIS_ERRORS:
                 log.warning("redis is away; trying again", exc_info=True)
                 await asyncio.sleep(SWEEP_S)
+
+    async def _sweep(self) -> None:
+        """Look at every live run and at every own one: hints may be lost, and time passes."""
+        known = {run_id: (run, run.tenure.committed) for run_id, run in self._runs.items()}
+        live = await self._oplog.live_runs(self._base_model)
+        headers = await self._oplog.headers(sorted({*live, *known}))
+        for run_id, (run, committed) in known.items():
+            if self._runs.get(run_id) is run:
+                await self._compare(run, headers.pop(run_id, None), committed)
+        await self._adopt({r: header for r, header in headers.items() if r not in self._runs})
+
+    async def _compare(self, run: OwnedRun, header: RunHeader | None, committed: int) -> None:
+        """Leave an own run whose header is behind us or another's; give an overdue gap up.
+
+        `committed`: what this worker had committed before the header was read.
+        """
+        tenure = run.tenure
+        if header is None or header.epoch != tenure.epoch or header.committed < committed:
+            log.warning("leaving %s: its header is not what we left there", tenure.run_id)
+            await self._forget(run)
+        elif (
+            run.idle
+            and header.admitted == tenure.committed
+            and await self._is_overdue(tenure.run_id, header)
+        ):
+            with contextlib.suppress(Left):  # what was missing has come after all
+                last = await self._oplog.last_parked(tenure.run_id)
+                await drive(give_up_gap(tenure, last), run.effects.perform)
+            await self._forget(run)
+
+    async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:
+        """Whether ops wait above a gap that is not going to be filled."""
+        if not header.gap_since:
+            return False
+        ended = await self._oplog.session_has_ended(run_id)
+        timeout_s = self._config.gap_timeout_s
+        return gap_is_overdue(header, time.time(), session_has_ended=ended, timeout_s=timeout_s)
 
     async def _read(self, run_ids: set[str]) -> None:
         """Feed the owners what is new in their logs, as far as they have room."""
@@ -160,21 +199,19 @@ class Worker:
         for run_id, ops in (await self._oplog.read_log(cursors)).items():
             if (fed := self._runs.get(run_id)) is None:
                 continue
-            if ops[0].seq > cursors[run_id]:
-                # Another owner has trimmed it, so it has taken the run over.
-                log.warning("leaving a run: the log of %s begins at seq %d", run_id, ops[0].seq)
+            try:
+                feed(fed.tenure, ops)
+            except Left as error:
+                log.warning("leaving a run: %s", error)
                 await self._forget(fed)
                 continue
-            fed.owner.feed(ops)
             fed.may_have_more = len(ops) == READ_AHEAD
         self._ready.set()
 
-    async def _adopt(self, run_ids: list[str]) -> None:
+    async def _adopt(self, headers: dict[str, RunHeader]) -> None:
         """Take the runs that have work and no live owner; let go of those that have neither."""
-        strangers = [run_id for run_id in run_ids if run_id not in self._runs]
-        if not strangers:
+        if not headers:
             return
-        headers = await self._oplog.headers(strangers)
         workers = await self._oplog.live_workers()
         trainers = [
             name
@@ -190,9 +227,11 @@ class Worker:
                 continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
-            if header.pending:
+            if header.pending or await self._is_overdue(run_id, header):
                 if len(self._runs) < self._config.max_runs or await self._make_room():
                     await self._acquire(run_id, header)
+            elif header.gap_since:
+                continue  # it stays listed: somebody has to give the gap up
             elif not header.owner or await self._oplog.release(run_id, header.epoch):
                 await self._oplog.retire_run(self._base_model, run_id)
         self._unowned_since = {
@@ -208,7 +247,10 @@ class Worker:
 
     async def _acquire(self, run_id: str, header: RunHeader) -> None:
         context = RunContext(run_id=run_id, tenant=header.tenant)
-        effects = RunEffects(context, self._oplog, self._blobs, self._executor, self._snapshots)
+        server = await self._oplog.server_id(run_id)
+        effects = RunEffects(
+            context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
+        )
         tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         if tenure is None:
             return  # another worker was first
@@ -228,8 +270,8 @@ class Worker:
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
         for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
-            run_id, epoch = run.tenure.run_id, run.tenure.epoch
-            if run.idle and await self._oplog.release(run_id, epoch):
+            run_id, epoch, server = run.tenure.run_id, run.tenure.epoch, run.effects.server
+            if run.idle and await self._oplog.release(run_id, epoch, server=server):
                 await self._oplog.retire_run(self._base_model, run_id)
                 await self._forget(run)
                 return True
