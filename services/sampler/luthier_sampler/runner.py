@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from luthier_model.base import BaseModel
-from luthier_model.lora import Segment
+from luthier_model.lora import MIN_ROWS, Segment
 from luthier_model.paged import KvCache, PagedAttention, Span
 from luthier_sampler.sampling import most_likely
 from luthier_sampler.sequence import Chunk
@@ -39,9 +40,9 @@ class Runner:
         sampling = [
             (chunk, stop - 1) for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples
         ]
-        rows_B = self._tensor([row for _, row in sampling])
+        rows = [row for _, row in sampling]
         segments = _segments((chunk, 1) for chunk, _ in sampling)
-        return self.model.logits(hidden_TD[rows_B], segments)
+        return self._logits(hidden_TD[self._tensor(rows)], segments)
 
     def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         tokens: list[int] = []
@@ -50,12 +51,18 @@ class Runner:
             tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
         spans = [Span(c.num_tokens, c.stop, c.sequence.block_table) for c in chunks]
+        num_padding = max(0, MIN_ROWS - len(tokens))
         return self.model.hidden(
-            self._tensor(tokens),
-            self._tensor(positions),
+            self._tensor(tokens + [0] * num_padding),
+            self._tensor(positions + [0] * num_padding),
             PagedAttention(self.cache, spans),
-            _segments((chunk, chunk.num_tokens) for chunk in chunks),
+            _padded(_segments((chunk, chunk.num_tokens) for chunk in chunks)),
         )
+
+    def _logits(self, hidden_MD: Tensor, segments: list[Segment]) -> Tensor:
+        num_padding = max(0, MIN_ROWS - len(hidden_MD))
+        padded_MD = F.pad(hidden_MD, (0, 0, 0, num_padding))
+        return self.model.logits(padded_MD, _padded(segments))[: len(hidden_MD)]
 
     def _score_prompt(self, chunk: Chunk, hidden_TD: Tensor) -> None:
         """Raw logprobs of the prompt tokens that the chunk's rows predict, each the next one."""
@@ -64,7 +71,7 @@ class Runner:
         for start in range(first, stop, SCORE_CHUNK_TOKENS):
             targets_T = self._tensor(request.prompt[start : min(start + SCORE_CHUNK_TOKENS, stop)])
             rows_TD = hidden_TD[start - first :][: len(targets_T)]
-            logits_TV = self.model.logits(rows_TD, [Segment(0, len(rows_TD), request.adapter)])
+            logits_TV = self._logits(rows_TD, [Segment(0, len(rows_TD), request.adapter)])
             logprobs_TV = logits_TV.log_softmax(-1)
             scores_T = logprobs_TV.gather(1, targets_T[:, None])[:, 0]
             request.prompt_logprobs[start : start + len(scores_T)] = scores_T.cpu().numpy()
@@ -73,6 +80,14 @@ class Runner:
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+
+
+def _padded(segments: list[Segment]) -> list[Segment]:
+    """The segments of at least MIN_ROWS rows: padding belongs to the last one."""
+    if not segments or segments[-1].stop >= MIN_ROWS:
+        return segments
+    last = segments[-1]
+    return [*segments[:-1], Segment(last.start, MIN_ROWS, last.adapter)]
 
 
 def _segments(rows: Iterable[tuple[Chunk, int]]) -> list[Segment]:
