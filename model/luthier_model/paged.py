@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from luthier_model.base import ModelFacts
 
 ROW_MULTIPLE = 4
-"""Fewer query rows take a matrix-vector path, whose sums differ in their last bits."""
+"""Fewer rows take a matrix-vector path, whose sums differ in their last bits."""
 KEY_MULTIPLE = 16
 """A register's floats: a masked key in a lane of its own adds an exact zero."""
 

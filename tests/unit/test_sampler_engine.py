@@ -121,6 +121,12 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -
     )
 
 
+def rows_are_independent() -> bool:
+    """Whether, on this CPU, a row of a matrix product is the same in products of different size."""
+    x, y = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(3))
+    return all(torch.equal((x[:rows] @ y)[0], (x @ y)[0]) for rows in range(4, 64))
+
+
 LONG = request("long", max_tokens=40, ignore_eos=True)
 SHORT = request("short", max_tokens=3, ignore_eos=True, prompt=(9, 8), seed=2)
 
@@ -173,7 +179,7 @@ def test_a_batch_gives_each_request_what_it_gets_alone(make_engine):
             one, other = np.frombuffer(one, "<f4"), np.frombuffer(other, "<f4")
             deviation = max(deviation, np.nanmax(np.abs(one - other), initial=0.0))
     print(f"batched and alone: logprobs differ by at most {deviation:.1e}")
-    assert deviation < 1e-6
+    assert deviation == 0 if rows_are_independent() else deviation < 1e-6
 
 
 def test_preempted_sequences_continue_with_the_same_tokens(make_engine):

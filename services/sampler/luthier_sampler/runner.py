@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier_model.base import BaseModel
-from luthier_model.lora import MIN_ROWS, Segment
-from luthier_model.paged import KvCache, PagedAttention, Span
+from luthier_model.lora import Segment
+from luthier_model.paged import ROW_MULTIPLE, KvCache, PagedAttention, Span
 from luthier_sampler.sampling import most_likely
 from luthier_sampler.sequence import Chunk
 
@@ -51,7 +51,7 @@ class Runner:
             tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
         spans = [Span(c.num_tokens, c.stop, c.sequence.block_table) for c in chunks]
-        num_padding = max(0, MIN_ROWS - len(tokens))
+        num_padding = -len(tokens) % ROW_MULTIPLE
         return self.model.hidden(
             self._tensor(tokens + [0] * num_padding),
             self._tensor(positions + [0] * num_padding),
@@ -60,7 +60,9 @@ class Runner:
         )
 
     def _logits(self, hidden_MD: Tensor, segments: list[Segment]) -> Tensor:
-        num_padding = max(0, MIN_ROWS - len(hidden_MD))
+        if not segments:
+            return hidden_MD.new_empty(0, self.model.facts.vocab_size, dtype=torch.float32)
+        num_padding = -len(hidden_MD) % ROW_MULTIPLE
         padded_MD = F.pad(hidden_MD, (0, 0, 0, num_padding))
         return self.model.logits(padded_MD, _padded(segments))[: len(hidden_MD)]
 
@@ -83,11 +85,9 @@ class Runner:
 
 
 def _padded(segments: list[Segment]) -> list[Segment]:
-    """The segments of at least MIN_ROWS rows: padding belongs to the last one."""
-    if not segments or segments[-1].stop >= MIN_ROWS:
-        return segments
+    """The segments of a multiple of ROW_MULTIPLE rows: padding belongs to the last one."""
     last = segments[-1]
-    return [*segments[:-1], Segment(last.start, MIN_ROWS, last.adapter)]
+    return [*segments[:-1], Segment(last.start, last.stop + -last.stop % ROW_MULTIPLE, last.adapter)]
 
 
 def _segments(rows: Iterable[tuple[Chunk, int]]) -> list[Segment]:
