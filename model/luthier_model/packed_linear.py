@@ -13,18 +13,18 @@ from luthier_model.base import BaseModel
 from luthier_model.lora import MultiLoRALinear
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """Stands for an nn.Linear whose weight does not change any more."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
+        self.weight, self.bias = linear.weight, linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+    def forward(self, input: Tensor) -> Tensor:
+        packed = self._packed
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
         return out
 
 
@@ -35,7 +35,7 @@ def pack_linears(model: BaseModel) -> None:
     The plain weights are let go, but for those that an embedding shares.
     """
     packable = model.device.type == "cpu" and model.dtype == torch.float32
-    if not packable or not torch.backends.mkldnn.is_available():
+    if not packable or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     shared = model.module.get_input_embeddings().weight
     for part in model.module.modules():

@@ -110,11 +110,12 @@ class PagedAttention:
     ) -> Tensor:
         """query [H, T, Dh], key and value [K, T, Dh], rotated -> [T, H, Dh]."""
         cached = self._cache.keys[layer], self._cache.values[layer]
+        num_new = len(self._new_slots)
         for blocks, new in zip(cached, (key, value), strict=True):
             if len(self._begun_blocks):
                 blocks.index_fill_(0, self._begun_blocks, 0)
             slots_SKD = blocks.view(-1, *blocks.shape[2:])
-            slots_SKD.index_copy_(0, self._new_slots, new[:, : len(self._new_slots)].transpose(0, 1))
+            slots_SKD.index_copy_(0, self._new_slots, new[:, :num_new].transpose(0, 1))
         query_THD = query.transpose(0, 1)
         out_THD = torch.zeros_like(query_THD, memory_format=torch.contiguous_format)
         for group in self._groups:
@@ -194,9 +195,10 @@ class _Group:
         """[B, 1, Q, L]: 0 where a key may be seen, else -inf."""
         if window not in self._masks:
             key_L = torch.arange(self._num_keys, device=self._table.device)
-            seen_BQL = seen_keys(self._position_BQ.reshape(-1), key_L, window).view(*self._shape, -1)
-            mask_BQL = torch.zeros(seen_BQL.shape, dtype=dtype, device=key_L.device)
-            self._masks[window] = mask_BQL.masked_fill_(~seen_BQL, -torch.inf)[:, None]
+            seen_NL = seen_keys(self._position_BQ.reshape(-1), key_L, window)
+            mask_NL = torch.zeros(seen_NL.shape, dtype=dtype, device=key_L.device)
+            mask_NL.masked_fill_(~seen_NL, -torch.inf)
+            self._masks[window] = mask_NL.view(*self._shape, -1)[:, None]
         return self._masks[window]
 
 

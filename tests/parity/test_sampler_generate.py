@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from luthier_core.config import SamplerConfig
+from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel, load_base_model
@@ -178,3 +179,62 @@ def check_topk(prompt: list[int], scores: np.ndarray, table: wire_pb2.TopkLogpro
             assert score == row[row_ids.tolist().index(token)]
         else:
             assert score <= row[-1]
+
+
+def test_every_way_to_score_a_prompt_gives_the_trainers_logprobs(model, prompts, monkeypatch):
+    monkeypatch.setattr(runner, "SCORE_CHUNK_TOKENS", 7)
+    prompt = prompts[-1]
+    [expected] = packed_table(model, prompt)
+    random = np.random.default_rng(3)
+    cells = random.integers(-1, model.facts.vocab_size, (len(prompt) - 1, 2))
+    csr = {"sparse_crow_indices": [0] * 40 + [3] * 20, "sparse_col_indices": [0, 1, 2]}
+    tensors = [
+        {"data": cells.ravel().tolist(), "dtype": "int64", "shape": [len(prompt) - 1, 2]},
+        {"data": [7, -1, 9], "dtype": "int64", "shape": [len(prompt) - 1, 3], **csr},
+    ]
+    specs = [
+        SampleRequest(
+            request_id=str(i),
+            prompt=prompt,
+            max_tokens=1,
+            temperature=2.0,
+            seed=3,
+            prompt_logprobs=True,
+            prompt_logprobs_last_n=n,
+            prompt_alt_tokens_k=2,
+            target_prompt_logprobs=PromptTargets.parse(tensor, len(prompt)),
+        )
+        for i, (tensor, n) in enumerate(zip(tensors, (4, 59), strict=True))
+    ]
+    dense, sparse = answers(small_engine(model), specs)
+    got = np.frombuffer(dense.prompt_logprobs, "<f4")
+    assert np.isnan(got[:-4]).all()
+    wanted = expected[np.arange(59), prompt[1:]]
+    np.testing.assert_allclose(got[-4:], wanted[-4:], rtol=0, atol=1e-5)
+    got = np.frombuffer(sparse.prompt_logprobs, "<f4")
+    np.testing.assert_allclose(got[1:], wanted, rtol=0, atol=1e-5)
+    scored = np.frombuffer(dense.target_prompt_logprobs.dense, "<f4").reshape(cells.shape)
+    wanted = np.where(cells < 0, 0, np.take_along_axis(expected, np.maximum(cells, 0), 1))
+    np.testing.assert_allclose(scored, wanted, rtol=0, atol=1e-5)
+    assert list(sparse.target_prompt_logprobs.shape) == [59, 3]
+    values = np.frombuffer(sparse.target_prompt_logprobs.sparse_csr.values, "<f4")
+    np.testing.assert_allclose(values, [expected[39, 7], 0, expected[39, 9]], rtol=0, atol=1e-5)
+    for response in (dense, sparse):
+        alternatives = response.prompt_alt_tokens
+        assert list(alternatives.tokens.shape) == list(alternatives.logprobs.shape) == [59, 2]
+        tokens = np.frombuffer(alternatives.tokens.dense, "<i8").reshape(59, 2)
+        wanted = np.take_along_axis(expected, tokens, 1)
+        got = np.frombuffer(alternatives.logprobs.dense, "<f4").reshape(59, 2)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+    assert dense.prompt_alt_tokens == sparse.prompt_alt_tokens
+
+
+def packed_table(model: BaseModel, prompt: list[int]) -> list[np.ndarray]:
+    """[len(prompt) - 1, V]: every token's logprob at each position after the first."""
+    targets = torch.arange(model.facts.vocab_size).expand(len(prompt), -1)
+    tokens_T, positions_T = torch.tensor(prompt), torch.arange(len(prompt))
+    segments = [Segment(0, len(prompt), None)]
+    with torch.no_grad():
+        hidden_TD = model.hidden(tokens_T, positions_T, PackedAttention([len(prompt)]), segments)
+        table = token_logprobs(model, hidden_TD, targets, segments, chunk_tokens=len(prompt))
+    return [table[:-1].numpy()]
