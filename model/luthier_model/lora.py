@@ -151,19 +151,20 @@ def add_deltas_in_place(
     is computed together with rows beside it, whose results are dropped.
     """
     num_rows = len(x_TD)
-    for segment in segments:
-        adapter, start, stop = segment.adapter, segment.start, segment.stop
+    lengths = [segment.stop - segment.start for segment in segments]
+    parts = zip(segments, lengths, base_TE.split(lengths), x_TD.split(lengths), strict=True)
+    for segment, length, base, x in parts:
+        adapter = segment.adapter
         pair = None if adapter is None else adapter.pairs.get(name)
         if adapter is None or pair is None:
             continue
-        if stop - start >= MIN_ROWS or stop - start == num_rows:
-            base = base_TE[start:stop]
-            base.addmm_(x_TD[start:stop] @ pair.a.T, pair.b.T, alpha=adapter.scale)
+        if length >= MIN_ROWS or length == num_rows:
+            base.addmm_(x @ pair.a.T, pair.b.T, alpha=adapter.scale)
         else:
-            first = max(0, min(start, num_rows - MIN_ROWS))
+            first = max(0, min(segment.start, num_rows - MIN_ROWS))
             rows = slice(first, first + MIN_ROWS)
             delta = _add_delta(base_TE[rows], x_TD[rows], adapter, name)
-            base_TE[start:stop] = delta[start - first : stop - first]
+            base.copy_(delta[segment.start - first : segment.stop - first])
     return base_TE
 
 

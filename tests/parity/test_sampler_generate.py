@@ -15,6 +15,7 @@ from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter
+from luthier_model.packed_linear import pack_linears
 from luthier_model.peft_io import adapter_files, adapter_from_files
 from luthier_sampler import runner
 from luthier_sampler.engine import Engine
@@ -26,7 +27,16 @@ PROMPT_LENGTHS = (1, 5, 16, 31, 60)
 
 @pytest.fixture(scope="module")
 def model(model_folder: Path) -> BaseModel:
+    """As the sampler loads it."""
     torch.set_num_threads(1)
+    model = load_base_model("tiny", model_folder)
+    pack_linears(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trainer_model(model_folder: Path) -> BaseModel:
+    """As the trainer loads it."""
     return load_base_model("tiny", model_folder)
 
 
@@ -115,7 +125,7 @@ def generate(reference: torch.nn.Module, prompt: list[int]) -> tuple[list[int], 
 
 @pytest.mark.parametrize("adapter", ["", "lora"])
 def test_prompt_logprobs_are_those_of_the_trainers_forward(
-    model, lora_files, prompts, adapter, monkeypatch
+    model, trainer_model, lora_files, prompts, adapter, monkeypatch
 ):
     monkeypatch.setattr(runner, "SCORE_CHUNK_TOKENS", 7)  # Several in one prefill chunk.
     engine = small_engine(model)
@@ -134,7 +144,7 @@ def test_prompt_logprobs_are_those_of_the_trainers_forward(
         for i, prompt in enumerate(prompts)
     ]
     loaded = adapter_from_files(lora_files, model.lora_shapes, "cpu") if adapter else None
-    expected = packed_logprobs(model, prompts, loaded)
+    expected = packed_logprobs(trainer_model, prompts, loaded)
     deviation = 0.0
     for prompt, wanted, response in zip(prompts, expected, answers(engine, specs), strict=True):
         got = np.frombuffer(response.prompt_logprobs, "<f4")
@@ -181,10 +191,12 @@ def check_topk(prompt: list[int], scores: np.ndarray, table: wire_pb2.TopkLogpro
             assert score <= row[-1]
 
 
-def test_every_way_to_score_a_prompt_gives_the_trainers_logprobs(model, prompts, monkeypatch):
+def test_every_way_to_score_a_prompt_gives_the_trainers_logprobs(
+    model, trainer_model, prompts, monkeypatch
+):
     monkeypatch.setattr(runner, "SCORE_CHUNK_TOKENS", 7)
     prompt = prompts[-1]
-    [expected] = packed_table(model, prompt)
+    expected = packed_table(trainer_model, prompt)
     random = np.random.default_rng(3)
     cells = random.integers(-1, model.facts.vocab_size, (len(prompt) - 1, 2))
     csr = {"sparse_crow_indices": [0] * 40 + [3] * 20, "sparse_col_indices": [0, 1, 2]}
@@ -229,7 +241,7 @@ def test_every_way_to_score_a_prompt_gives_the_trainers_logprobs(model, prompts,
     assert dense.prompt_alt_tokens == sparse.prompt_alt_tokens
 
 
-def packed_table(model: BaseModel, prompt: list[int]) -> list[np.ndarray]:
+def packed_table(model: BaseModel, prompt: list[int]) -> np.ndarray:
     """[len(prompt) - 1, V]: every token's logprob at each position after the first."""
     targets = torch.arange(model.facts.vocab_size).expand(len(prompt), -1)
     tokens_T, positions_T = torch.tensor(prompt), torch.arange(len(prompt))
@@ -237,4 +249,4 @@ def packed_table(model: BaseModel, prompt: list[int]) -> list[np.ndarray]:
     with torch.no_grad():
         hidden_TD = model.hidden(tokens_T, positions_T, PackedAttention([len(prompt)]), segments)
         table = token_logprobs(model, hidden_TD, targets, segments, chunk_tokens=len(prompt))
-    return [table[:-1].numpy()]
+    return table[:-1].numpy()
