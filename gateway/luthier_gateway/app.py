@@ -17,7 +17,7 @@ from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import futures, health, rest, sampling, sessions, training
-from luthier_gateway.auth import Authenticator
+from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.web_io import error_response, json_response
 
@@ -109,6 +109,10 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
             blobs=blobs,
             registry=registry,
             auth=auth,
+            turns=Turns(
+                at_once=config.gateway.tenant_requests_at_once,
+                max_waiting=config.gateway.tenant_requests_waiting,
+            ),
         )
 
 
@@ -144,11 +148,18 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every path but the health checks needs a key; handlers find its tenant in the request."""
-    if request.path not in OPEN_PATHS:
-        auth = request.app[BACKENDS].auth
-        request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
-    return await handler(request)
+    """Every path but the health checks needs a key; handlers find its tenant in the request.
+
+    Polls aside, a tenant's requests take turns.
+    """
+    if request.path in OPEN_PATHS:
+        return await handler(request)
+    backends = request.app[BACKENDS]
+    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    if request.path in POLLS:
+        return await handler(request)
+    async with backends.turns.of(tenant):
+        return await handler(request)
 
 
 async def _end_long_polls(app: web.Application) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, save_sampler
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
@@ -35,6 +36,18 @@ class RunContext:
     """Of the tenure; known once the run has been taken over."""
     record: RunRecord | None = None
     """Known once op 0 has been executed."""
+
+
+def lora_spec(record: RunRecord) -> LoraSpec:
+    """What a run trains, as the model knows it."""
+    lora = record.lora
+    return LoraSpec(
+        rank=lora.rank,
+        seed=lora.seed,
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+    )
 
 
 class Executor:
@@ -73,15 +86,8 @@ class Executor:
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
-        lora, source = run.record.lora, body["source"]
-        spec = LoraSpec(
-            rank=lora.rank,
-            seed=lora.seed,
-            train_attn=lora.train_attn,
-            train_mlp=lora.train_mlp,
-            train_unembed=lora.train_unembed,
-        )
-        await self.on_engine(self.engine.create, run.run_id, spec)
+        source = body["source"]
+        await self.on_engine(self.engine.create, run.run_id, lora_spec(run.record))
         result = {"model_id": run.run_id, "type": "create_model"}
         if source is not None:
             await self._load(run, source)
@@ -217,6 +223,7 @@ class Executor:
         if len(output) <= INLINE_LIMIT:
             return Body.of(output)
         key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
+        await failpoint("tr.put_res")
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
 
