@@ -25,7 +25,8 @@ MAX_TARGET_CELLS = 2**24
 once it is dense, and it widens the datums that it is packed with."""
 
 MAX_SCORE_CELLS = 2**22
-"""Values that one sampling request may want of its prompt's positions: 32 MiB in the answer."""
+"""Values that one sampling request may want of its prompt's positions, and as many of the tokens
+that it samples: 32 MiB each in the answer."""
 
 _DTYPES: Mapping[int, str] = {wire.DTYPE_FLOAT32: "<f4", wire.DTYPE_INT64: "<i8"}
 _WANTED_DTYPE = {"target_tokens": wire.DTYPE_INT64}
@@ -122,6 +123,13 @@ def _check_scores(request: Sample, num_tokens: int, limits: ModelLimits) -> None
         wanted = targets.tokens[targets.tokens != -1]
         _check_token_ids(wanted, "target_prompt_logprobs.data", limits.vocab_size)
         num_cells += len(targets.tokens)
+    room = max(1, limits.max_context_tokens - num_tokens)
+    num_new = min(request.sampling_params.max_tokens or room, room) * request.num_samples
+    if num_new * request.topk_sample_logprobs > MAX_SCORE_CELLS:
+        raise InvalidField(
+            f"topk_sample_logprobs: {request.topk_sample_logprobs} for up to {num_new} new tokens; "
+            f"the product may be at most {MAX_SCORE_CELLS}: set max_tokens"
+        )
     if num_cells > MAX_SCORE_CELLS:
         raise InvalidField(
             f"topk_prompt_logprobs, prompt_alt_tokens_k, target_prompt_logprobs: {num_cells} "

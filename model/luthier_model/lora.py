@@ -152,8 +152,9 @@ def add_deltas_in_place(
     """
     num_rows = len(x_TD)
     lengths = [segment.stop - segment.start for segment in segments]
-    parts = zip(segments, lengths, base_TE.split(lengths), x_TD.split(lengths), strict=True)
-    for segment, length, base, x in parts:
+    rows = zip(segments, torch.split(base_TE, lengths), torch.split(x_TD, lengths), strict=True)
+    for segment, base, x in rows:
+        length = segment.stop - segment.start
         adapter = segment.adapter
         pair = None if adapter is None else adapter.pairs.get(name)
         if adapter is None or pair is None:
@@ -162,8 +163,8 @@ def add_deltas_in_place(
             base.addmm_(x @ pair.a.T, pair.b.T, alpha=adapter.scale)
         else:
             first = max(0, min(segment.start, num_rows - MIN_ROWS))
-            rows = slice(first, first + MIN_ROWS)
-            delta = _add_delta(base_TE[rows], x_TD[rows], adapter, name)
+            beside = slice(first, first + MIN_ROWS)
+            delta = _add_delta(base_TE[beside], x_TD[beside], adapter, name)
             base.copy_(delta[segment.start - first : segment.stop - first])
     return base_TE
 

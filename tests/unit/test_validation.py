@@ -552,6 +552,15 @@ def test_a_good_sampling_request_passes(wanted: dict[str, Any]):
     check_sample(sample(**wanted), LIMITS)
 
 
+def test_the_top_tokens_of_all_that_a_request_may_sample_are_limited():
+    wide = replace(LIMITS, max_context_tokens=10_000)
+    check_sample(sample(topk_sample_logprobs=60, num_samples=8), wide)
+    for params in ({"max_tokens": None}, {"max_tokens": 9_000}):
+        wanted = sample(topk_sample_logprobs=60, num_samples=8, sampling_params=params)
+        with pytest.raises(BadRequest, match=r"topk_sample_logprobs: 60.*set max_tokens"):
+            check_sample(wanted, wide)
+
+
 @pytest.mark.parametrize(
     ("wanted", "field", "allowed"),
     [
