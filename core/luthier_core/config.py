@@ -116,7 +116,9 @@ class SamplerConfig:
     max_step_tokens: int = 2048
     """Tokens of one step, prefill and decode together."""
     max_adapters: int = 64
-    """Adapters kept loaded, least recently used out first."""
+    """Adapters kept on the device, least recently used out first."""
+    host_adapter_bytes: int = 1024 * 1024 * 1024
+    """Host memory for adapters that made room on the device: they come back without a download."""
     sample_logprobs: str = "raw"
     """raw | tempered: which distribution the logprobs of sampled tokens are of."""
     claim_idle_s: float = 30.0

@@ -314,13 +314,9 @@ class Sample(WireModel):
     topk_prompt_logprobs: int = Field(0, ge=0, le=100)
     topk_sample_logprobs: int = Field(0, ge=0, le=100)
     target_prompt_logprobs: Metadata | None = None
-    prompt_alt_tokens_k: int = 0
-    prompt_logprobs_last_n: int | None = None
-
-    def refuse_unsupported(self) -> None:
-        for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
-            if getattr(self, name):
-                raise Unsupported(f"{name}: leave it out")
+    """A TensorData; PromptTargets reads it."""
+    prompt_alt_tokens_k: int = Field(0, ge=0, le=100)
+    prompt_logprobs_last_n: int | None = Field(None, ge=1)
 
 
 class RetrieveFuture(WireModel):

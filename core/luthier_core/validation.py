@@ -14,12 +14,17 @@ from numpy.typing import NDArray
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
 from luthier_core.losses import RATIO_MASK, LossSpec, loss_config, loss_spec
+from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2 as wire
 from luthier_core.types import Sample
 
 MAX_TARGET_CELLS = 2**24
 """Tokens of a request times its widest datum's targets: a CSR tensor of a few bytes can be any size
 once it is dense, and it widens the datums that it is packed with."""
+
+MAX_SCORE_CELLS = 2**22
+"""Values that one sampling request may want of its prompt's positions, and as many of the tokens
+that it samples: 32 MiB each in the answer."""
 
 _DTYPES: Mapping[int, str] = {wire.DTYPE_FLOAT32: "<f4", wire.DTYPE_INT64: "<i8"}
 _WANTED_DTYPE = {"target_tokens": wire.DTYPE_INT64}
@@ -95,6 +100,37 @@ def check_sample(request: Sample, limits: ModelLimits) -> None:
         _check_token_ids(np.asarray(stop, dtype=object), "sampling_params.stop", limits.vocab_size)
     if stop == "" or (isinstance(stop, list) and "" in stop):
         raise InvalidField("sampling_params.stop: a stop string must not be empty")
+    _check_scores(request, len(tokens), limits)
+
+
+def _check_scores(request: Sample, num_tokens: int, limits: ModelLimits) -> None:
+    """What the request wants to know of its prompt's positions, and how much that is in all."""
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not request.prompt_logprobs:
+        raise InvalidField("prompt_logprobs_last_n: needs prompt_logprobs, which is false")
+    if last_n is not None and last_n > num_tokens - 1:
+        raise InvalidField(
+            f"prompt_logprobs_last_n: {last_n}; must be from 1 to {num_tokens - 1}, one less than "
+            "the prompt's tokens"
+        )
+    num_cells = num_tokens * (request.topk_prompt_logprobs + request.prompt_alt_tokens_k)
+    if request.target_prompt_logprobs is not None:
+        targets = PromptTargets.parse(request.target_prompt_logprobs, num_tokens)
+        wanted = targets.tokens[targets.tokens != -1]
+        _check_token_ids(wanted, "target_prompt_logprobs.data", limits.vocab_size)
+        num_cells += len(targets.tokens)
+    room = max(1, limits.max_context_tokens - num_tokens)
+    num_new = min(request.sampling_params.max_tokens or room, room) * request.num_samples
+    if num_new * request.topk_sample_logprobs > MAX_SCORE_CELLS:
+        raise InvalidField(
+            f"topk_sample_logprobs: {request.topk_sample_logprobs} for up to {num_new} new tokens; "
+            f"the product may be at most {MAX_SCORE_CELLS}: set max_tokens"
+        )
+    if num_cells > MAX_SCORE_CELLS:
+        raise InvalidField(
+            f"topk_prompt_logprobs, prompt_alt_tokens_k, target_prompt_logprobs: {num_cells} "
+            f"values for the prompt in all; at most {MAX_SCORE_CELLS}"
+        )
 
 
 def _check_datum(

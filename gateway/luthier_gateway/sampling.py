@@ -42,7 +42,6 @@ async def asample(request: web.Request) -> web.Response:
     body, num_samples = b"", value.get("num_samples") or 1
     try:
         wanted = await off_loop_if_large(len(raw), check, Sample, value)
-        wanted.refuse_unsupported()
         await off_loop_if_large(len(raw), check_sample, wanted, limits)
         body, num_samples = wanted.to_json(), wanted.num_samples
     except BadRequest as error:

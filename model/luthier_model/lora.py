@@ -120,7 +120,8 @@ class MultiLoRALinear(nn.Module):
             return base
         x_TD = widened(x.reshape(-1, x.shape[-1]))
         base_TE = widened(base.reshape(-1, base.shape[-1]))
-        return add_deltas_loop(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
+        add_deltas = add_deltas_loop if torch.is_grad_enabled() else add_deltas_in_place
+        return add_deltas(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -147,6 +148,37 @@ def _add_delta(base_TE: Tensor, x_TD: Tensor, adapter: LoraAdapter | None, name:
     if adapter is None or pair is None:
         return base_TE
     return torch.addmm(base_TE, x_TD @ pair.a.T, pair.b.T, alpha=adapter.scale)
+
+
+MIN_ROWS = 4
+"""Matrix products of fewer rows take other code paths, whose sums differ in their last bits."""
+
+
+def add_deltas_in_place(
+    base_TE: Tensor, x_TD: Tensor, segments: Sequence[Segment], name: str
+) -> Tensor:
+    """Twin of add_deltas_loop that overwrites base_TE, for inference.
+
+    A row's bits do not depend on how many rows share its adapter: a segment of fewer than MIN_ROWS
+    is computed together with rows beside it, whose results are dropped.
+    """
+    num_rows = len(x_TD)
+    lengths = [segment.stop - segment.start for segment in segments]
+    rows = zip(segments, torch.split(base_TE, lengths), torch.split(x_TD, lengths), strict=True)
+    for segment, base, x in rows:
+        length = segment.stop - segment.start
+        adapter = segment.adapter
+        pair = None if adapter is None else adapter.pairs.get(name)
+        if adapter is None or pair is None:
+            continue
+        if length >= MIN_ROWS or length == num_rows:
+            base.addmm_(x @ pair.a.T, pair.b.T, alpha=adapter.scale)
+        else:
+            first = max(0, min(segment.start, num_rows - MIN_ROWS))
+            beside = slice(first, first + MIN_ROWS)
+            delta = _add_delta(base_TE[beside], x_TD[beside], adapter, name)
+            base.copy_(delta[segment.start - first : segment.stop - first])
+    return base_TE
 
 
 def target_modules(names: Iterable[str], spec: LoraSpec) -> list[str]:

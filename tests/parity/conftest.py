@@ -9,6 +9,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -34,7 +36,9 @@ Datum = tuple[list[int], list[int], list[float]]
 """tokens, target_tokens, weights"""
 
 
-@pytest.fixture(scope="session", params=["qwen3-tied", "llama-untied", "qwen2-biased"])
+@pytest.fixture(
+    scope="session", params=["qwen3-tied", "llama-untied", "qwen2-biased", "mistral-windowed"]
+)
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(20)
@@ -46,6 +50,8 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+    elif request.param == "mistral-windowed":
+        model = MistralForCausalLM(MistralConfig(**_SHAPE, head_dim=16, sliding_window=20))
     else:
         model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=False))
     folder = tmp_path_factory.mktemp(request.param)

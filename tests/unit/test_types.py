@@ -432,9 +432,6 @@ def test_a_body_that_is_no_json_object_is_unreadable(body: bytes):
         (LoadWeights, {"optimizer_config": {"type": "dimuon"}}, "optimizer_config.type", "adamw"),
         (LoadWeights, {"weights_access_token": "t"}, "weights_access_token", ""),
         (OptimStep, {"optimizer_params": {"type": "dimuon"}}, "optimizer_params", "adam_params"),
-        (Sample, {"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k", "leave it out"),
-        (Sample, {"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n", "leave it out"),
-        (Sample, {"target_prompt_logprobs": {"data": [1]}}, "target_prompt_logprobs", "leave it"),
     ],
 )
 def test_what_is_known_and_not_supported_is_refused_and_never_ignored(

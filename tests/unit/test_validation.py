@@ -15,6 +15,7 @@ from luthier_core.errors import BadRequest, InvalidField, Unreadable, Unsupporte
 from luthier_core.proto import wire_pb2
 from luthier_core.types import Sample, check
 from luthier_core.validation import (
+    MAX_SCORE_CELLS,
     MAX_TARGET_CELLS,
     ModelLimits,
     check_forward_backward,
@@ -567,6 +568,22 @@ def test_every_good_request_can_be_executed(engine: Engine, name: str):
 # --- sampling requests ----------------------------------------------------------------------------
 
 
+def targets(**changes: Any) -> dict[str, Any]:
+    """A request's target_prompt_logprobs with those parts changed."""
+    return {"target_prompt_logprobs": {**TARGETS, **changes}}
+
+
+TARGETS = {"data": [1, -1, 66, 0], "dtype": "int64", "shape": [2, 2]}
+SPARSE_TARGETS = {
+    "data": [1, 66],
+    "dtype": "int64",
+    "shape": [2, 5],
+    "sparse_crow_indices": [0, 0, 2],
+    "sparse_col_indices": [0, 4],
+}
+LARGE_TARGETS = targets(data=[-1] * 11 * 400_000, shape=[11, 400_000])
+
+
 def sample(**fields: Any) -> Sample:
     """A good request with those fields changed; a dotted name reaches into sampling_params."""
     params = {"max_tokens": 4, **fields.pop("sampling_params", {})}
@@ -592,10 +609,25 @@ def sample(**fields: Any) -> Sample:
         {"sampling_params": {"stop": []}},
         {"sampling_params": {"stop": ["a", "b"]}},
         {"sampling_params": {"stop": [0, 66]}},
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 2},
+        {"prompt_alt_tokens_k": 100},
+        {"target_prompt_logprobs": TARGETS},
+        {"target_prompt_logprobs": {**TARGETS, "data": [], "shape": [2, 0]}},
+        {"target_prompt_logprobs": SPARSE_TARGETS},
+        {"tokens": [1], "target_prompt_logprobs": {**TARGETS, "data": [], "shape": [0, 4]}},
     ],
 )
 def test_a_good_sampling_request_passes(wanted: dict[str, Any]):
     check_sample(sample(**wanted), LIMITS)
+
+
+def test_the_top_tokens_of_all_that_a_request_may_sample_are_limited():
+    wide = replace(LIMITS, max_context_tokens=10_000)
+    check_sample(sample(topk_sample_logprobs=60, num_samples=8), wide)
+    for params in ({"max_tokens": None}, {"max_tokens": 9_000}):
+        wanted = sample(topk_sample_logprobs=60, num_samples=8, sampling_params=params)
+        with pytest.raises(BadRequest, match=r"topk_sample_logprobs: 60.*set max_tokens"):
+            check_sample(wanted, wide)
 
 
 @pytest.mark.parametrize(
@@ -611,6 +643,32 @@ def test_a_good_sampling_request_passes(wanted: dict[str, Any]):
         ({"sampling_params": {"stop": [67]}}, "sampling_params.stop: token id 67", "0 to 66"),
         ({"sampling_params": {"stop": ""}}, "sampling_params.stop", "must not be empty"),
         ({"sampling_params": {"stop": ["a", ""]}}, "sampling_params.stop", "must not be empty"),
+        ({"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n", "needs prompt_logprobs"),
+        (
+            {"prompt_logprobs": True, "prompt_logprobs_last_n": 3},
+            "prompt_logprobs_last_n: 3",
+            "from 1 to 2",
+        ),
+        ({"tokens": [1] * 12, **LARGE_TARGETS}, "values for the prompt", f"{MAX_SCORE_CELLS}"),
+        (targets(dtype="float32"), "target_prompt_logprobs.dtype", "int64"),
+        (targets(data=[1.0] * 4), "target_prompt_logprobs.data", "integers"),
+        (targets(data=[2**70] * 4), "target_prompt_logprobs.data", "int64"),
+        (targets(data=[1, 2, 3, 67]), "target_prompt_logprobs.data: token id 67", "0 to 66"),
+        (targets(data=[1, 2, 3, -2]), "target_prompt_logprobs.data: token id -2", "0 to 66"),
+        (targets(data=[1]), "target_prompt_logprobs.data: 1 values", "[2, 2]"),
+        (targets(shape=None), "target_prompt_logprobs.shape", "[2, K]"),
+        (targets(shape=[3, 2]), "target_prompt_logprobs.shape", "[2, K]"),
+        (targets(sparse_crow_indices=[0, 1, 4]), "sparse_col_indices", "integers"),
+        (
+            {"target_prompt_logprobs": {**SPARSE_TARGETS, "sparse_col_indices": [0, 5]}},
+            "target_prompt_logprobs: CSR",
+            "[2, 5]",
+        ),
+        (
+            {"target_prompt_logprobs": {**SPARSE_TARGETS, "sparse_crow_indices": [0, 3, 2]}},
+            "target_prompt_logprobs: CSR",
+            "[2, 5]",
+        ),
     ],
 )
 def test_a_refused_sampling_request_names_the_field_and_what_is_allowed(
