@@ -367,7 +367,7 @@ WRONG: dict[str, tuple[type[WireModel], dict[str, Any], list[str]]] = {
     "an image without its type": (
         Sample,
         {"prompt": {"chunks": [{"data": "", "format": "png"}]}},
-        ["prompt", "chunk of type 'data'", "use encoded_text"],
+        ["prompt", "chunk of type 'image'", "use encoded_text"],
     ),
     "max_tokens 0": (
         Sample,
