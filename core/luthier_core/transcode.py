@@ -19,7 +19,14 @@ from luthier_core.types import Datum, ForwardBackwardInput, TensorData
 
 FILLER_LOGPROB = -99999.0
 _DTYPES = {wire.DTYPE_FLOAT32: ("<f4", "float32"), wire.DTYPE_INT64: ("<i8", "int64")}
-_DTYPE_NAMES = {name: (number, dtype) for number, (dtype, name) in _DTYPES.items()}
+_SENT_AS = {
+    "float32": wire.DTYPE_FLOAT32,
+    "float64": wire.DTYPE_FLOAT32,
+    "bool": wire.DTYPE_FLOAT32,
+    "int64": wire.DTYPE_INT64,
+    "int32": wire.DTYPE_INT64,
+}
+"""The SDK has two dtypes; what other clients name is one of them. A mask is a weight of 0 or 1."""
 _STOP_REASONS = {wire.STOP_REASON_STOP: "stop", wire.STOP_REASON_LENGTH: "length"}
 
 
@@ -55,10 +62,12 @@ def _datum_message(datum: Datum, where: str) -> wire.Datum:
 
 
 def _tensor_message(tensor: TensorData, where: str) -> wire.Tensor:
-    number, dtype = _DTYPE_NAMES[tensor.dtype]
-    message = wire.Tensor(dtype=number, shape=tensor.shape)
-    to_bytes = _int_bytes if tensor.dtype == "int64" else _float_bytes
-    values = to_bytes(tensor.data, dtype, f"{where}.data")
+    dtype = _SENT_AS[tensor.dtype]
+    message = wire.Tensor(dtype=dtype, shape=tensor.shape)
+    if dtype == wire.DTYPE_INT64:
+        values = _int_bytes(tensor.data, "<i8", f"{where}.data")
+    else:
+        values = _float_bytes(tensor.data, "<f4", f"{where}.data")
     if tensor.sparse_crow_indices is None or tensor.sparse_col_indices is None:
         message.dense = values
         return message
@@ -95,8 +104,8 @@ def _float_bytes(values: list[Any], dtype: str, where: str) -> bytes:
 def _check_numbers(values: list[Any], where: str) -> set[type]:
     # Types first: an array of strings is as wide as the longest of them.
     types = set(map(type, values))
-    if not types <= {int, float}:
-        wrong = next(value for value in values if type(value) not in (int, float))
+    if not types <= {int, float, bool}:
+        wrong = next(value for value in values if type(value) not in (int, float, bool))
         raise InvalidField(f"{where}: must be a flat list of numbers, got {type(wrong).__name__}")
     return types
 

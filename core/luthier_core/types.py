@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
     FailFast,
@@ -168,12 +169,19 @@ class TextChunk(WireModel):
 
 
 class ModelInput(WireModel):
+    """Chunks; some clients give `tokens` or `input_ids` in their place."""
+
     chunks: Annotated[list[TextChunk], FailFast()]
 
     @model_validator(mode="before")
     @classmethod
     def _text_only(cls, value: Any) -> Any:
-        chunks = value.get("chunks") if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return value
+        for name in ("tokens", "input_ids"):
+            if value.get("chunks") is None and value.get(name) is not None:
+                return {"chunks": [{"tokens": value[name]}]}
+        chunks = value.get("chunks")
         for chunk in chunks if isinstance(chunks, list) else ():
             if isinstance(chunk, dict) and (kind := chunk_type(chunk)) != "encoded_text":
                 raise ValueError(f"chunk of type {kind!r} is not supported; use encoded_text")
@@ -213,17 +221,25 @@ class OptimizerConfig(WireModel):
 
 
 class CreateModel(WireModel):
-    """POST create_model."""
+    """POST create_model. Some clients call the base model `model_name`."""
 
     session_id: str
     model_seq_id: Int32
-    base_model: str
+    base_model: str = Field(validation_alias=AliasChoices("base_model", "model_name"))
     user_metadata: Metadata = {}
     lora_config: LoraConfig = LoraConfig()
     optimizer_config: OptimizerConfig = OptimizerConfig()
+    checkpoint_path: str | None = None
+    rlve_config: Metadata | None = None
+    wandb_config: Metadata | None = None
 
     def refuse_unsupported(self) -> None:
         self.optimizer_config.refuse_unsupported()
+        if self.checkpoint_path is not None:
+            raise Unsupported("checkpoint_path: send load_weights with session_id and model_seq_id")
+        for name in ("rlve_config", "wandb_config"):
+            if getattr(self, name) is not None:
+                raise Unsupported(f"{name}: that is the client's part; leave it out")
 
 
 class ModelId(WireModel):
@@ -239,7 +255,7 @@ class TensorData(WireModel):
     """
 
     data: list[Any]
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "int64", "float64", "int32", "bool"] = "float32"
     shape: Annotated[list[Int64], FailFast()] = []
     sparse_crow_indices: list[Any] | None = None
     sparse_col_indices: list[Any] | None = None
@@ -389,6 +405,8 @@ class SamplingParams(WireModel):
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_k: int = Field(-1, ge=-1)
     top_p: float = Field(1.0, gt=0, le=1)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -406,7 +424,9 @@ class Sample(WireModel):
     prompt: ModelInput
     num_samples: int = Field(1, ge=1)
     sampling_params: SamplingParams = SamplingParams()
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = Field(
+        False, validation_alias=AliasChoices("prompt_logprobs", "include_prompt_logprobs")
+    )
     topk_prompt_logprobs: int = Field(0, ge=0, le=100)
     topk_sample_logprobs: int = Field(0, ge=0, le=100)
     target_prompt_logprobs: Metadata | None = None
@@ -414,6 +434,9 @@ class Sample(WireModel):
     prompt_logprobs_last_n: int | None = None
 
     def refuse_unsupported(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self.sampling_params, name):
+                raise Unsupported(f"sampling_params.{name}: leave it out")
         for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
             if getattr(self, name):
                 raise Unsupported(f"{name}: leave it out")

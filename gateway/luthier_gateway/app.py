@@ -46,6 +46,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/livez", health.livez),
         web.get("/readyz", health.readyz),
         web.get(f"{API}/healthz", health.healthz),
+        web.get("/health", health.health),
         web.post(f"{API}/client/config", sessions.client_config),
         web.post(f"{API}/client/dynamic_config", sessions.dynamic_config),
         web.post(f"{API}/create_session", sessions.create_session),

@@ -11,8 +11,6 @@ Version = tuple[int, int, int]
 
 OLDEST: Version = (0, 3, 0)
 """Releases before have no sessions and no seq_ids; all of them say that they are 0.0.1."""
-EXTERNAL_CHECKPOINTS_SINCE: Version = (0, 28, 0)
-"""Releases before cannot parse a list that has one."""
 PATIENT_POLLS_SINCE: Version = (0, 21, 0)
 """Releases before give a future up when its poll is answered with 429."""
 _REDIRECTS_ARE_FOLLOWED: tuple[Version, Version] = ((0, 22, 0), (0, 22, 1))

@@ -120,7 +120,7 @@ async def submit(
 
     admission = await drive(submit_steps(request), perform)
     _raise_unless_admitted(admission.status, run_id, seq)
-    return json_response({"request_id": f"{run_id}:{seq}", "model_id": run_id})
+    return _accepted(run_id, seq)
 
 
 async def submit_creation(
@@ -160,7 +160,7 @@ async def reject_creation(
         outcome=Outcome.failure(problem.message, problem.category),
     )
     _raise_unless_admitted(status, run_id, 0)
-    return json_response({"request_id": f"{run_id}:0", "model_id": run_id})
+    return _accepted(run_id, 0)
 
 
 async def off_loop_if_large(
@@ -195,6 +195,12 @@ async def _use_up_seq(
         digest=digest,
         base_model=run.base_model,
         problem=problem,
+    )
+
+
+def _accepted(run_id: str, seq: int) -> web.Response:
+    return json_response(
+        {"request_id": f"{run_id}:{seq}", "model_id": run_id, "message": "accepted"}
     )
 
 

@@ -165,7 +165,7 @@ BAD_DATA: dict[str, tuple[Any, str, str]] = {
     "a dtype that is none": (
         [json_datum(weights=tensor([1, 1, 1], "complex64"))],
         "weights.dtype",
-        "'float32' or 'int64'",
+        "'float32', 'int64'",
     ),
     "a shape that lies": (
         [json_datum(weights=tensor([1, 1, 1], "float32", shape=[4]))],

@@ -221,6 +221,8 @@ def test_defaults_of_sampling_are_the_protocols():
         "temperature": 1.0,
         "top_k": -1,
         "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
     request = check(Sample, SHORTEST[Sample])
     assert request.num_samples == 1
