@@ -14,6 +14,7 @@ from luthier_core.errors import (
     NotFound,
     TooManyRequests,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.futures import FutureId
 from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Body, Outcome
@@ -48,6 +49,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
             raise
         await hold_in_trouble()
         return _try_again(wanted.request_id, NO_ROOM)
+    await failpoint("gw.poll")
     try:
         outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
@@ -185,8 +187,9 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
     seq = int(future.seq)
     header = await backends.oplog.header(future.parent)
     if header is None or (
-        seq > header.admitted and not await backends.oplog.is_parked(future.parent, seq)
+        seq > header.admitted and not await backends.has_arrived(future.parent, seq)
     ):
+        await backends.oplog.lost(future.parent, seq)
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
     if seq <= header.committed and await backends.futures.outcome(future) is None:
         raise Gone(f"request_id={future.parent}:{seq}")
@@ -241,6 +244,7 @@ async def _deliver(
     In this order: a client that was not told of a failure must not have its optimizer step obeyed
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
+    await failpoint("gw.deliver")
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):
