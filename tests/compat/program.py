@@ -404,7 +404,8 @@ def age_encryption(w: SimpleNamespace) -> None:
     if not hasattr(w.training, "save_weights_external"):
         raise Absent
     has(w.training.save_weights_external, "age_encryption_recipients")
-    resolve(w.training.save_weights_external(w.name(), age_encryption_recipients=["age1x"]))
+    run = resolve(w.service.create_lora_training_client(BASE_MODEL, rank=2))
+    resolve(run.save_weights_external(w.name(), age_encryption_recipients=["age1x"]))
 
 
 def image(w: SimpleNamespace) -> None:
