@@ -82,6 +82,14 @@ class TrainerConfig:
     """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
     max_runs: int = 64
     """Runs that one worker owns at once."""
+    snapshot_execute_s: float = 60.0
+    """A run's state is stored when a replay would take so much computing, ..."""
+    snapshot_interval_s: float = 300.0
+    """or this long after an op, ..."""
+    snapshot_payload_bytes: int = 256 * 1024 * 1024
+    """or after requests of so many bytes, ..."""
+    snapshot_max_ops: int = 512
+    """or so many requests; at the end of an optimizer step."""
     gap_timeout_s: float = 1800.0
     """How long ops wait for an earlier one of their run that has not arrived, before they fail."""
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Self, cast
 
@@ -183,7 +183,17 @@ class Attempt:
         return cls(reply[0].decode(), *(int(number) for number in reply[1:]))
 
 
-HEADER_FIELDS = [field.name for field in dataclasses.fields(RunHeader)]
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """How committed ops have ended, as far as the log is not trimmed: what a replay follows."""
+
+    failed: frozenset[int] = frozenset()
+    """Seqs that failed."""
+    digests: Mapping[int, str] = field(default_factory=dict)
+    """seq -> digest of the run's state after it."""
+
+
+HEADER_FIELDS = [item.name for item in dataclasses.fields(RunHeader)]
 
 
 class Oplog:
@@ -282,13 +292,14 @@ class Oplog:
         outcome: Outcome,
         *,
         gradient: Gradient = Gradient.KEPT,
+        digest: str = "",
         begin_next: bool = False,
         server: str = ANY_SERVER,
     ) -> Attempt:
         """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
 
-        `gradient` says what became of it. With `begin_next` an OK also begins seq + 1 if it is
-        admitted: one write instead of two.
+        `gradient` says what became of it, `digest` is that of the run's state now. With
+        `begin_next` an OK also begins seq + 1 if it is admitted: one write instead of two.
         """
         reply = await self._call(
             "commit",
@@ -298,8 +309,8 @@ class Oplog:
                 keys.run_done(run_id),
             ],
             [
-                *(epoch, server, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, gradient),
-                *_flat(outcome.fields()),
+                *(epoch, server, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1),
+                *(gradient, digest, *_flat(outcome.fields())),
             ],
         )
         return Attempt.from_reply(reply)
@@ -403,10 +414,17 @@ class Oplog:
         session = keys.session_header(run_id.partition(":")[0])
         return await cast(Any, self.redis.hget(session, "status")) not in (None, b"active")
 
-    async def failed_seqs(self, run_id: str) -> frozenset[int]:
-        """Seqs whose recorded outcome is a failure: what replay follows."""
-        names = await cast(Any, self.redis.hkeys(keys.run_header(run_id)))
-        return frozenset(int(name[2:]) for name in names if name.startswith(b"x:"))
+    async def recorded(self, run_id: str) -> Recorded:
+        """How the ops have ended that a replay executes again."""
+        fields = await cast(Any, self.redis.hgetall(keys.run_header(run_id)))
+        return Recorded(
+            failed=frozenset(int(name[2:]) for name in fields if name.startswith(b"x:")),
+            digests={
+                int(name[2:]): value.decode()
+                for name, value in fields.items()
+                if name.startswith(b"s:")
+            },
+        )
 
     async def read_log(self, cursors: Mapping[str, int]) -> dict[str, list[Op]]:
         """For each run the next ops with seq >= its cursor, in order, READ_AHEAD at most."""

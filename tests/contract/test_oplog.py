@@ -163,7 +163,7 @@ async def test_failures_are_remembered_for_replay(run):
     await admit(run, op(2))
     await run.commit(RUN, 1, 1, Outcome.failure("no", "user"))
     await run.commit(RUN, 1, 2, DONE)
-    assert await run.failed_seqs(RUN) == {1}
+    assert (await run.recorded(RUN)).failed == {1}
 
 
 async def fail(run: Oplog, *seqs: int) -> None:
@@ -372,7 +372,7 @@ async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
     assert await run.fail_range(RUN, 1, range(2, 4), never) == "ALREADY"
     outcomes = [await run.training_outcome(RUN, seq) for seq in (2, 3)]
     assert all(outcome is not None and outcome.failed for outcome in outcomes)
-    assert await run.failed_seqs(RUN) == {2, 3}
+    assert (await run.recorded(RUN)).failed == {2, 3}
     assert await admit(run, op(4)) == "DEAD"
     assert await admit(run, op(3)) == "DUP"
 
