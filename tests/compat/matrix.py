@@ -9,6 +9,7 @@ Releases lie beside one another in --cache; what they depend on is the environme
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -129,7 +130,8 @@ def to_markdown(results: Mapping[str, Mapping[str, Cell]]) -> str:
         for version, row in results.items():
             for name, cell in row.items():
                 if cell.state == state:
-                    reasons.setdefault((name, cell.reason), []).append(version)
+                    reason = re.sub(r"[0-9a-f]{32}", "ID", cell.reason)
+                    reasons.setdefault((name, reason), []).append(version)
         if reasons:
             lines += ["", f"## {title}", ""]
         for (name, reason), versions in reasons.items():

@@ -51,7 +51,6 @@ REFUSED = {
     "RestClient.get_current_checkpoint_storage_usage": LATER,
     "AdminClient.get_current_checkpoint_storage_usage": LATER,
     "RestClient.export_session_trace": LATER,
-    "ServiceClient.create_custom_loss": LATER,
     "feature: dimuon": "the only optimizer is AdamW",
     "feature: age encryption": "external weights are stored as the store encrypts them",
     "feature: image": "models read text only",
@@ -177,7 +176,7 @@ def calls(w: SimpleNamespace) -> dict[str, Call]:
         return w.rest
 
     def admin() -> Any:
-        return w.service.create_admin_client()
+        return tinker.AdminClient()
 
     adam = types.AdamParams(learning_rate=1e-3)
     now = datetime.now(UTC)
@@ -198,7 +197,6 @@ def calls(w: SimpleNamespace) -> dict[str, Call]:
         ),
         "ServiceClient.create_sampling_client": Call(service, lambda: args(base_model=BASE_MODEL)),
         "ServiceClient.create_rest_client": Call(service, args),
-        "ServiceClient.create_admin_client": Call(service, args),
         "ServiceClient.create_custom_loss": Call(
             service, lambda: args(per_datum_loss, {"logprobs": 1, "scale": 1})
         ),
@@ -396,7 +394,9 @@ def stops(w: SimpleNamespace) -> None:
 def dimuon(w: SimpleNamespace) -> None:
     has(w.service.create_lora_training_client, "optimizer")
     resolve(
-        w.service.create_lora_training_client(BASE_MODEL, rank=2, optimizer=types.DimuonConfig())
+        w.service.create_lora_training_client(
+            BASE_MODEL, rank=2, optimizer=types.DimuonOptimizerConfig()
+        )
     )
 
 
