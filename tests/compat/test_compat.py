@@ -1,11 +1,10 @@
 """Releases of the official SDK, unmodified, against one stack: every public method of each."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from tests.acceptance.stack import Stack, running_stack
-from tests.compat.matrix import NEWEST, Cell, install, read_cells, start_program
+from tests.compat.matrix import CACHE, NEWEST, Cell, install, read_cells, start_program
 from tests.compat.newest import Wire, describe_changes, known_calls, read_wire
 
 from luthier_model.demo import ensure_demo_model
@@ -32,11 +31,8 @@ COMING = frozenset(
 
 
 @pytest.fixture(scope="module")
-def stack(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stack]:
-    assert request.config.cache is not None
-    model = ensure_demo_model(Path(request.config.cache.mkdir("demo-model")))
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    model = ensure_demo_model(CACHE / "demo-model")
     with running_stack(tmp_path_factory.mktemp("compat") / "data", model) as stack:
         yield stack
 
