@@ -7,7 +7,7 @@ DATA ?= .luthier
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart setup fmt check sim sim-long test up proto compat compat-newest bench build
+.PHONY: quickstart setup fmt check sim sim-long test up proto compat compat-newest bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -56,6 +56,9 @@ compat-newest: $(READY)                 ## what the newest SDK release on PyPI c
 
 bench: $(READY)                         ## milliseconds per step through the whole stack
 	$(BIN)/python benchmarks/bench_gateway.py
+
+bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
+	$(BIN)/python benchmarks/bench_log.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

@@ -144,6 +144,17 @@ class RunHeader:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What has become of one op of a run."""
+
+    is_accepted: bool
+    """Admitted, or parked above a gap."""
+    is_committed: bool
+    outcome: Outcome | None = None
+    """None although committed: its time is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One entry of the list of samples that have ended."""
@@ -401,6 +412,25 @@ class Oplog:
         """When an op was admitted, in milliseconds since the epoch; None once it is trimmed."""
         known = await cast(Any, self.redis.hget(keys.run_header(run_id), f"d:{seq}"))
         return int(known.split()[2]) if known else None
+
+    async def standing(self, run_id: str, seq: int) -> Standing:
+        """What has become of one op, in one round trip.
+
+        Parking, header, outcome, in this order: an op leaves the parking for the log only, and its
+        outcome is there when the header says so. So one that moves meanwhile is never missed.
+        """
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.hexists(keys.run_parked(run_id), str(seq))
+        pipe.hmget(keys.run_header(run_id), ["admitted", "committed"])
+        pipe.hgetall(keys.run_outcome(run_id, seq))
+        is_parked, (admitted, committed), fields = await pipe.execute()
+        if admitted is None:
+            return Standing(is_accepted=False, is_committed=False)
+        return Standing(
+            is_accepted=bool(is_parked) or seq <= int(admitted),
+            is_committed=seq <= int(committed),
+            outcome=Outcome.from_fields(fields) if fields else None,
+        )
 
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))

@@ -25,7 +25,7 @@ from luthier_gateway import (
     sessions,
     training,
 )
-from luthier_gateway.auth import Authenticator
+from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import refuse_too_old
 from luthier_gateway.web_io import error_response, json_response
@@ -122,6 +122,10 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
             blobs=blobs,
             registry=registry,
             auth=auth,
+            turns=Turns(
+                at_once=config.gateway.tenant_requests_at_once,
+                max_waiting=config.gateway.tenant_requests_waiting,
+            ),
         )
 
 
@@ -159,13 +163,18 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every path but the health checks needs a key; handlers find its tenant in the request.
 
-    And an SDK that this server can serve, which its user is told before anything else.
+    And an SDK that this server can serve, which its user is told before anything else. Polls aside,
+    a tenant's requests take turns.
     """
-    if request.path not in OPEN_PATHS:
-        auth = request.app[BACKENDS].auth
-        refuse_too_old(request)
-        request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
-    return await handler(request)
+    if request.path in OPEN_PATHS:
+        return await handler(request)
+    refuse_too_old(request)
+    backends = request.app[BACKENDS]
+    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    if request.path in POLLS:
+        return await handler(request)
+    async with backends.turns.of(tenant):
+        return await handler(request)
 
 
 async def _end_long_polls(app: web.Application) -> None:

@@ -53,6 +53,20 @@ async def test_an_op_above_a_gap_is_accepted_and_waits(run):
     assert await run.is_parked(RUN, 3)
 
 
+async def test_an_accepted_op_is_never_missed_while_its_gap_is_being_filled(run):
+    for seq in range(1, 100, 2):
+        await admit(run, op(seq + 1))
+        standing, _ = await asyncio.gather(run.standing(RUN, seq + 1), admit(run, op(seq)))
+        assert standing.is_accepted
+
+
+async def test_a_committed_op_always_shows_its_outcome(run):
+    for seq in range(1, 50):
+        await admit(run, op(seq))
+        standing, _ = await asyncio.gather(run.standing(RUN, seq), run.commit(RUN, 1, seq, DONE))
+        assert (standing.outcome is not None) or not standing.is_committed
+
+
 async def test_a_repeated_post_is_a_duplicate_in_the_log_above_a_gap_and_after_commit(run):
     await admit(run, op(1))
     await admit(run, op(3))

@@ -13,7 +13,7 @@ from luthier_trainer.execution import Executor
 from luthier_trainer.stored_snapshots import StoredSnapshots
 from luthier_trainer.worker import Worker
 
-CYCLES_PER_START = 1_000_000
+CYCLES_PER_START = 10**9
 """Clock cycles set aside for one start, so that their numbers grow over restarts."""
 
 

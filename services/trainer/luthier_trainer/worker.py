@@ -21,6 +21,7 @@ from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
+from luthier_core.ops import Kind
 from luthier_core.owner import Diverged, Owner, Step
 from luthier_core.protocol import (
     COMMIT_DEPTH,
@@ -37,7 +38,7 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.planner import Head, plan
+from luthier_trainer.planner import Head, Share, plan
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class OwnedRun:
     """One run that this worker owns."""
 
     tenure: Tenure
+    tenant: str
     effects: RunEffects
     # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
     commits: asyncio.Queue[tuple[Step, Executed]] = field(
@@ -68,6 +70,11 @@ class OwnedRun:
     @property
     def owner(self) -> Owner:
         return self.tenure.owner
+
+    @property
+    def waiting_kinds(self) -> tuple[Kind, ...]:
+        """Of the ops that could be executed now, next first."""
+        return () if self.paused else tuple(op.kind for op in self.owner.queued)
 
     @property
     def idle(self) -> bool:
@@ -106,6 +113,8 @@ class Worker:
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
+        self._executing = ""
+        """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -226,6 +235,8 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
+            if run_id == self._executing:
+                continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
             if self._clock() < self._not_before.get(run_id, 0.0):
@@ -266,7 +277,7 @@ class Worker:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
-        run = OwnedRun(tenure, effects)
+        run = OwnedRun(tenure, header.tenant, effects)
         if self._snapshots is not None:
             run.snapshotter = Snapshotter(
                 *(tenure, self._snapshots, context, effects.perform),
@@ -319,18 +330,26 @@ class Worker:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while heads := self._heads():
-                cycle = next(self._cycles)
-                for share in plan(heads):
-                    for _ in range(share.num_ops):
-                        await self._run_step(share.run_id, cycle)
+            while share := plan(self._heads()):
+                await self._run_share(share, next(self._cycles))
+
+    async def _run_share(self, share: Share, cycle: int) -> None:
+        """Carry a share out; while another tenant waits, no more of it than must be."""
+        for num_ops in range(1, len(share.kinds) + 1):
+            self._executing = share.run_id
+            await self._run_step(share.run_id, cycle)
+            self._executing = ""
+            if share.may_end_after(num_ops) and self._others_wait(share.tenant):
+                return
 
     def _heads(self) -> list[Head]:
         return [
-            Head(run_id, tuple(op.kind for op in run.owner.queued), run.last_cycle)
+            Head(run_id, run.tenant, run.waiting_kinds, run.last_cycle)
             for run_id, run in self._runs.items()
-            if run.owner.num_queued and not run.paused
         ]
+
+    def _others_wait(self, tenant: str) -> bool:
+        return any(run.waiting_kinds for run in self._runs.values() if run.tenant != tenant)
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
@@ -379,10 +398,11 @@ class Worker:
                     error,
                     exc_info=not isinstance(error, Left),
                 )
-                run.commits.task_done()
                 await self._forget(run)
                 return
-            run.commits.task_done()
+            finally:
+                # Also when it is cancelled: who waits for the last commit must not wait for ever.
+                run.commits.task_done()
             if run.snapshotter is not None:
                 run.snapshotter.store_if_committed()
 
