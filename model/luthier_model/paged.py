@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from luthier_model.attention import capped_attention
 from luthier_model.base import ModelFacts
 
 
@@ -93,6 +94,7 @@ class PagedAttention:
         *,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """query [H, T, Dh], key and value [K, T, Dh], rotated -> [T, H, Dh]."""
         keys_SKD, values_SKD = self._cache.keys[layer], self._cache.values[layer]
@@ -100,9 +102,9 @@ class PagedAttention:
         values_SKD.index_copy_(0, self._new_slots_T, value.transpose(0, 1))
         parts = []
         if self._single is not None:
-            parts.append(self._single.attend(query, keys_SKD, values_SKD, scale, window))
+            parts.append(self._single.attend(query, keys_SKD, values_SKD, scale, window, softcap))
         for chunk in self._chunks:
-            parts.append(chunk.attend(query, keys_SKD, values_SKD, scale, window))
+            parts.append(chunk.attend(query, keys_SKD, values_SKD, scale, window, softcap))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -122,7 +124,13 @@ class _SingleQueries:
         self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(
-        self, query: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scale: float, window: int | None
+        self,
+        query: Tensor,
+        keys_SKD: Tensor,
+        values_SKD: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         num_rows, num_keys = self._shape
         num_kv_heads, head_dim = keys_SKD.shape[1:]
@@ -133,7 +141,12 @@ class _SingleQueries:
         query_BKGD = query[:, :num_rows].transpose(0, 1)
         query_BKGD = query_BKGD.reshape(num_rows, num_kv_heads, -1, head_dim)
         mask = self._mask(window)
-        out = F.scaled_dot_product_attention(query_BKGD, keys, values, attn_mask=mask, scale=scale)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                query_BKGD, keys, values, attn_mask=mask, scale=scale
+            )
+        else:
+            out = capped_attention(query_BKGD, keys, values, mask, scale=scale, softcap=softcap)
         return out.reshape(num_rows, -1, head_dim)
 
     def _mask(self, window: int | None) -> Tensor | None:
@@ -161,8 +174,24 @@ class _Chunk:
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(
-        self, query: Tensor, keys_SKD: Tensor, values_SKD: Tensor, scale: float, window: int | None
+        self,
+        query: Tensor,
+        keys_SKD: Tensor,
+        values_SKD: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
+        if softcap is not None:
+            capped = capped_attention(
+                query[:, self._rows],
+                keys_SKD.index_select(0, self._slots_L).transpose(0, 1),
+                values_SKD.index_select(0, self._slots_L).transpose(0, 1),
+                self._mask(window),
+                scale=scale,
+                softcap=softcap,
+            )
+            return capped.transpose(0, 1)
         causal = self._num_before == 0 and (window is None or len(self._slots_L) <= window)
         out = F.scaled_dot_product_attention(
             query[None, :, self._rows],
@@ -213,6 +242,7 @@ class PagedAttentionLoop:
         *,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """query [H, T, Dh], key and value [K, T, Dh], rotated -> [T, H, Dh]."""
         group = query.shape[0] // key.shape[0]
@@ -226,6 +256,8 @@ class PagedAttentionLoop:
             keys_HLD = self._cache.keys[layer, slots].transpose(0, 1).repeat_interleave(group, 0)
             values_HLD = self._cache.values[layer, slots].transpose(0, 1)
             scores_HQL = scale * query[:, rows] @ keys_HLD.transpose(1, 2)
+            if softcap is not None:
+                scores_HQL = softcap * (scores_HQL / softcap).tanh()
             position_L = torch.arange(span.num_keys)
             seen = seen_keys(position_L[-span.num_queries :], position_L, window)
             weights = scores_HQL.masked_fill(~seen, -torch.inf).softmax(-1)
