@@ -251,6 +251,5 @@ async def _take_name(
 
 async def _check_stored(blobs: Blobs, manifest: Manifest) -> None:
     for name, file in manifest.files.items():
-        info = await blobs.head(file.key)
-        if info is None or info.num_bytes != file.num_bytes:
+        if await blobs.size(file.key) != file.num_bytes:
             raise CheckpointDamaged(f"file {name} of seq {manifest.seq} is not in the store")

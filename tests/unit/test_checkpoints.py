@@ -132,7 +132,7 @@ class Countdown:
         self.left -= 1
 
 
-BLOB_CALLS = frozenset({"put", "put_if_absent", "put_if_match", "get", "get_with_etag", "head"})
+BLOB_CALLS = frozenset({"put", "put_if_absent", "put_if_match", "get", "get_with_etag", "size"})
 
 
 @pytest.mark.parametrize("overwrites", [False, True])
