@@ -96,6 +96,10 @@ class Manifest(Record):
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.files.values())
 
+    def digest(self) -> str:
+        """sha256 of its bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
 
 async def save_checkpoint(
     blobs: Blobs,
@@ -119,7 +123,7 @@ async def save_checkpoint(
     name and `overwrite` is off; Unavailable and Redis errors mean: again.
     """
     check_name(name)
-    expires_at = _expiry(now, ttl_seconds)
+    expires_at = expiry(now, ttl_seconds)
     manifest, digest = await _store_files(blobs, run, kind, seq, epoch, files)
     record = await _take_name(
         blobs,
@@ -144,6 +148,15 @@ async def save_checkpoint(
     if kind != "ephemeral":
         await Listing(client, run.tenant).add_checkpoint(record)
     return record
+
+
+def expiry(now: datetime, ttl_seconds: int | None) -> datetime | None:
+    """When what is saved now expires; None for never."""
+    if ttl_seconds is None:
+        return None
+    if not 1 <= ttl_seconds <= MAX_TTL_S:
+        raise InvalidField(f"ttl_seconds={ttl_seconds} must be null or 1..{MAX_TTL_S}")
+    return now + timedelta(seconds=ttl_seconds)
 
 
 async def save_sampler(blobs: Blobs, client: redis.Redis, record: SamplerRecord) -> SamplerRecord:
@@ -179,14 +192,6 @@ async def read_files(blobs: Blobs, manifest_key: str) -> dict[str, bytes]:
             raise CheckpointDamaged(f"file {name} of {manifest_key} has another sha256")
         files[name] = data
     return files
-
-
-def _expiry(now: datetime, ttl_seconds: int | None) -> datetime | None:
-    if ttl_seconds is None:
-        return None
-    if not 1 <= ttl_seconds <= MAX_TTL_S:
-        raise InvalidField(f"ttl_seconds={ttl_seconds} must be null or 1..{MAX_TTL_S}")
-    return now + timedelta(seconds=ttl_seconds)
 
 
 async def _store_files(

@@ -33,7 +33,9 @@ MAX_DEATHS = 3
 MAX_ATTEMPTS = 10
 """So is one that was begun this often for whatever reason."""
 
-_OUTSIDE_EFFECT = frozenset({Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER})
+_OUTSIDE_EFFECT = frozenset(
+    {Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER, Kind.SAVE_WEIGHTS_EXTERNAL}
+)
 """Kinds whose commit writes something outside of Redis first: they are begun under the epoch."""
 
 

@@ -50,6 +50,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/optim_step", training.optim_step),
         web.post(f"{API}/save_weights", training.save_weights),
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
+        web.post(f"{API}/save_weights_external", training.save_weights_external),
         web.post(f"{API}/load_weights", training.load_weights),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/asample", sampling.asample),

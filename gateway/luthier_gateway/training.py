@@ -21,6 +21,7 @@ from luthier_core.types import (
     ModelId,
     OptimStep,
     SaveWeights,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     WireModel,
     check,
@@ -144,6 +145,10 @@ async def save_weights(request: web.Request) -> web.Response:
 
 async def save_weights_for_sampler(request: web.Request) -> web.Response:
     return await _submit_json(request, SaveWeightsForSampler, Kind.SAVE_WEIGHTS_FOR_SAMPLER)
+
+
+async def save_weights_external(request: web.Request) -> web.Response:
+    return await _submit_json(request, SaveWeightsExternal, Kind.SAVE_WEIGHTS_EXTERNAL)
 
 
 async def load_weights(request: web.Request) -> web.Response:
