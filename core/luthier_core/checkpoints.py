@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
-from luthier_core.errors import BadRequest, InvalidField, LuthierError
+from luthier_core.errors import BadRequest, CheckpointDamaged, InvalidField
 from luthier_core.listing import Listing
 from luthier_core.records import CheckpointKind, CheckpointRecord, Record, RunRecord, SamplerRecord
 
@@ -29,10 +29,6 @@ MAX_TTL_S = 10 * 366 * 24 * 3600
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9:._=+-]{0,199}")
-
-
-class CheckpointDamaged(LuthierError):
-    """A stored checkpoint cannot be read as it was written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@
     │   ├── InvalidField                   ├── NotFound       404 user
     │   └── Unsupported                    ├── BodyTooLarge   413 user
     ├── Forbidden             403 user     ├── Unreadable     422 user
-    ├── Gone                  410 server   └── Unavailable    503 server
-    └── TooManyRequests       429 server
+    ├── Gone                  410 server   ├── Unavailable    503 server
+    └── TooManyRequests       429 server   └── CheckpointDamaged  500 server
 
 A 409 does not exist here: the official SDK retries it for minutes (wire protocol 1.6).
 """
@@ -40,6 +40,10 @@ class LuthierError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+class CheckpointDamaged(LuthierError):
+    """A stored checkpoint cannot be read as it was written."""
 
 
 class BadRequest(LuthierError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from luthier_core.blobs import Blobs
-from luthier_core.checkpoints import CheckpointDamaged
+from luthier_core.errors import CheckpointDamaged
 
 _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)
