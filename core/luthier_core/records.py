@@ -4,6 +4,8 @@ Every change of one is a create-if-absent or a compare-and-swap (design 6). Time
 and come from the caller's clock.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
@@ -16,6 +18,16 @@ _CHECKPOINT_TYPES = {
     "sampler_weights": "sampler",
     "external_weights": "external",
 }
+
+
+def as_strings(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Metadata as the wire has it: what was no string is its JSON."""
+    if metadata is None:
+        return None
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in metadata.items()
+    }
 
 
 class Record(BaseModel):

@@ -5,9 +5,7 @@ from aiohttp import web
 from luthier_core.errors import Gone
 from luthier_core.types import CreateSession, FinishSession, SessionHeartbeat, parse
 from luthier_gateway.backends import BACKENDS, TENANT
-from luthier_gateway.web_io import json_response, read_body
-
-MAX_SMALL_BODY = 1024 * 1024
+from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, read_body
 
 
 async def client_config(request: web.Request) -> web.Response:

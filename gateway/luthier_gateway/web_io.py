@@ -1,12 +1,16 @@
 """Reading bodies within their limit, and answering with JSON."""
 
+import re
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from luthier_core.errors import BodyTooLarge, LuthierError, Unreadable
+from luthier_core.errors import BodyTooLarge, InvalidField, LuthierError, Unreadable
 
+MAX_SMALL_BODY = 1024 * 1024
+"""Of a bookkeeping call, in bytes."""
+MAX_PAGE = 1000
 HEAD_BYTES = 64 * 1024
 """Of an over-size body this much is looked at, to find the ids whose seq it uses up."""
 
@@ -36,6 +40,23 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     except web.RequestPayloadError:
         raise Unreadable("Content-Encoding or Transfer-Encoding and the body disagree") from None
     return b"".join(parts)
+
+
+def page_of(request: web.Request, *, default_limit: int) -> tuple[int, int]:
+    """(limit, offset) of the query; InvalidField with the allowed range."""
+    return (
+        _whole_number(request, "limit", default_limit, 1, MAX_PAGE),
+        _whole_number(request, "offset", 0, 0, 2**31),
+    )
+
+
+def _whole_number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or not least <= int(text) <= most:
+        raise InvalidField(f"{name}: {text[:50]!r}; allowed are {least} to {most}")
+    return int(text)
 
 
 def json_response(value: dict[str, Any], status: int = 200) -> web.Response:

@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier_core.errors import NotFound
 from luthier_core.listing import Listing
+from luthier_core.records import as_strings
 from luthier_registry.requests import SearchSessions, StatusQuery
 
 BATCH_ROWS = 500
@@ -48,7 +49,7 @@ async def search_sessions(listing: Listing, tenant: str, wanted: SearchSessions)
 
 
 def _fits(row: dict[str, Any], wanted: SearchSessions) -> bool:
-    metadata = row["user_metadata"] or {}
+    metadata = as_strings(row["user_metadata"]) or {}
     return (
         (wanted.project_ids is None or row["project_id"] in wanted.project_ids)
         and all(metadata.get(name) == value for name, value in wanted.user_metadata.items())
@@ -89,7 +90,7 @@ async def _summaries(
             "status": _status(row),
             "checkpoints_count": count,
             "display_name": row["display_name"],
-            "user_metadata": _strings(row["user_metadata"]),
+            "user_metadata": as_strings(row["user_metadata"]),
         }
         for row, count in zip(rows, counts, strict=True)
     ]
@@ -100,7 +101,3 @@ def _status(row: dict[str, Any]) -> dict[str, Any]:
         return {"type": "active"}
     reason = {"type": row["finish_reason"]}
     return {"type": "client_finished", "reason": reason, "detail": row["finish_detail"]}
-
-
-def _strings(metadata: dict[str, Any] | None) -> dict[str, str] | None:
-    return metadata and {name: str(value) for name, value in metadata.items()}

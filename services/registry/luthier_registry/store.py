@@ -28,6 +28,7 @@ from luthier_core.records import (
     RunRecord,
     SamplerRecord,
     SessionRecord,
+    as_strings,
 )
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.requests import (
@@ -119,6 +120,7 @@ class Store:
         listing = self._listing(tenant)
         return {
             **record.to_dict(),
+            "user_metadata": as_strings(record.user_metadata),
             "training_run_ids": await listing.ids(f"runs:{session_id}"),
             "sampler_ids": await listing.ids(f"samplers:{session_id}"),
         }
