@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator
 
@@ -21,6 +22,7 @@ from luthier_gateway import (
     files,
     futures,
     health,
+    openapi,
     rest,
     sampling,
     sessions,
@@ -68,6 +70,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/cancel_future", futures.cancel_future),
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         *_bookkeeping_routes(),
+        web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
 
@@ -116,6 +119,9 @@ def build_app(config: Config) -> web.Application:
         client_max_size=config.gateway.max_body_bytes,
     )
     app.add_routes(routes())
+    description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
+    # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
+    app[openapi.DESCRIPTION] = json.dumps(description).encode()
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
         async with open_backends(config) as opened:

@@ -248,6 +248,15 @@ async def test_a_key_ends_no_other_key(api: Api, gateway_stack: GatewayStack, ht
     assert (await api.get("auth/apikey/me")).status == 200
 
 
+# --- description ----------------------------------------------------------------------------------
+
+
+async def test_the_api_describes_itself(api: Api):
+    description = (await api.get("openapi.json")).json()
+    assert description["openapi"].startswith("3.1")
+    assert "/api/v1/training_runs/{run_id}" in description["paths"]
+
+
 # --- not offered ----------------------------------------------------------------------------------
 
 
