@@ -41,6 +41,9 @@ TORCH_PACKAGES = {"torch", "transformers", "peft", "safetensors"}
 BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load"}
 
+PROTOCOL_CALLS = {"admit", "acquire", "begin", "commit", "trim", "ffwd", "fail_range"}
+"""Steps of a run's log whose order luthier_core.protocol decides, for services and simulation."""
+
 MAY_TOUCH_ENVIRON = ("luthier.up", "luthier.cli")
 
 
@@ -142,6 +145,32 @@ def test_only_an_entry_point_touches_the_environment(name: str) -> None:
     touched = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not touched & {"os.environ", "os.getenv", "os.putenv"}
     assert not imports(name) & {"os.environ", "os.getenv"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_log_is_written_only_where_the_protocol_core_asks_for_it(name: str) -> None:
+    """The simulation tests luthier_core.protocol: no service has an order of steps of its own."""
+    if name != "luthier_core.oplog":
+        assert not list(own_steps(ast.parse(FILES[name].read_text())))
+
+
+def own_steps(tree: ast.AST) -> Iterator[str]:
+    """Calls that move a run's log, outside of a `case` of an effect that the core has yielded."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.match_case) and isinstance(node.pattern, ast.MatchClass):
+            continue
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            receiver, _, method = dotted(node.func).rpartition(".")
+            if receiver.lstrip("_").endswith("oplog") and method in PROTOCOL_CALLS:
+                yield f"{receiver}.{method} in line {node.lineno}"
+        yield from own_steps(node)
+
+
+def test_a_step_outside_of_the_protocol_core_is_seen() -> None:
+    planted = ast.parse("async def f(self):\n    await self._oplog.commit('r', 1, 1, None)\n")
+    assert list(own_steps(planted))
+    asked_for = "match effect:\n    case Commit(r, e, s, o):\n        oplog.commit(r, e, s, o)\n"
+    assert not list(own_steps(ast.parse(asked_for)))
 
 
 def test_the_table_sees_an_import_that_it_refuses(

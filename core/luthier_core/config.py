@@ -82,6 +82,8 @@ class TrainerConfig:
     """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
     max_runs: int = 64
     """Runs that one worker owns at once."""
+    gap_timeout_s: float = 1800.0
+    """How long ops wait for an earlier one of their run that has not arrived, before they fail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

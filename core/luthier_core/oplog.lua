@@ -29,9 +29,31 @@ local function field_of(fields, name)
   end
 end
 
+-- An upvalue lives as long as the server's process: one look at INFO for each start.
+local server_id
+local function this_server()
+  if not server_id then
+    server_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  end
+  return server_id
+end
+
+-- Every function of an owner names the server on which it has last made sure that HEAD is its own.
+-- Another one may have gone back to an earlier state, in which it takes an old epoch for the newest.
+local function check_server(wanted)
+  if wanted ~= '' and wanted ~= this_server() then
+    error(redis.error_reply('RESTARTED since the caller has read HEAD'))
+  end
+end
+
+-- server(header) -> the id of the server that holds this run now
+local function server()
+  return this_server()
+end
+
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
--- admission, x:{seq} = the op failed, n:{seq} = attempts begun, b:{seq} = attempts that ended with
--- the engine's death, a:{seq} = the last of those.
+-- admission, x:{seq} = the op failed, n:{seq} = attempts begun and the epoch of the last, b:{seq} =
+-- attempts that ended with the engine's death, a:{seq} = the last of those.
 local function remember(header, seq, digest, bytes, now)
   local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
   redis.call('HSET', header, 'd:' .. seq, known)
@@ -59,9 +81,9 @@ local function unpark(header, parked, seq)
   redis.call('HINCRBY', header, 'parked_bytes', -bytes)
 end
 
--- gap_since is there while something waits above a gap.
+-- gap_since is there while something waits above a gap, and with it what `lost` has noted.
 local function forget_gap(header, parked)
-  if redis.call('HLEN', parked) == 0 then redis.call('HDEL', header, 'gap_since') end
+  if redis.call('HLEN', parked) == 0 then redis.call('HDEL', header, 'gap_since', 'lost') end
 end
 
 -- Everything up to `admitted` has arrived: what is parked directly above it enters the log.
@@ -174,21 +196,23 @@ local function reject_run(keys, args)
   return { 'OK' }
 end
 
--- acquire(header; epoch, owner) -> {OK, admitted, committed} | {STALE, epoch} | {NORUN}
+-- acquire(header; epoch, server, owner) -> {OK, admitted, committed} | {STALE, epoch} | {NORUN}
 local function acquire(keys, args)
+  check_server(args[2])
   local h = redis.call('HMGET', keys[1], 'epoch', 'owner', 'admitted', 'committed')
   if not h[1] then return { 'NORUN' } end
   local epoch = tonumber(args[1])
   if epoch > num(h[1]) then
-    redis.call('HSET', keys[1], 'epoch', epoch, 'owner', args[2])
-  elseif not (epoch == num(h[1]) and h[2] == args[2]) then -- equal: my own first try, its reply lost
+    redis.call('HSET', keys[1], 'epoch', epoch, 'owner', args[3])
+  elseif not (epoch == num(h[1]) and h[2] == args[3]) then -- equal: my own first try, its reply lost
     return { 'STALE', num(h[1]) }
   end
   return { 'OK', num(h[3]), num(h[4]) }
 end
 
--- release(header; epoch) -> OK | FENCED | BUSY. An idle run gets back to having no owner.
+-- release(header; epoch, server) -> OK | FENCED | BUSY. An idle run gets back to having no owner.
 local function release(keys, args)
+  check_server(args[2])
   local h = redis.call('HMGET', keys[1], 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= tonumber(args[1]) then return 'FENCED' end
   if num(h[2]) > num(h[3]) then return 'BUSY' end
@@ -196,21 +220,30 @@ local function release(keys, args)
   return 'OK'
 end
 
--- What `begin` notes about an attempt. -> attempts so far, deaths so far
-local function note_attempt(header, seq)
-  local attempts = redis.call('HINCRBY', header, 'n:' .. seq, 1)
-  return attempts, num(redis.call('HGET', header, 'b:' .. seq), 0)
+-- What `begin` notes about an attempt: one per epoch, because a call repeated after a lost reply is
+-- no second attempt, and an owner that tries again has taken the run over anew.
+-- -> attempts so far, deaths so far
+local function note_attempt(header, seq, epoch)
+  local known = redis.call('HMGET', header, 'n:' .. seq, 'b:' .. seq)
+  local attempts, last = string.match(known[1] or '0 none', '(%d+) (%S+)')
+  attempts = tonumber(attempts)
+  if tonumber(last) ~= epoch then
+    attempts = attempts + 1
+    redis.call('HSET', header, 'n:' .. seq, attempts .. ' ' .. epoch)
+  end
+  return attempts, num(known[2], 0)
 end
 
--- begin(header; epoch, seq) -> {OK, attempts, deaths} | {FENCED} | {ALREADY} | {ORDER}
+-- begin(header; epoch, server, seq) -> {OK, attempts, deaths} | {FENCED} | {ALREADY} | {ORDER}
 -- The owner is about to execute this op: what it does outside of Redis is its own from here on.
 local function begin(keys, args)
-  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
+  check_server(args[2])
+  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[3])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
   if seq <= num(h[3]) then return { 'ALREADY' } end
   if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
-  return { 'OK', note_attempt(header, seq) }
+  return { 'OK', note_attempt(header, seq, epoch) }
 end
 
 -- One outcome, written once: shared by commit and fail_range.
@@ -224,37 +257,43 @@ local function store_outcome(header, outcome, channel, seq, ttl, fields)
   redis.call('SPUBLISH', channel, seq)
 end
 
--- Consecutive seqs have failed, and the client has not been told. Trim forgets outcomes, never this.
-local function note_untold(header, first, last)
-  local untold = { redis.call('HGET', header, 'untold') or nil }
-  for seq = first, last do untold[#untold + 1] = seq end
-  redis.call('HSET', header, 'untold', table.concat(untold, ' '))
+-- untold: seqs whose gradient is missing, and the client has not been told. Trim forgets outcomes,
+-- never this; an op that clears the gradient does, because nothing can miss them any more.
+local function note_untold(header, seq, gradient)
+  if gradient == 'cleared' then
+    redis.call('HDEL', header, 'untold')
+  elseif gradient == 'lost' then
+    local untold = redis.call('HGET', header, 'untold')
+    redis.call('HSET', header, 'untold', untold and untold .. ' ' .. seq or seq)
+  end
 end
 
--- commit(header, outcome, channel; epoch, seq, ttl ms, next seq to begin or -1, outcome fields ...)
+-- commit(header, outcome, channel; epoch, server, seq, ttl ms, next seq to begin or -1,
+--        what became of the gradient: lost | cleared | kept, outcome fields ...)
 -- -> {OK, attempts, deaths of the next} | {ALREADY} | {FENCED} | {ORDER}
 -- The only writer of an outcome, and it writes once.
 local function commit(keys, args)
+  check_server(args[2])
   local header = keys[1]
-  local epoch, seq, next_seq = tonumber(args[1]), tonumber(args[2]), tonumber(args[4])
+  local epoch, seq, next_seq = tonumber(args[1]), tonumber(args[3]), tonumber(args[5])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
   if seq <= num(h[3]) then return { 'ALREADY' } end
   if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
-  local fields = rest(args, 5)
-  store_outcome(header, keys[2], keys[3], seq, args[3], fields)
-  if field_of(fields, 'state') == 'failed' then note_untold(header, seq, seq) end
+  store_outcome(header, keys[2], keys[3], seq, args[4], rest(args, 7))
+  note_untold(header, seq, args[6])
   if next_seq == seq + 1 and next_seq <= num(h[2]) then
-    return { 'OK', note_attempt(header, next_seq) }
+    return { 'OK', note_attempt(header, next_seq, epoch) }
   end
   return { 'OK', 0, 0 }
 end
 
--- blame(header; epoch, seq) -> deaths so far | -1 if fenced | -2 if this op is not under way
+-- blame(header; epoch, server, seq) -> deaths so far | -1 if fenced | -2 if this op is not under way
 -- The engine died while it executed this op. One attempt has one death, however often it is told: a
 -- call repeated after a lost reply must not bring the op nearer to quarantine.
 local function blame(keys, args)
-  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[2])
+  check_server(args[2])
+  local header, epoch, seq = keys[1], tonumber(args[1]), tonumber(args[3])
   local h = redis.call('HMGET', header, 'epoch', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return -1 end
   if seq ~= num(h[2]) + 1 then return -2 end
@@ -265,10 +304,11 @@ local function blame(keys, args)
   return redis.call('HINCRBY', header, 'b:' .. seq, 1)
 end
 
--- trim(header, log; epoch, seq) -> OK | FENCED | ORDER
+-- trim(header, log; epoch, server, seq) -> OK | FENCED | ORDER
 -- A snapshot at or after seq is confirmed: the log and the per-seq fields up to it are not needed.
 local function trim(keys, args)
-  local header, log, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[2])
+  check_server(args[2])
+  local header, log, epoch, seq = keys[1], keys[2], tonumber(args[1]), tonumber(args[3])
   local h = redis.call('HMGET', header, 'epoch', 'committed', 'trimmed')
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if seq > num(h[2]) then return 'ORDER' end
@@ -280,10 +320,11 @@ local function trim(keys, args)
   return 'OK'
 end
 
--- ffwd(header, log, parked, news channel; epoch, seq) -> OK | FENCED | ALREADY
+-- ffwd(header, log, parked, news channel; epoch, server, seq) -> OK | FENCED | ALREADY
 -- Redis was rolled back behind a snapshot: the effects up to seq are in it, the ids are used up.
 local function ffwd(keys, args)
-  local header, parked, epoch, seq = keys[1], keys[3], tonumber(args[1]), tonumber(args[2])
+  check_server(args[2])
+  local header, parked, epoch, seq = keys[1], keys[3], tonumber(args[1]), tonumber(args[3])
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   local admitted, committed = num(h[2]), num(h[3])
@@ -297,47 +338,58 @@ local function ffwd(keys, args)
   return 'OK'
 end
 
--- publish(header; epoch, seq, key) -> OK | FENCED | STALE
+-- publish(header; epoch, server, seq, key) -> OK | FENCED | STALE
 -- The in-flight sampler weights of a run move forward, never back.
 local function publish(keys, args)
+  check_server(args[2])
   local h = redis.call('HMGET', keys[1], 'epoch', 'published_epoch', 'published_seq')
-  local epoch, seq = tonumber(args[1]), tonumber(args[2])
+  local epoch, seq = tonumber(args[1]), tonumber(args[3])
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   local e, s = num(h[2], -1), num(h[3], -1)
   if epoch < e or (epoch == e and seq <= s) then return 'STALE' end
-  redis.call('HSET', keys[1], 'published_epoch', epoch, 'published_seq', seq, 'published', args[3])
+  redis.call('HSET', keys[1], 'published_epoch', epoch, 'published_seq', seq, 'published', args[4])
   return 'OK'
 end
 
--- fail_range(header, parked, channel, outcome ...; epoch, first seq, ttl ms, status, fields ...)
--- -> OK | ALREADY | FENCED | ORDER. Fail consecutive seqs from committed+1 on, one per outcome key,
--- whether they are admitted, parked or never arrived; the run's status becomes `status`.
--- ORDER also if an op is parked above the range: it would be accepted and never end.
+-- fail_range(header, parked, channel, outcome ...; epoch, server, first seq, ttl ms, fields ...)
+-- -> OK | ALREADY | FENCED | ORDER. The gap at `first` is given up: fail the seqs from it on, one per
+-- outcome key, whether they are parked or never arrived; the run has failed and takes no more.
+-- ORDER also if what is missing has arrived meanwhile, or if an op is parked above the range: it
+-- would be accepted and never end.
 local function fail_range(keys, args)
+  check_server(args[2])
   local header, parked, channel = keys[1], keys[2], keys[3]
-  local epoch, first, last = tonumber(args[1]), tonumber(args[2]), tonumber(args[2]) + #keys - 4
+  local epoch, first, last = tonumber(args[1]), tonumber(args[3]), tonumber(args[3]) + #keys - 4
   local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if last <= num(h[3]) then return 'ALREADY' end
-  if first ~= num(h[3]) + 1 then return 'ORDER' end
+  if first ~= num(h[3]) + 1 or num(h[2]) > num(h[3]) then return 'ORDER' end
   for _, s in ipairs(redis.call('HKEYS', parked)) do
     if tonumber(s) > last then return 'ORDER' end
   end
   local fields = rest(args, 5)
   for seq = first, last do
     if redis.call('HEXISTS', parked, seq) == 1 then unpark(header, parked, seq) end
-    store_outcome(header, keys[4 + seq - first], channel, seq, args[3], fields)
+    store_outcome(header, keys[4 + seq - first], channel, seq, args[4], fields)
   end
-  note_untold(header, first, last)
-  if last > num(h[2]) then redis.call('HSET', header, 'admitted', last) end
-  redis.call('HSET', header, 'status', args[4])
+  redis.call('HSET', header, 'admitted', last, 'status', 'failed')
   forget_gap(header, parked)
   return 'OK'
 end
 
+-- lost(header, parked; seq) -> OK. A client asks for the result of a seq that is not here: its
+-- admission is lost with a rollback of Redis, so a gap below what waits need not be waited for.
+local function lost(keys, args)
+  local admitted = redis.call('HGET', keys[1], 'admitted')
+  if not admitted or tonumber(args[1]) <= num(admitted) then return 'OK' end
+  if redis.call('HEXISTS', keys[2], args[1]) == 0 then redis.call('HSET', keys[1], 'lost', args[1]) end
+  return 'OK'
+end
+
 -- told(header; seq): the error of this seq has been delivered to the client. `told` moves only as far
--- as every failure up to it has been: errors of concurrent polls arrive in any order, and an optimizer
--- step must not be obeyed because a later failure than its gradient's was known (reliability 1.6).
+-- as every lost gradient up to it has been: errors of concurrent polls arrive in any order, and an
+-- optimizer step must not be obeyed because a later failure than its gradient's was known
+-- (reliability 1.6).
 local function told(keys, args)
   local header, seq = keys[1], args[1]
   local h = redis.call('HMGET', header, 'told', 'untold', 'committed')
@@ -452,6 +504,7 @@ end
 
 redis.register_function('lu1_admit', admit)
 redis.register_function('lu1_reject_run', reject_run)
+redis.register_function { function_name = 'lu1_server', callback = server, flags = { 'no-writes' } }
 redis.register_function('lu1_acquire', acquire)
 redis.register_function { function_name = 'lu1_release', callback = release, flags = { 'allow-oom' } }
 -- Results can be committed and memory freed when Redis is full.
@@ -462,6 +515,7 @@ redis.register_function { function_name = 'lu1_trim', callback = trim, flags = {
 redis.register_function { function_name = 'lu1_ffwd', callback = ffwd, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_publish', callback = publish, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_fail_range', callback = fail_range, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_lost', callback = lost, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_told', callback = told, flags = { 'allow-oom' } }
 redis.register_function('lu1_enqueue', enqueue)
 redis.register_function { function_name = 'lu1_settle', callback = settle, flags = { 'allow-oom' } }

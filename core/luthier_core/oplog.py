@@ -23,7 +23,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
-from luthier_core.ops import Op, Outcome, SamplingJob, clone_of
+from luthier_core.ops import Gradient, Op, Outcome, SamplingJob, clone_of
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
 DELIVERED_TTL_MS = 3600 * 1000
@@ -31,6 +31,13 @@ ACKNOWLEDGED_TTL_MS = 60 * 1000
 MAX_CONNECTIONS = 32
 READ_AHEAD = 64
 """Entries of one run that are read at once."""
+
+ANY_SERVER = ""
+
+
+class RedisRestarted(RedisConnectionError):
+    """This is another server than the caller means: it may have gone back to an earlier state."""
+
 
 REDIS_ERRORS = (RedisConnectionError, RedisTimeoutError, redis.ReadOnlyError, OSError)
 """Redis is not there just now. An error that it answers with is a bug of ours, and no such."""
@@ -108,6 +115,8 @@ class RunHeader:
     told: int
     gap_since: int
     """Milliseconds since the epoch when the oldest gap was first seen; 0: there is none."""
+    lost: int
+    """A seq that the client has sent and that is not here; -1: none is known of."""
 
     @property
     def pending(self) -> bool:
@@ -129,6 +138,7 @@ class RunHeader:
             committed=int(text[7]),
             told=int(text[8]),
             gap_since=int(text[9] or 0),
+            lost=int(text[10] or -1),
         )
 
 
@@ -162,7 +172,7 @@ class Attempt:
     status: str
     """OK | ALREADY | FENCED | ORDER"""
     attempts: int = 0
-    """How often the op that was begun has been, now included; 0 if none was."""
+    """Under how many epochs the op that was begun has been, this one included; 0 if none was."""
     deaths: int = 0
     """How many of those ended with the engine's death."""
 
@@ -233,26 +243,50 @@ class Oplog:
         )
         return cast(bytes, reply[0]).decode()
 
-    async def acquire(self, run_id: str, epoch: int, owner: str) -> tuple[int, int] | None:
+    # `server` of the calls below: see `server_id`. RedisRestarted if it is another by now.
+
+    async def server_id(self, run_id: str) -> str:
+        """The server process that holds this run: another after each restart or failover.
+
+        An owner reads it before HEAD and names it in its calls. So a Redis that was rolled back,
+        and takes an old epoch for the newest, is heard only once HEAD has been read again.
+        """
+        return cast(bytes, await self._call("server", [keys.run_header(run_id)], [])).decode()
+
+    async def acquire(
+        self, run_id: str, epoch: int, owner: str, *, server: str = ANY_SERVER
+    ) -> tuple[int, int] | None:
         """(admitted, committed) if `owner` now holds the run under `epoch`; None if it lost."""
-        reply = await self._call("acquire", [keys.run_header(run_id)], [epoch, owner])
+        reply = await self._call("acquire", [keys.run_header(run_id)], [epoch, server, owner])
         return (int(reply[1]), int(reply[2])) if reply[0] == b"OK" else None
 
-    async def release(self, run_id: str, epoch: int) -> bool:
+    async def release(self, run_id: str, epoch: int, *, server: str = ANY_SERVER) -> bool:
         """Whether the run, held under `epoch` and with nothing pending, has no owner now."""
-        return bool(await self._call("release", [keys.run_header(run_id)], [epoch]) == b"OK")
+        reply = await self._call("release", [keys.run_header(run_id)], [epoch, server])
+        return bool(reply == b"OK")
 
-    async def begin(self, run_id: str, epoch: int, seq: int) -> Attempt:
+    async def begin(
+        self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER
+    ) -> Attempt:
         """Note that the owner is about to execute this op: OK | ALREADY | FENCED | ORDER."""
-        reply = await self._call("begin", [keys.run_header(run_id)], [epoch, seq])
+        reply = await self._call("begin", [keys.run_header(run_id)], [epoch, server, seq])
         return Attempt.from_reply(reply)
 
     async def commit(
-        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
+        self,
+        run_id: str,
+        epoch: int,
+        seq: int,
+        outcome: Outcome,
+        *,
+        gradient: Gradient = Gradient.KEPT,
+        begin_next: bool = False,
+        server: str = ANY_SERVER,
     ) -> Attempt:
         """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
 
-        With `begin_next` an OK also begins seq + 1 if it is admitted: one write instead of two.
+        `gradient` says what became of it. With `begin_next` an OK also begins seq + 1 if it is
+        admitted: one write instead of two.
         """
         reply = await self._call(
             "commit",
@@ -261,23 +295,26 @@ class Oplog:
                 keys.run_outcome(run_id, seq),
                 keys.run_done(run_id),
             ],
-            [epoch, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, *_flat(outcome.fields())],
+            [
+                *(epoch, server, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, gradient),
+                *_flat(outcome.fields()),
+            ],
         )
         return Attempt.from_reply(reply)
 
-    async def blame(self, run_id: str, epoch: int, seq: int) -> int:
+    async def blame(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> int:
         """How often the engine has died of this op, now included; negative if it is not ours.
 
         Each attempt that was begun counts once.
         """
-        return int(await self._call("blame", [keys.run_header(run_id)], [epoch, seq]))
+        return int(await self._call("blame", [keys.run_header(run_id)], [epoch, server, seq]))
 
-    async def trim(self, run_id: str, epoch: int, seq: int) -> str:
+    async def trim(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> str:
         """Drop the log up to seq: a snapshot at or after it is confirmed. OK | FENCED | ORDER."""
         call_keys = [keys.run_header(run_id), keys.run_log(run_id)]
-        return cast(bytes, await self._call("trim", call_keys, [epoch, seq])).decode()
+        return cast(bytes, await self._call("trim", call_keys, [epoch, server, seq])).decode()
 
-    async def ffwd(self, run_id: str, epoch: int, seq: int) -> str:
+    async def ffwd(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> str:
         """Use up every id to seq, which a snapshot has: OK | ALREADY | FENCED.
 
         The log has no entries for the ids that it had not admitted.
@@ -288,20 +325,28 @@ class Oplog:
             keys.run_parked(run_id),
             keys.run_new(run_id),
         ]
-        return cast(bytes, await self._call("ffwd", call_keys, [epoch, seq])).decode()
+        return cast(bytes, await self._call("ffwd", call_keys, [epoch, server, seq])).decode()
 
-    async def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:
+    async def publish(
+        self, run_id: str, epoch: int, seq: int, key: str, *, server: str = ANY_SERVER
+    ) -> str:
         """Move the in-flight sampler weights forward, never back. OK | STALE | FENCED."""
-        reply = await self._call("publish", [keys.run_header(run_id)], [epoch, seq, key])
+        reply = await self._call("publish", [keys.run_header(run_id)], [epoch, server, seq, key])
         return cast(bytes, reply).decode()
 
     async def fail_range(
-        self, run_id: str, epoch: int, seqs: range, outcome: Outcome, *, status: str
+        self,
+        run_id: str,
+        epoch: int,
+        seqs: range,
+        outcome: Outcome,
+        *,
+        server: str = ANY_SERVER,
     ) -> str:
-        """Fail consecutive seqs from committed + 1 on, admitted or not, and set the run's status.
+        """Give up the gap at committed + 1: fail the seqs from it on, and with them the run.
 
         OK | ALREADY | FENCED | ORDER. The range must reach every parked op: ORDER says that one
-        has arrived meanwhile, or that another has committed, so read both again.
+        has arrived meanwhile, or what was missing, so look again.
         """
         reply = await self._call(
             "fail_range",
@@ -311,9 +356,13 @@ class Oplog:
                 keys.run_done(run_id),
                 *(keys.run_outcome(run_id, seq) for seq in seqs),
             ],
-            [epoch, seqs.start, OUTCOME_TTL_MS, status, *_flat(outcome.fields())],
+            [epoch, server, seqs.start, OUTCOME_TTL_MS, *_flat(outcome.fields())],
         )
         return cast(bytes, reply).decode()
+
+    async def lost(self, run_id: str, seq: int) -> None:
+        """The client asks for a seq that is not here: its admission is lost (reliability 2.5)."""
+        await self._call("lost", [keys.run_header(run_id), keys.run_parked(run_id)], [seq])
 
     async def told(self, run_id: str, seq: int) -> None:
         """The client has been given the error of this seq."""
@@ -342,6 +391,15 @@ class Oplog:
 
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
+
+    async def last_parked(self, run_id: str) -> int:
+        """The highest seq that waits above a gap; -1: none does."""
+        return max(map(int, await cast(Any, self.redis.hkeys(keys.run_parked(run_id)))), default=-1)
+
+    async def session_has_ended(self, run_id: str) -> bool:
+        """Whether the client session of this run was finished."""
+        session = keys.session_header(run_id.partition(":")[0])
+        return await cast(Any, self.redis.hget(session, "status")) not in (None, b"active")
 
     async def failed_seqs(self, run_id: str) -> frozenset[int]:
         """Seqs whose recorded outcome is a failure: what replay follows."""
@@ -566,9 +624,14 @@ class Oplog:
         return int(1000 * self._clock())
 
     async def _call(self, function: str, call_keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return await cast(
-            Any, self.redis.fcall(f"lu1_{function}", len(call_keys), *call_keys, *args)
-        )
+        try:
+            return await cast(
+                Any, self.redis.fcall(f"lu1_{function}", len(call_keys), *call_keys, *args)
+            )
+        except ResponseError as error:
+            if str(error).startswith("RESTARTED"):
+                raise RedisRestarted(str(error)) from None
+            raise
 
 
 def _jobs(entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[SamplingJob]:

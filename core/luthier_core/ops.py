@@ -32,6 +32,15 @@ class Kind(StrEnum):
     SAMPLE = "sample"
 
 
+class Gradient(StrEnum):
+    """What an op's end means for the gradient that is being summed."""
+
+    KEPT = "kept"
+    LOST = "lost"
+    """Its part is missing: no optimizer step may apply the rest before the client knows."""
+    CLEARED = "cleared"
+
+
 def digest_of(body: bytes) -> str:
     """The sha256 of a request's canonical bytes, in hex: what dedupe compares."""
     return sha256(body).hexdigest()
@@ -89,7 +98,7 @@ class Op:
     digest: str
     body: Body
     told: int = -1
-    """Every failure up to this seq had been delivered when this op was admitted (-1: none)."""
+    """The loss of any gradient up to this seq was known to the client when this op was admitted."""
 
     def fields(self) -> dict[str, str | bytes]:
         """Fields of the stream entry, without `told`: the admit function stamps that."""

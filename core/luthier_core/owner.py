@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from luthier_core.ops import Kind, Op, Outcome, Refusal
+from luthier_core.ops import Gradient, Kind, Op, Outcome, Refusal
 
 _TAKES_GRADIENT = frozenset({Kind.OPTIM_STEP})
 _REPLAYED = frozenset(
@@ -174,11 +174,21 @@ class Owner:
         return [seq for seq in self._missing if seq > op.told]
 
     def _note(self, op: Op, outcome: Outcome) -> None:
-        kind = Refusal.of_op(op).kind if op.kind is Kind.REJECTED else op.kind
-        if kind is Kind.FORWARD_BACKWARD and outcome.failed:
-            self._missing.append(op.seq)
-        elif op.kind in _TAKES_GRADIENT or (op.kind is Kind.LOAD_WEIGHTS and not outcome.failed):
-            self._missing.clear()
+        match gradient_after(op, outcome):
+            case Gradient.LOST:
+                self._missing.append(op.seq)
+            case Gradient.CLEARED:
+                self._missing.clear()
+
+
+def gradient_after(op: Op, outcome: Outcome) -> Gradient:
+    """What became of the run's summed gradient when this op ended so."""
+    kind = Refusal.of_op(op).kind if op.kind is Kind.REJECTED else op.kind
+    if kind is Kind.FORWARD_BACKWARD and outcome.failed:
+        return Gradient.LOST
+    if op.kind in _TAKES_GRADIENT or (op.kind is Kind.LOAD_WEIGHTS and not outcome.failed):
+        return Gradient.CLEARED
+    return Gradient.KEPT
 
 
 def _action_of_failure(op: Op) -> Action:

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from luthier_core.oplog import Admission, Attempt
-from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, Owner, Step
+from luthier_core.oplog import Admission, Attempt, RunHeader
+from luthier_core.ops import INLINE_LIMIT, Body, Gradient, Kind, Op, Outcome, Refusal
+from luthier_core.owner import Action, Owner, Step, gradient_after
 
 A = TypeVar("A")
 
@@ -31,7 +31,12 @@ ahead, it would kill every owner before what precedes it is committed.
 MAX_DEATHS = 3
 """An op during which the engine died this often is failed (reliability 1.6)."""
 MAX_ATTEMPTS = 10
-"""So is one that was begun this often for whatever reason."""
+"""So is one that was begun under this many epochs, for whatever reason."""
+
+GAP_TIMEOUT_S = 1800.0
+"""A seq that has not come for so long will not: the official SDK tries for about 17 minutes."""
+LOST_GAP_S = 60.0
+"""The same if the client has been told that what it sent is lost."""
 
 _OUTSIDE_EFFECT = frozenset(
     {Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER, Kind.SAVE_WEIGHTS_EXTERNAL}
@@ -262,6 +267,7 @@ class Commit(Effect):
     epoch: int
     seq: int
     outcome: Outcome
+    gradient: Gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +371,14 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
     return Tenure(run_id, name, head, etag, owner, committed, sound=ref)
 
 
+def feed(tenure: Tenure, ops: Iterable[Op]) -> None:
+    """Give the owner what its log says next; Left if that is lost: another owner has trimmed it."""
+    new = [op for op in ops if op.seq >= tenure.owner.cursor]
+    if new and new[0].seq != tenure.owner.cursor:
+        raise Left(f"{tenure.run_id}: the log goes on at {new[0].seq}")
+    tenure.owner.feed(new)
+
+
 def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
     """Execute the op at the head; what it returns goes to commit_next if it is to be published.
 
@@ -399,7 +413,8 @@ def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
     outcome = executed.outcome
     if outcome is None:
         outcome = yield Finish(step, executed.rest)
-    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome)
+    gradient = gradient_after(step.op, outcome)
+    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome, gradient)
     tenure.check(committed.status)
     tenure.committed = seq
 
@@ -436,6 +451,22 @@ def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] =
     if head.prev_snap is not None:
         status = yield Trim(run_id, tenure.epoch, head.prev_snap.seq)
         tenure.check(status)
+
+
+def gap_is_overdue(
+    header: RunHeader,
+    now_s: float,
+    *,
+    session_has_ended: bool,
+    timeout_s: float = GAP_TIMEOUT_S,
+) -> bool:
+    """Whether what is missing below a parked op will not come any more; all before it has ended."""
+    if not header.gap_since or header.pending or header.status != "active":
+        return False
+    if session_has_ended:
+        return True
+    limit_s = min(LOST_GAP_S, timeout_s) if header.lost >= 0 else timeout_s
+    return now_s - header.gap_since / 1000 > limit_s
 
 
 def give_up_gap(tenure: Tenure, last_parked: int) -> Steps[None]:

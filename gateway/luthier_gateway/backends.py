@@ -98,7 +98,7 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id) and not await self._is_admitted(run_id, seq):
+        if await self._is_finished(session_id) and not await self.has_arrived(run_id, seq):
             raise BadRequest(f"session {session_id} is finished")
         return run
 
@@ -118,11 +118,13 @@ class Backends:
         )
         return status == b"finished"
 
-    async def _is_admitted(self, run_id: str, seq: int) -> bool:
+    async def has_arrived(self, run_id: str, seq: int) -> bool:
+        """Whether op seq of a run has been accepted."""
+        # In this order: an op that waits above a gap may be admitted between the two looks.
+        if await self.oplog.is_parked(run_id, seq):
+            return True
         header = await self.oplog.header(run_id)
-        return header is not None and (
-            seq <= header.admitted or await self.oplog.is_parked(run_id, seq)
-        )
+        return header is not None and seq <= header.admitted
 
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""

@@ -15,6 +15,7 @@ from luthier_core.errors import (
     TooManyRequests,
     Unsupported,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.futures import FutureId
 from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Body, Outcome
@@ -42,6 +43,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
     config = backends.config.gateway
     future = _parse_id(wanted.request_id)
     _check_room(backends)
+    await failpoint("gw.poll")
     try:
         outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
@@ -179,8 +181,9 @@ async def _check_admitted(backends: Backends, future: FutureId) -> None:
     seq = int(future.seq)
     header = await backends.oplog.header(future.parent)
     if header is None or (
-        seq > header.admitted and not await backends.oplog.is_parked(future.parent, seq)
+        seq > header.admitted and not await backends.has_arrived(future.parent, seq)
     ):
+        await backends.oplog.lost(future.parent, seq)
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
     if seq <= header.committed and await backends.futures.outcome(future) is None:
         raise Gone(f"request_id={future.parent}:{seq}")
@@ -225,6 +228,7 @@ async def _deliver(
     In this order: a client that was not told of a failure must not have its optimizer step obeyed
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
+    await failpoint("gw.deliver")
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):

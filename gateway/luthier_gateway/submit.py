@@ -15,6 +15,7 @@ from luthier_core.errors import (
     TooManyRequests,
     Unreadable,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.ops import Kind, Outcome, digest_of
 from luthier_core.protocol import Admit, Announce, Effect, PutPayload, Request, drive
 from luthier_core.protocol import submit as submit_steps
@@ -69,14 +70,18 @@ async def submit(
     async def perform(effect: Effect) -> Any:
         match effect:
             case PutPayload(key, data):
+                await failpoint("gw.put")
                 await backends.blobs.put(key, data)
             case Admit(op):
+                await failpoint("gw.admit")
                 limits = backends.config.limits
                 return await backends.oplog.admit(op, tenant=tenant, limits=limits, header=header)
             case Announce():
                 await backends.oplog.announce_run(base_model, run_id, time.time())
 
+    await failpoint("gw.body")
     admission = await drive(submit_steps(request), perform)
+    await failpoint("gw.reply")
     _raise_unless_admitted(admission.status, run_id, seq)
     return json_response({"request_id": f"{run_id}:{seq}", "model_id": run_id})
 
@@ -136,7 +141,7 @@ def _raise_unless_admitted(status: str, run_id: str, seq: int) -> None:
     if status == "MISMATCH":
         raise BadRequest(f"seq_id: {seq} of {run_id} was used for a request with another body")
     if status == "DEAD":
-        raise BadRequest(f"model_id: {run_id} could not be created; create another")
+        raise BadRequest(f"model_id: {run_id} has failed: it takes no more requests")
     if status == "FAR":
         raise TooManyRequests(f"seq_id {seq} is too far ahead of what has arrived for {run_id}")
     raise TooManyRequests(f"the queue of {run_id} is full until it has executed more")

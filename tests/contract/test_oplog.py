@@ -7,8 +7,8 @@ import pytest
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
-from luthier_core.oplog import Oplog
-from luthier_core.ops import Body, Kind, Op, Outcome, digest_of
+from luthier_core.oplog import Oplog, RedisRestarted
+from luthier_core.ops import Body, Gradient, Kind, Op, Outcome, digest_of
 
 RUN = "s1:train:0"
 TENANT = "ann"
@@ -166,38 +166,71 @@ async def test_failures_are_remembered_for_replay(run):
     assert await run.failed_seqs(RUN) == {1}
 
 
-async def test_an_op_carries_the_failures_its_client_knew_of(run):
+async def fail(run: Oplog, *seqs: int) -> None:
+    """Forward_backwards that end with an error."""
+    for seq in seqs:
+        await run.commit(RUN, 1, seq, Outcome.failure("no", "user"), gradient=Gradient.LOST)
+
+
+async def told(run: Oplog, *seqs: int) -> list[int]:
+    """What the entries of these ops say that their client knew."""
+    entries = (await run.read_log({RUN: seqs[0]}))[RUN]
+    return [entry.told for entry in entries if entry.seq in seqs]
+
+
+async def test_an_op_carries_the_losses_its_client_knew_of(run):
     await admit(run, op(1))
     await admit(run, op(4))
-    await run.commit(RUN, 1, 1, Outcome.failure("no", "user"))
+    await fail(run, 1)
     await run.told(RUN, 1)
     await admit(run, op(2))
     await admit(run, op(3))
-    assert [entry.told for entry in (await run.read_log({RUN: 1}))[RUN]] == [-1, 1, 1, -1]
+    assert await told(run, 1, 2, 3, 4) == [-1, 1, 1, -1]
 
 
-async def test_an_op_does_not_carry_a_failure_while_an_older_one_has_not_been_delivered(run):
+async def test_an_op_does_not_carry_a_loss_while_an_older_one_has_not_been_delivered(run):
     for seq in (1, 2, 3):
         await admit(run, op(seq))
-    for seq, outcome in ((1, Outcome.failure("no", "user")), (2, DONE)):
-        await run.commit(RUN, 1, seq, outcome)
-    await run.commit(RUN, 1, 3, Outcome.failure("no", "user"))
+    await fail(run, 1)
+    await run.commit(RUN, 1, 2, DONE)
+    await fail(run, 3)
     await run.told(RUN, 3)
     await admit(run, op(4))
     await run.told(RUN, 1)
     await admit(run, op(5))
-    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [0, 3]
+    assert await told(run, 4, 5) == [0, 3]
 
 
-async def test_a_failure_that_was_trimmed_before_its_delivery_is_not_taken_for_known(run):
+async def test_a_loss_that_was_trimmed_before_its_delivery_is_not_taken_for_known(run):
     for seq in (1, 2, 3):
         await admit(run, op(seq))
-        await run.commit(RUN, 1, seq, Outcome.failure("no", "user"))
+    await fail(run, 1, 2, 3)
     await run.trim(RUN, 1, 2)
     await run.told(RUN, 1)
     await run.told(RUN, 3)
     await admit(run, op(4))
-    assert [entry.told for entry in (await run.read_log({RUN: 4}))[RUN]] == [1]
+    assert await told(run, 4) == [1]
+
+
+async def test_an_error_that_is_never_fetched_costs_one_optimizer_step_and_no_more(run):
+    for seq in (1, 2, 3):
+        await admit(run, op(seq))
+    await fail(run, 1)
+    await run.commit(RUN, 1, 2, DONE, gradient=Gradient.CLEARED)
+    await fail(run, 3)
+    await run.told(RUN, 3)
+    await admit(run, op(4))
+    assert await told(run, 4) == [3]
+
+
+async def test_only_a_lost_gradient_waits_for_its_delivery(run):
+    for seq in (1, 2):
+        await admit(run, op(seq))
+    await run.commit(RUN, 1, 1, Outcome.failure("a save that failed", "user"))
+    await fail(run, 2)
+    await run.told(RUN, 2)
+    await admit(run, op(3))
+    assert await told(run, 3) == [2]
 
 
 async def test_a_run_with_work_is_not_released(run):
@@ -226,14 +259,19 @@ async def test_a_refused_creation_fails_at_once_and_takes_no_ops(oplog):
 async def test_begin_counts_attempts_and_commit_begins_the_next(run):
     await admit(run, op(1))
     assert (await run.begin(RUN, 1, 1)).attempts == 1
-    assert (await run.begin(RUN, 1, 1)).attempts == 2
     assert (await run.begin(RUN, 1, 2)).status == "ORDER"
     assert (await run.commit(RUN, 1, 1, DONE, begin_next=True)).attempts == 0  # 2 is not admitted
     await admit(run, op(2))
     await admit(run, op(3))
     assert (await run.commit(RUN, 1, 2, DONE, begin_next=True)).attempts == 1
-    assert (await run.begin(RUN, 1, 3)).attempts == 2
     assert (await run.begin(RUN, 1, 2)).status == "ALREADY"
+    await run.acquire(RUN, 2, "trainer-1/b")
+    assert (await run.begin(RUN, 2, 3)).attempts == 2
+
+
+async def test_a_begin_that_is_repeated_for_a_lost_reply_is_no_second_attempt(run):
+    await admit(run, op(1))
+    assert [(await run.begin(RUN, 1, 1)).attempts for _ in range(3)] == [1, 1, 1]
 
 
 async def test_a_fenced_owner_begins_and_blames_nothing(run):
@@ -246,12 +284,13 @@ async def test_a_fenced_owner_begins_and_blames_nothing(run):
 async def test_deaths_are_counted_for_the_op_under_way_and_forgotten_with_it(run):
     await admit(run, op(1))
     assert await run.blame(RUN, 1, 1) < 0  # not begun
-    for deaths in (1, 2):
-        await run.begin(RUN, 1, 1)
-        assert await run.blame(RUN, 1, 1) == deaths
-    assert await run.blame(RUN, 1, 2) < 0
-    assert (await run.begin(RUN, 1, 1)).deaths == 2
-    await run.commit(RUN, 1, 1, DONE)
+    for epoch in (1, 2):
+        await run.acquire(RUN, epoch, f"trainer-{epoch}/a")
+        await run.begin(RUN, epoch, 1)
+        assert await run.blame(RUN, epoch, 1) == epoch
+    assert await run.blame(RUN, 2, 2) < 0
+    assert (await run.begin(RUN, 2, 1)).deaths == 2
+    await run.commit(RUN, 2, 1, DONE)
     fields = await run.redis.hkeys(keys.run_header(RUN))
     assert not {b"b:1", b"n:1", b"a:1"} & set(fields)
 
@@ -260,8 +299,9 @@ async def test_a_death_that_is_told_twice_counts_once(run):
     await admit(run, op(1))
     await run.begin(RUN, 1, 1)
     assert [await run.blame(RUN, 1, 1), await run.blame(RUN, 1, 1)] == [1, 1]
-    await run.begin(RUN, 1, 1)
-    assert await run.blame(RUN, 1, 1) == 2
+    await run.acquire(RUN, 2, "trainer-1/b")
+    await run.begin(RUN, 2, 1)
+    assert await run.blame(RUN, 2, 1) == 2
 
 
 async def test_trim_drops_the_log_and_its_fields_and_a_late_duplicate_keeps_its_id(run):
@@ -326,10 +366,10 @@ async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
     await admit(run, op(1))
     await admit(run, op(3))
     never = Outcome.failure("seq 2 never arrived", "user")
-    assert await run.fail_range(RUN, 1, range(2, 4), never, status="failed") == "ORDER"
+    assert await run.fail_range(RUN, 1, range(2, 4), never) == "ORDER"
     await run.commit(RUN, 1, 1, DONE)
-    assert await run.fail_range(RUN, 1, range(2, 4), never, status="failed") == "OK"
-    assert await run.fail_range(RUN, 1, range(2, 4), never, status="failed") == "ALREADY"
+    assert await run.fail_range(RUN, 1, range(2, 4), never) == "OK"
+    assert await run.fail_range(RUN, 1, range(2, 4), never) == "ALREADY"
     outcomes = [await run.training_outcome(RUN, seq) for seq in (2, 3)]
     assert all(outcome is not None and outcome.failed for outcome in outcomes)
     assert await run.failed_seqs(RUN) == {2, 3}
@@ -337,13 +377,47 @@ async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
     assert await admit(run, op(3)) == "DUP"
 
 
+async def test_a_gap_is_not_given_up_when_what_was_missing_has_arrived(run):
+    await admit(run, op(2))
+    await admit(run, op(1))
+    never = Outcome.failure("seq 1 never arrived", "user")
+    assert await run.fail_range(RUN, 1, range(1, 3), never) == "ORDER"
+    assert await run.training_outcome(RUN, 1) is None
+
+
+async def test_a_gap_remembers_a_client_that_asks_for_what_was_lost(run):
+    async def lost() -> int:
+        header = await run.header(RUN)
+        assert header is not None
+        return header.lost
+
+    await admit(run, op(3))
+    await run.lost(RUN, 3)  # it is here
+    assert await lost() == -1
+    await run.lost(RUN, 1)
+    assert await lost() == 1
+    await admit(run, op(1))
+    await admit(run, op(2))
+    assert await lost() == -1
+
+
 async def test_a_run_does_not_end_with_an_op_that_waits_above_the_failed_ones(run):
     await admit(run, op(3))
     never = Outcome.failure("seq 1 never arrived", "user")
     await admit(run, op(5))  # arrives after the reaper has looked
-    assert await run.fail_range(RUN, 1, range(1, 4), never, status="failed") == "ORDER"
+    assert await run.fail_range(RUN, 1, range(1, 4), never) == "ORDER"
     assert await run.training_outcome(RUN, 1) is None
-    assert await run.fail_range(RUN, 1, range(1, 6), never, status="failed") == "OK"
+    assert await run.fail_range(RUN, 1, range(1, 6), never) == "OK"
+
+
+async def test_an_owner_is_not_heard_by_another_server_than_it_means(run):
+    info = await run.redis.info("server")
+    assert await run.server_id(RUN) == info["run_id"]
+    await admit(run, op(1))
+    with pytest.raises(RedisRestarted):
+        await run.commit(RUN, 1, 1, DONE, server="0" * 40)
+    assert await run.training_outcome(RUN, 1) is None
+    assert (await run.commit(RUN, 1, 1, DONE, server=info["run_id"])).status == "OK"
 
 
 async def test_the_log_survives_a_reload_of_the_library(run):

@@ -4,6 +4,7 @@ After each step the server and the model must have answered alike and hold the s
 must hold what reliability promises (`Promises`): so the library does too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,11 @@ from tests.library.server import Contents, Hash, Server, expected_contents
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
+from luthier_core.oplog import RedisRestarted
 from luthier_core.ops import (
     SEQS_PER_CLONE,
     Body,
+    Gradient,
     Kind,
     Op,
     Outcome,
@@ -29,6 +32,21 @@ from luthier_core.ops import (
 TENANT, STRANGER = "ann", "eve"
 OWNERS = ("trainer-0/a", "trainer-1/b")
 HEADER = {"base_model": "m", "facts": "{}"}
+OWNER_CALLS: dict[str, Callable[[Run], tuple[Any, ...]]] = {
+    "acquire": lambda run: (run.epoch + 1, OWNERS[0]),
+    "release": lambda run: (run.epoch,),
+    "begin": lambda run: (run.epoch, run.committed + 1),
+    "commit": lambda run: (run.epoch, run.committed + 1, OUTCOMES["done"]),
+    "blame": lambda run: (run.epoch, run.committed + 1),
+    "trim": lambda run: (run.epoch, run.committed),
+    "ffwd": lambda run: (run.epoch, run.committed + 1),
+    "publish": lambda run: (run.epoch, run.committed, "w"),
+    "fail_range": lambda run: (
+        *(run.epoch, range(run.committed + 1, max(run.parked, default=run.committed + 1) + 1)),
+        OUTCOMES["failed"],
+    ),
+}
+"""Calls of an owner -> arguments with which it would be obeyed, as a rule."""
 # Named, so that a failing program reads well.
 LIMITS = {
     "wide": LimitsConfig(max_seq_ahead=9),
@@ -56,6 +74,7 @@ late_gaps = st.sampled_from((0, 0, 1, 3))
 num_first_ops = st.sampled_from((0, 1, 1, 2, 3, 4))
 tenants = st.sampled_from((TENANT, TENANT, TENANT, STRANGER))
 outcomes = st.sampled_from(sorted(OUTCOMES))
+gradients = st.sampled_from((Gradient.KEPT, Gradient.LOST, Gradient.LOST, Gradient.CLEARED))
 epoch_errors = st.sampled_from((0, 0, 0, 0, 0, -1, 1))
 seq_errors = st.sampled_from((0, 0, 0, 0, 0, -1, 1, 2))
 picks = st.integers(0, 5)
@@ -194,10 +213,15 @@ class LibraryMachine(RuleBasedStateMachine):
     def deliver_an_error(self, seq_error: int) -> None:
         self.both("told", self.run_id, self.run.committed + seq_error)
 
+    @rule(ahead=st.integers(-1, 4))
+    def ask_in_vain(self, ahead: int) -> None:
+        """A client polls for what a rollback has lost, or for what is here after all."""
+        self.both("lost", self.run_id, self.run.admitted + ahead)
+
     @rule(pick=picks)
     def deliver_a_failure(self, pick: int) -> None:
         """In any order: polls of one run are concurrent."""
-        failed = sorted(self.run.failed)
+        failed = sorted(self.run.failed | self.run.untold)
         if failed:
             self.both("told", self.run_id, failed[-1 - pick % len(failed)])
 
@@ -217,22 +241,33 @@ class LibraryMachine(RuleBasedStateMachine):
         self.both("begin", self.run_id, self.run.epoch + epoch_error, seq)
 
     @rule(
-        epoch_error=epoch_errors, seq_error=seq_errors, outcome=outcomes, begin_next=st.booleans()
+        epoch_error=epoch_errors,
+        seq_error=seq_errors,
+        outcome=outcomes,
+        gradient=gradients,
+        begin_next=st.booleans(),
     )
-    def commit(self, epoch_error: int, seq_error: int, outcome: str, begin_next: bool) -> None:
+    def commit(
+        self,
+        epoch_error: int,
+        seq_error: int,
+        outcome: str,
+        gradient: Gradient,
+        begin_next: bool,
+    ) -> None:
         epoch, seq = self.run.epoch + epoch_error, self.run.committed + 1 + seq_error
-        attempt = self.both(
-            "commit", self.run_id, epoch, seq, OUTCOMES[outcome], begin_next=begin_next
-        )
+        call = {"gradient": gradient, "begin_next": begin_next}
+        attempt = self.both("commit", self.run_id, epoch, seq, OUTCOMES[outcome], **call)
         if attempt.status == "OK":
             self.promises.note_commit(self.run_id, epoch)
 
     @rule(num_ops=st.sampled_from((1, 2, 9)), outcome=outcomes)
     def work(self, num_ops: int, outcome: str) -> None:
-        """What an owner does when nothing goes wrong."""
+        """What an owner does when nothing goes wrong; what fails here are forward_backwards."""
+        gradient = Gradient.LOST if outcome == "failed" else Gradient.KEPT
         self.begin(0, 0)
         for _ in range(min(num_ops, self.run.admitted - self.run.committed)):
-            self.commit(0, 0, outcome, begin_next=True)
+            self.commit(0, 0, outcome, gradient, begin_next=True)
 
     @rule(
         epoch_error=epoch_errors,
@@ -279,12 +314,20 @@ class LibraryMachine(RuleBasedStateMachine):
         seqs = range(first, max(first, stop))
         self.post_late(gap)
         admitted = self.run.admitted
-        status = self.both(
-            "fail_range", self.run_id, epoch, seqs, OUTCOMES["failed"], status="failed"
-        )
-        if status == "OK":
+        if self.both("fail_range", self.run_id, epoch, seqs, OUTCOMES["failed"]) == "OK":
             self.promises.note_commit(self.run_id, epoch)
             self.promises.note_used_up(self.run_id, range(admitted + 1, seqs.stop))
+
+    @rule(name=st.sampled_from(sorted(OWNER_CALLS)))
+    def call_the_server_before_its_restart(self, name: str) -> None:
+        """Whatever an owner asks for, nothing is done."""
+        run, run_id = self.run, self.run_id
+        args = OWNER_CALLS[name](run)
+        try:
+            self.server.run(getattr(self.server.oplog, name)(run_id, *args, server="before"))
+        except RedisRestarted:
+            return
+        raise AssertionError(f"{name} was obeyed")
 
     @rule(cursor=st.integers(0, 6))
     def read(self, cursor: int) -> None:

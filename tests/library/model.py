@@ -1,7 +1,7 @@
 """The function library in plain Python: what oplog.lua must answer and hold, without a server.
 
 `Model` has the methods of `luthier_core.oplog.Oplog` that touch runs and sampling jobs, with the
-same arguments and answers but without `await`.
+same arguments and answers but without `await`; it is also the in-memory Redis of the simulation.
 What the library keeps as counters (pending bytes) is computed here from what they count.
 """
 
@@ -13,7 +13,7 @@ from typing import Self
 
 from luthier_core.config import LimitsConfig
 from luthier_core.oplog import READ_AHEAD, Admission, Attempt, Completion, RunHeader
-from luthier_core.ops import Op, Outcome, SamplingJob, clone_of
+from luthier_core.ops import Gradient, Op, Outcome, SamplingJob, clone_of
 
 NUM_DIGEST_CHARS = 32
 NO_RUN = Admission("NORUN", "")
@@ -34,6 +34,8 @@ class Run:
     told: int = -1
     gap_since: int = 0
     """ms; 0: no gap"""
+    lost: int = -1
+    """A seq that a client has asked for in vain."""
     trimmed: int = -1
     published: tuple[int, int, str] = (-1, -1, "")
     """epoch, seq, key"""
@@ -44,10 +46,11 @@ class Run:
     """seq -> digest, payload bytes and time in ms, from its admission until it is trimmed."""
     failed: set[int] = field(default_factory=set)
     untold: set[int] = field(default_factory=set)
-    """Failed seqs whose error the client has not got."""
-    attempts: dict[int, int] = field(default_factory=dict)
+    """Seqs whose gradient is missing, and the client does not know."""
+    attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """seq -> how many, and the epoch of the last."""
     deaths: dict[int, int] = field(default_factory=dict)
-    blamed: dict[int, int] = field(default_factory=dict)
+    blamed: dict[int, tuple[int, int]] = field(default_factory=dict)
     """seq -> the attempt whose death was counted last."""
 
     @property
@@ -83,7 +86,7 @@ class Run:
 
     def note_gap(self, now_ms: int, *, filled: bool) -> None:
         if not self.parked:
-            self.gap_since = 0
+            self.gap_since, self.lost = 0, -1
         elif filled or not self.gap_since:
             self.gap_since = now_ms
 
@@ -93,9 +96,11 @@ class Run:
             for old in [s for s in per_seq if s <= seq]:
                 del per_seq[old]
 
-    def note_attempt(self, seq: int) -> Attempt:
-        self.attempts[seq] = self.attempts.get(seq, 0) + 1
-        return Attempt("OK", self.attempts[seq], self.deaths.get(seq, 0))
+    def note_attempt(self, seq: int, epoch: int) -> Attempt:
+        number, last = self.attempts.get(seq, (0, -1))
+        if last != epoch:
+            self.attempts[seq] = number + 1, epoch
+        return Attempt("OK", self.attempts[seq][0], self.deaths.get(seq, 0))
 
 
 @dataclass(slots=True)
@@ -214,17 +219,27 @@ class Model:
     def begin(self, run_id: str, epoch: int, seq: int) -> Attempt:
         run = self._held(run_id, epoch)
         refused = _refuse_step(run, seq)
-        return Attempt(refused) if run is None or refused else run.note_attempt(seq)
+        return Attempt(refused) if run is None or refused else run.note_attempt(seq, epoch)
 
     def commit(
-        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
+        self,
+        run_id: str,
+        epoch: int,
+        seq: int,
+        outcome: Outcome,
+        *,
+        gradient: Gradient = Gradient.KEPT,
+        begin_next: bool = False,
     ) -> Attempt:
         run = self._held(run_id, epoch)
         refused = _refuse_step(run, seq)
         if run is None or refused:
             return Attempt(refused)
         self._store(run_id, run, seq, outcome)
-        return run.note_attempt(seq + 1) if begin_next and seq < run.admitted else Attempt("OK")
+        self._note_gradient(run, seq, gradient)
+        if begin_next and seq < run.admitted:
+            return run.note_attempt(seq + 1, epoch)
+        return Attempt("OK")
 
     def blame(self, run_id: str, epoch: int, seq: int) -> int:
         run = self._held(run_id, epoch)
@@ -236,6 +251,11 @@ class Model:
             run.blamed[seq] = run.attempts[seq]
             run.deaths[seq] = run.deaths.get(seq, 0) + 1
         return run.deaths[seq]
+
+    def lost(self, run_id: str, seq: int) -> None:
+        run = self.runs.get(run_id)
+        if run is not None and seq > run.admitted and seq not in run.parked:
+            run.lost = seq
 
     def told(self, run_id: str, seq: int) -> None:
         run = self.runs.get(run_id)
@@ -264,11 +284,12 @@ class Model:
             return "FENCED"
         if seq <= run.committed:
             return "ALREADY"
-        run.parked = {s: op for s, op in run.parked.items() if s > seq}
         run.move_cursor(seq)
-        run.admitted = max(run.admitted, seq)
-        run.drain()
-        run.note_gap(run.gap_since, filled=False)
+        if seq > run.admitted:
+            run.parked = {s: op for s, op in run.parked.items() if s > seq}
+            run.admitted = seq
+            run.drain()
+            run.note_gap(run.gap_since, filled=False)
         return "OK"
 
     def publish(self, run_id: str, epoch: int, seq: int, key: str) -> str:
@@ -280,22 +301,22 @@ class Model:
         run.published = (epoch, seq, key)
         return "OK"
 
-    def fail_range(
-        self, run_id: str, epoch: int, seqs: range, outcome: Outcome, *, status: str
-    ) -> str:
+    def fail_range(self, run_id: str, epoch: int, seqs: range, outcome: Outcome) -> str:
         run = self._held(run_id, epoch)
         if run is None:
             return "FENCED"
         if seqs.stop - 1 <= run.committed:
             return "ALREADY"
-        if seqs.start != run.committed + 1 or any(seq >= seqs.stop for seq in run.parked):
+        if seqs.start != run.committed + 1 or run.admitted > run.committed:
+            return "ORDER"
+        if any(seq >= seqs.stop for seq in run.parked):
             return "ORDER"
         for seq in seqs:
             run.parked.pop(seq, None)
             self._store(run_id, run, seq, outcome)
-        run.admitted = max(run.admitted, run.committed)
+        run.admitted = run.committed
         run.note_gap(run.gap_since, filled=False)
-        run.status = status
+        run.status = "failed"
         return "OK"
 
     # --- reading ----------------------------------------------------------------------------------
@@ -315,6 +336,7 @@ class Model:
             committed=run.committed,
             told=run.told,
             gap_since=run.gap_since,
+            lost=run.lost,
         )
 
     def headers(self, run_ids: Sequence[str]) -> dict[str, RunHeader]:
@@ -451,8 +473,13 @@ class Model:
         self.outcomes[run_id, seq] = outcome
         if outcome.failed:
             run.failed.add(seq)
-            run.untold.add(seq)
         run.move_cursor(seq)
+
+    def _note_gradient(self, run: Run, seq: int, gradient: Gradient) -> None:
+        if gradient is Gradient.CLEARED:
+            run.untold.clear()
+        elif gradient is Gradient.LOST:
+            run.untold.add(seq)
 
 
 def entry_number(job: SamplingJob) -> int:

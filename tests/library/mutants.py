@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from luthier_core.ops import Kind
+from luthier_core.ops import Gradient, Kind
 
 LIBRARY = files("luthier_core").joinpath("oplog.lua").read_text()
 
@@ -27,8 +27,15 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "publish: no epoch check": NOT_MY_EPOCH,
     "fail_range: no epoch check": NOT_MY_EPOCH,
     "release: no epoch check": ("num(h[1]) ~= tonumber(args[1])", "false"),
+    **{
+        f"{function}: on a server that was restarted": ("check_server(args[2])", "")
+        for function in (
+            *("acquire", "release", "begin", "commit", "blame", "trim", "ffwd", "publish"),
+            "fail_range",
+        )
+    },
     "acquire: an equal epoch takes the run": ("epoch > num(h[1])", "epoch >= num(h[1])"),
-    "acquire: a repeated call is stale": ("epoch == num(h[1]) and h[2] == args[2]", "false"),
+    "acquire: a repeated call is stale": ("epoch == num(h[1]) and h[2] == args[3]", "false"),
     "admit: another tenant's run": ("h[1] ~= tenant", "false"),
     "enqueue: another tenant's session": ("known ~= tenant", "false"),
     # --- once, and in order
@@ -45,7 +52,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "commit: out of order": (NOT_NEXT, "if seq > num(h[2])"),
     "commit: a second outcome overwrites the first": (
         "return { 'ALREADY' }",
-        "redis.call('HSET', keys[2], unpack(rest(args, 5))) return { 'ALREADY' }",
+        "redis.call('HSET', keys[2], unpack(rest(args, 7))) return { 'ALREADY' }",
     ),
     "commit: begins what is not admitted": (
         "next_seq == seq + 1 and next_seq <= num(h[2])",
@@ -68,9 +75,11 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "forget_pending: bytes stay": ("redis.call('HINCRBY', header, 'bytes', -bytes)", ""),
     # --- quarantine
     "note_attempt: attempts count as deaths": (
-        "num(redis.call('HGET', header, 'b:' .. seq), 0)",
+        "num(known[2], 0)",
         "attempts - 1",
     ),
+    "note_attempt: every call is an attempt": ("tonumber(last) ~= epoch", "true"),
+    "note_attempt: there is but one": ("tonumber(last) ~= epoch", "attempts == 0"),
     "blame: nothing is counted": ("'b:' .. seq, 1)", "'b:' .. seq, 0)"),
     "blame: a death told twice counts twice": ("a[1] == a[2]", "false"),
     "blame: without an attempt": ("not a[1] then return -2", "not a[1] then return 1"),
@@ -93,8 +102,9 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "if s == seq then is_untold = true",
         "if false then is_untold = true",
     ),
-    "note_untold: only the last": ("redis.call('HGET', header, 'untold') or nil", ""),
-    "fail_range: nobody need be told": ("note_untold(header, first, last)", ""),
+    "note_untold: only the last": ("untold and untold .. ' ' .. seq or seq", "seq"),
+    "note_untold: a step forgets nothing": ("redis.call('HDEL', header, 'untold')", ""),
+    "note_untold: whatever becomes of it": ("gradient == 'lost'", "true"),
     # --- gaps
     "admit: a gap has no time": ("redis.call('HSETNX', header, 'gap_since', now)", ""),
     "admit: all that waits renews its gap": (
@@ -113,7 +123,11 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "fail_range: parked ops stay": ("redis.call('HEXISTS', parked, seq) == 1", "false"),
     "fail_range: what waits above is forgotten": ("tonumber(s) > last", "false"),
     "fail_range: outcomes are overwritten": ("first ~= num(h[3]) + 1", "false"),
-    "fail_range: the run stays active": ("redis.call('HSET', header, 'status', args[4])", ""),
+    "fail_range: the run stays active": (", 'status', 'failed')", ")"),
+    "fail_range: what has arrived fails too": ("or num(h[2]) > num(h[3]) then", "then"),
+    "lost: what is here": ("tonumber(args[1]) <= num(admitted)", "false"),
+    "lost: what is parked": ("redis.call('HEXISTS', keys[2], args[1]) == 0", "true"),
+    "forget_gap: it stays lost": (", 'gap_since', 'lost'", ", 'gap_since'"),
     # --- sampling
     "enqueue: no dedupe": ("if first then", "if false then"),
     "enqueue: the queue has no limit": ("redis.call('XLEN', jobs) >= tonumber(args[5])", "false"),
@@ -185,7 +199,13 @@ PROGRAMS: dict[str, Program] = {
     ],
     "commit: a second outcome overwrites the first": [
         IDLE_RUN,
-        ("commit", {"epoch_error": 0, "seq_error": -1, "outcome": "stored", "begin_next": False}),
+        (
+            "commit",
+            {
+                **{"epoch_error": 0, "seq_error": -1, "outcome": "stored"},
+                **{"gradient": Gradient.KEPT, "begin_next": False},
+            },
+        ),
     ],
     "admit: quota holds back what fills a gap": [
         ("start", {"limits": "few ops", "num_ops": 1, "num_done": 1}),
@@ -215,6 +235,17 @@ PROGRAMS: dict[str, Program] = {
     "fail_range: what waits above is forgotten": [
         IDLE_RUN,
         ("fail_what_waits", {"epoch_error": 0, "seq_error": 0, "num_more": 0, "gap": 3}),
+    ],
+    "note_untold: a step forgets nothing": [
+        ("start", {"limits": "wide", "num_ops": 4, "num_done": 1}),
+        TWO_FAILED[1],
+        (
+            "commit",
+            {
+                **{"epoch_error": 0, "seq_error": 0, "outcome": "done"},
+                **{"gradient": Gradient.CLEARED, "begin_next": False},
+            },
+        ),
     ],
     "told: a later failure is enough": [*TWO_FAILED, ("deliver_a_failure", {"pick": 0})],
     "told: one delivery for all": [*TWO_FAILED, ("deliver_a_failure", {"pick": 1})],

@@ -62,8 +62,9 @@ class Promises:
         waiting = [op for seq, op in (run.log | run.parked).items() if seq > run.committed]
         assert run.pending_bytes == sum(op.body.num_bytes for op in waiting)
         assert set(run.attempts) | set(run.deaths) <= {run.committed + 1}
-        assert all(run.deaths[seq] <= run.attempts[seq] for seq in run.deaths)
+        assert all(run.deaths[seq] <= run.attempts[seq][0] for seq in run.deaths)
         assert run.told < min(run.untold, default=run.committed + 1)
+        assert run.untold <= set(range(run.committed + 1))
         assert bool(run.gap_since) == bool(run.parked)
 
 

@@ -181,20 +181,26 @@ def _header_fields(run: Run) -> dict[str, str]:
             f"d:{seq}": f"{known[0]} {known[1]} {known[2]}" for seq, known in run.admissions.items()
         },
         **{f"x:{seq}": 1 for seq in run.failed},
-        **{f"n:{seq}": attempts for seq, attempts in run.attempts.items()},
+        **{f"n:{seq}": _words(attempt) for seq, attempt in run.attempts.items()},
         **{f"b:{seq}": deaths for seq, deaths in run.deaths.items()},
-        **{f"a:{seq}": attempt for seq, attempt in run.blamed.items()},
+        **{f"a:{seq}": _words(attempt) for seq, attempt in run.blamed.items()},
     }
     if run.untold:
         fields["untold"] = " ".join(str(seq) for seq in sorted(run.untold))
     if run.gap_since:
         fields["gap_since"] = run.gap_since
+    if run.lost >= 0:
+        fields["lost"] = run.lost
     if run.trimmed >= 0:
         fields["trimmed"] = run.trimmed
     if run.published[2]:
         names = ("published_epoch", "published_seq", "published")
         fields.update(zip(names, run.published, strict=True))
     return {name: str(value) for name, value in fields.items()}
+
+
+def _words(numbers: tuple[int, ...]) -> str:
+    return " ".join(str(number) for number in numbers)
 
 
 def _completion_fields(entry: Completion) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tests.library.promises import Promises
 
 from luthier_core.config import LimitsConfig
 from luthier_core.oplog import Completion
-from luthier_core.ops import Body, Kind, Op, Outcome, digest_of
+from luthier_core.ops import Body, Gradient, Kind, Op, Outcome, digest_of
 
 RUN, TENANT = "r1", "ann"
 DONE = Outcome.completed(Body.of(b"1"))
@@ -31,7 +31,7 @@ def model() -> Model:
         model.admit(op, tenant=TENANT, limits=LimitsConfig(), header=header)
     model.acquire(RUN, 1, "trainer-0/a")
     model.commit(RUN, 1, 0, DONE)
-    model.commit(RUN, 1, 1, Outcome.failure("no", "user"))
+    model.commit(RUN, 1, 1, Outcome.failure("no", "user"), gradient=Gradient.LOST)
     model.told(RUN, 1)
     return model
 
@@ -90,7 +90,7 @@ def commit_above_admitted(model: Model, run: Run) -> None:
 
 
 def attempt_the_op_after_the_next(model: Model, run: Run) -> None:
-    run.attempts[3] = 1
+    run.attempts[3] = 1, 1
 
 
 @pytest.mark.parametrize(

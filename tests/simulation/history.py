@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.library.model import Model
 from tests.simulation.client import Client, program
 from tests.simulation.faults import Faults, Weather
 from tests.simulation.gateway import Gateway
-from tests.simulation.model import Model
 from tests.simulation.oracle import Oracle, RunRecord
 from tests.simulation.redis_server import Redis
 from tests.simulation.store import ObjectStore

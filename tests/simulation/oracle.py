@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.simulation.model import Model
+from tests.library.model import Model
 from tests.simulation.store import ObjectStore, manifest_key
 from tests.simulation.toy import State, ToyOp
 

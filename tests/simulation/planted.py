@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.library.model import Model, Run
 from tests.simulation.history import Parts
-from tests.simulation.model import Model, Run
 from tests.simulation.redis_server import Redis, Saved
 from tests.simulation.store import ObjectStore, etag_of
 from tests.simulation.worker import Rules
@@ -67,7 +67,7 @@ class ArrivalOrder(Model):
     """The seq of an op is when it came."""
 
     def _admit(self, run: Run, op: Op, limits: LimitsConfig) -> str:
-        if any(op.digest.startswith(digest) for digest, _ in run.admissions.values()):
+        if any(op.digest.startswith(digest) for digest, *_ in run.admissions.values()):
             return "DUP"
         return super()._admit(run, replace(op, seq=run.admitted + 1), limits)
 
@@ -75,14 +75,12 @@ class ArrivalOrder(Model):
 class Overwrite(Model):
     """An outcome is written as often as it is committed."""
 
-    def commit(
-        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
-    ) -> Attempt:
+    def commit(self, run_id: str, epoch: int, seq: int, outcome: Outcome, **how: Any) -> Attempt:
         run = self._held(run_id, epoch)
         if run is not None and seq <= run.committed:
             self.outcomes[run_id, seq] = outcome
             return Attempt("OK")
-        return super().commit(run_id, epoch, seq, outcome, begin_next=begin_next)
+        return super().commit(run_id, epoch, seq, outcome, **how)
 
 
 class QuotaAlways(Model):
@@ -99,14 +97,12 @@ class QuotaAlways(Model):
 class CommitAboveAdmitted(Model):
     """Whatever the owner has executed is committed, also if no log holds it."""
 
-    def commit(
-        self, run_id: str, epoch: int, seq: int, outcome: Outcome, *, begin_next: bool = False
-    ) -> Attempt:
+    def commit(self, run_id: str, epoch: int, seq: int, outcome: Outcome, **how: Any) -> Attempt:
         run = self._held(run_id, epoch)
         if run is not None and seq == run.committed + 1 and seq > run.admitted:
             self._store(run_id, run, seq, outcome)
             return Attempt("OK")
-        return super().commit(run_id, epoch, seq, outcome, begin_next=begin_next)
+        return super().commit(run_id, epoch, seq, outcome, **how)
 
 
 class ToldTheLatest(Model):
@@ -125,6 +121,16 @@ class TrimForgetsUntold(Model):
         if status == "OK":
             self.runs[run_id].untold = {s for s in self.runs[run_id].untold if s > seq}
         return status
+
+
+class AttemptPerCall(Model):
+    """A begin that is repeated because its reply was lost counts again."""
+
+    def begin(self, run_id: str, epoch: int, seq: int) -> Attempt:
+        run = self._held(run_id, epoch)
+        if run is not None and seq in run.attempts:
+            run.attempts[seq] = run.attempts[seq][0], -1
+        return super().begin(run_id, epoch, seq)
 
 
 @dataclass(slots=True)
@@ -238,7 +244,7 @@ PLANTED = {
     "commit-above-admitted": Bug(Parts(model=CommitAboveAdmitted), 127),
     "ack-before-fsync": Bug(Parts(redis=AckBeforeFsync), 30),
     "no-tombstone": Bug(Parts(submit=no_tombstone), 0),
-    "quarantine-by-attempts": Bug(Parts(rules=Rules(execute_next=quarantine_by_attempts)), 43),
+    "quarantine-by-attempts": Bug(Parts(rules=Rules(execute_next=quarantine_by_attempts)), 357),
 }
 FOUND = {
     "keep-gradient-in-quarantine": Bug(
@@ -246,6 +252,7 @@ FOUND = {
     ),
     "begin-the-first-only": Bug(Parts(rules=Rules(execute_next=begin_the_first_only)), 67),
     "told-the-latest": Bug(Parts(model=ToldTheLatest), 20),
+    "attempt-per-call": Bug(Parts(model=AttemptPerCall), 17226),
     "trim-forgets-untold": Bug(Parts(model=TrimForgetsUntold), 3183),
     "no-recheck": Bug(Parts(rules=Rules(recheck=no_recheck)), 367),
 }

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.simulation.model import Model
+from tests.library.model import Model
 from tests.simulation.oracle import Oracle
 from tests.simulation.world import Call, Server, World
 
 from luthier_core.config import LimitsConfig
 from luthier_core.oplog import Admission, RunHeader
-from luthier_core.ops import Op
+from luthier_core.ops import Gradient, Op
 
 LEASE_S = 15.0
 TENANT = "ann"
@@ -79,15 +79,15 @@ class Redis:
             self.oracle.begun(run_id, seq, epoch)
         return attempt
 
-    def commit(self, run_id: str, epoch: int, seq: int, outcome: Any) -> Any:
-        attempt = self.model.commit(run_id, epoch, seq, outcome)
+    def commit(self, run_id: str, epoch: int, seq: int, outcome: Any, gradient: Gradient) -> Any:
+        attempt = self.model.commit(run_id, epoch, seq, outcome, gradient=gradient)
         if attempt.status == "OK":
             self.oracle.committed(run_id, range(seq, seq + 1), epoch, outcome, self.model)
             self.hint(run_id)
         return attempt
 
     def fail_range(self, run_id: str, epoch: int, seqs: range, outcome: Any) -> str:
-        status = self.model.fail_range(run_id, epoch, seqs, outcome, status="failed")
+        status = self.model.fail_range(run_id, epoch, seqs, outcome)
         if status == "OK":
             self.world.seen["gap given up"] += 1
             self.oracle.committed(run_id, seqs, epoch, outcome, self.model, given_up=True)

@@ -154,7 +154,10 @@ class Worker:
             yield from self.call("retire", run_id)
 
     def _gap_is_old(self, header: RunHeader) -> bool:
-        return bool(header.gap_since) and self.world.now - header.gap_since / 1000 > GAP_S
+        # The clock that stamps gaps begins at 1: at 0 there is none.
+        return protocol.gap_is_overdue(
+            header, self.world.now + 1, session_has_ended=False, timeout_s=GAP_S
+        )
 
     # --- holding a run ----------------------------------------------------------------------------
 
@@ -197,7 +200,7 @@ class Worker:
                 continue
             if not owner.num_queued:
                 log = yield from self._redis(held, "read_log", {held.run_id: owner.cursor})
-                _feed(tenure, log.get(held.run_id, []))
+                protocol.feed(tenure, log.get(held.run_id, []))
             if not owner.num_queued:
                 yield from self._idle(held, tenure)
                 continue
@@ -226,7 +229,7 @@ class Worker:
         header = held.sight
         done = not held.executed and held.copied is None
         if done and header is not None and header.committed == tenure.committed:
-            if header.admitted == tenure.committed and self._gap_is_old(header):
+            if self._gap_is_old(header):
                 steps = protocol.give_up_gap(tenure, held.last_parked)
                 yield from self.drive(held, steps)
                 raise Left("the gap was given up")
@@ -282,8 +285,10 @@ class Worker:
                 return (yield from self._run(held, step))
             case protocol.Finish(step, rest):
                 return (yield from self._finish(held, step, rest))
-            case protocol.Commit(run_id, epoch, seq, outcome):
-                return (yield from self._redis(held, "commit", run_id, epoch, seq, outcome))
+            case protocol.Commit(run_id, epoch, seq, outcome, gradient):
+                return (
+                    yield from self._redis(held, "commit", run_id, epoch, seq, outcome, gradient)
+                )
             case protocol.CopyState():
                 return held.state
             case protocol.PutSnapshot(run_id, ref, copy, missing):
@@ -402,11 +407,3 @@ class Worker:
             if answer is not LOST:
                 return answer
             yield Sleep(self.world.rng.random())
-
-
-def _feed(tenure: Tenure, ops: list[Op]) -> None:
-    """Left if the log has lost what comes next: another owner has trimmed it."""
-    ops = [op for op in ops if op.seq >= tenure.owner.cursor]
-    if ops and ops[0].seq != tenure.owner.cursor:
-        raise Left(f"the log begins at {ops[0].seq}")
-    tenure.owner.feed(ops)

@@ -28,6 +28,7 @@ from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, Oplog, RunHeader
 from luthier_core.ops import Body, Kind, Op, Outcome, Refusal, digest_of
 from luthier_core.proto import wire_pb2
+from luthier_core.protocol import Head
 from luthier_core.records import LoraConfig, RunRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
@@ -184,6 +185,16 @@ class Trainer:
     lease: WorkerLease
     stopping: asyncio.Event
     task: asyncio.Task[None]
+    worker: Worker
+
+    def remember_another_server(self, run_id: str) -> None:
+        """As if Redis had been restarted since the run's HEAD was read."""
+        self.worker._runs[run_id].effects.server = "0" * 40
+
+    def epoch_of(self, run_id: str) -> int:
+        """Under which the worker owns the run; 0 if it does not."""
+        run = self.worker._runs.get(run_id)
+        return run.tenure.epoch if run else 0
 
     async def stop(self) -> None:
         """Returns once it has drained."""
@@ -237,8 +248,9 @@ async def rig(
             blobs=blobs,
             executor=executor,
             first_cycle=first_cycle,
-        ).run(stopping)
-        trainers.append(Trainer(executor.engine, lease, stopping, asyncio.create_task(running)))
+        )
+        task = asyncio.create_task(running.run(stopping))
+        trainers.append(Trainer(executor.engine, lease, stopping, task, running))
         return trainers[-1]
 
     listening = asyncio.create_task(futures.listen())
@@ -438,6 +450,96 @@ async def test_an_op_behind_an_unexpected_error_is_executed_after_the_rebuild(
     assert [outcome.failed for outcome in outcomes] == [True, False, False, False, False]
     expected = rig.reference(A, *(gradient(number) for number in range(1, 5)))
     assert trainer.engine.run_digest(A) == expected
+
+
+# --- gaps, and a Redis that went back -------------------------------------------------------------
+
+
+async def skip_one(client: Client) -> int:
+    """Lose the next seq of run A on its way, and send the one after it."""
+    client.next_seq[A] += 1
+    return await client.forward_backward(A, gradient(9))
+
+
+async def test_what_waits_above_a_gap_fails_when_the_gap_is_overdue(rig: Rig):
+    await rig.start("t0", gap_timeout_s=0.0)
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    seq = await skip_one(rig.client)
+    category, message = await rig.client.failed(A, seq)
+    assert (category, message) == (
+        "user",
+        f"seq {seq - 1} never arrived, so nothing after it was executed",
+    )
+    assert (await rig.client.header(A)).status == "failed"
+
+
+async def test_a_gap_of_a_run_without_an_owner_is_given_up_too(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    await trainer.die()
+    seq = await skip_one(rig.client)
+    await rig.start("t1", gap_timeout_s=0.0)
+    assert (await rig.client.failed(A, seq))[0] == "user"
+
+
+async def test_a_gap_is_given_up_at_once_when_its_session_has_ended(rig: Rig, oplog: Oplog):
+    await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    seq = await skip_one(rig.client)
+    session = keys.session_header(A.partition(":")[0])
+    await oplog.redis.hset(session, "status", "finished")
+    assert (await rig.client.failed(A, seq))[0] == "user"
+
+
+async def test_a_gap_that_is_filled_in_time_costs_nothing(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    last = await skip_one(rig.client)
+    rig.client.next_seq[A] = last - 1
+    await rig.client.forward_backward(A, gradient(8))
+    await rig.client.completed(A, last)
+    expected = rig.reference(A, gradient(8), gradient(9))
+    assert trainer.engine.run_digest(A) == expected
+
+
+async def test_an_owner_goes_on_after_a_restart_of_redis_if_head_is_still_its_own(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    trainer.remember_another_server(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.completed(A)
+    assert (await rig.client.header(A)).epoch == 1
+
+
+async def test_an_owner_publishes_nothing_on_a_restarted_redis_once_head_is_another_s(rig: Rig):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    # Another worker has taken the run over, and a rollback of Redis has forgotten that.
+    head = Head(7, "t1/another").to_bytes()
+    await rig.blobs.put(keys.run_head(TENANT, A), head)
+    trainer.remember_another_server(A)
+    seq = await rig.client.forward_backward(A, gradient(1))
+    await rig.client.completed(A, seq)
+    header = await rig.client.header(A)
+    assert header.epoch == 8  # t0 has left, and taken the run over again in good order
+
+
+async def test_a_run_whose_header_went_back_is_taken_over_anew(rig: Rig, oplog: Oplog):
+    trainer = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.completed(A)
+    await oplog.redis.hset(keys.run_header(A), "committed", 0)
+    await until(lambda: trainer.epoch_of(A) == 2)
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert trainer.engine.run_digest(A) == rig.reference(A, gradient(1), None)
 
 
 async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(

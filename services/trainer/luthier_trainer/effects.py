@@ -1,6 +1,7 @@
 """What the protocol core asks of a trainer, done for real: Redis, the object store, the engine."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -8,7 +9,8 @@ from typing import Any, TypeVar
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import LuthierError
-from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.failpoints import failpoint
+from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Outcome
 from luthier_core.owner import Action, Step
 from luthier_core.protocol import (
@@ -16,31 +18,61 @@ from luthier_core.protocol import (
     Begin,
     CasHead,
     Commit,
+    CopyState,
     Effect,
     Execute,
     Executed,
+    FailRange,
     FastForward,
     Finish,
     Head,
+    PutSnapshot,
     ReadFailed,
     ReadHead,
     Restore,
+    SnapshotRef,
     Tenure,
+    Trim,
     drive,
     recheck,
 )
+from luthier_core.records import RunRecord
 from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REDIS_RETRY_S = 1.0
 
+_POINTS: dict[type[Effect], str] = {
+    Acquire: "tr.acquire",
+    Restore: "tr.restore",
+    Begin: "tr.begin",
+    Commit: "tr.commit",
+    CopyState: "sn.copy",
+    PutSnapshot: "sn.upload",
+    Trim: "sn.trim",
+}
+"""Effect -> the failpoint before it; Execute and CasHead have two each."""
+
 
 class RunEffects:
     """The effects of one run under one tenure."""
 
-    def __init__(self, context: RunContext, oplog: Oplog, blobs: Blobs, executor: Executor) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        oplog: Oplog,
+        blobs: Blobs,
+        executor: Executor,
+        snapshots: Snapshots | None,
+        *,
+        server: str,
+    ) -> None:
+        """`server`: Redis as it was before HEAD is read (Oplog.server_id)."""
+        self.server = server
+        """On which HEAD has been found to be ours since it started."""
         self.cycle = 0
         """Number of the clock cycle under way."""
         self.tenure: Tenure | None = None
@@ -51,41 +83,72 @@ class RunEffects:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._snapshots = snapshots
 
     async def perform(self, effect: Effect) -> Any:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
         oplog = self._oplog
+        if (point := _POINTS.get(type(effect))) is not None:
+            await failpoint(point)
         match effect:
             case Execute(step):
                 return await self._execute(step)
             case Begin(run_id, epoch, seq):
-                return await self._patiently(lambda: oplog.begin(run_id, epoch, seq))
+                return await self._patiently(
+                    lambda: oplog.begin(run_id, epoch, seq, server=self.server)
+                )
             case Finish(_, rest):
                 return await self._finish(rest)
-            case Commit(run_id, epoch, seq, outcome):
-                return await self._patiently(lambda: oplog.commit(run_id, epoch, seq, outcome))
+            case Commit(run_id, epoch, seq, outcome, gradient):
+                return await self._patiently(
+                    lambda: oplog.commit(
+                        run_id, epoch, seq, outcome, gradient=gradient, server=self.server
+                    )
+                )
+            case FailRange(run_id, epoch, seqs, outcome):
+                return await self._patiently(
+                    lambda: oplog.fail_range(run_id, epoch, seqs, outcome, server=self.server)
+                )
             case ReadHead(run_id):
                 return await self._read_head(run_id)
             case CasHead(run_id, head, etag):
+                if self.tenure is not None:
+                    await failpoint("sn.cas")
                 return await self._cas_head(run_id, head, etag)
             case Acquire(run_id, epoch, owner):
-                return await oplog.acquire(run_id, epoch, owner)
+                return await oplog.acquire(run_id, epoch, owner, server=self.server)
             case ReadFailed(run_id):
                 return await oplog.failed_seqs(run_id)
             case FastForward(run_id, epoch, seq):
-                return await oplog.ffwd(run_id, epoch, seq)
+                return await oplog.ffwd(run_id, epoch, seq, server=self.server)
             case Restore(run_id, None):
                 await self._executor.on_engine(self._executor.engine.drop, run_id)
                 return ()
-        raise NotImplementedError(f"{type(effect).__name__}: snapshots come with crash safety")
+            case Trim(run_id, epoch, seq):
+                return await self._patiently(
+                    lambda: oplog.trim(run_id, epoch, seq, server=self.server)
+                )
+        if self._snapshots is not None:
+            match effect:
+                case CopyState(run_id):
+                    return await self._snapshots.copy(run_id)
+                case PutSnapshot(_, ref, copy, missing):
+                    return await self._snapshots.put(self._context, ref, copy, missing)
+                case Restore(_, SnapshotRef() as ref):
+                    return await self._restore(self._snapshots, ref)
+        raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
     async def _execute(self, step: Step) -> Executed:
         try:
+            await failpoint("tr.exec" if step.publish else "tr.replay")
             if step.action is Action.CLEAR_GRADIENT:
                 engine = self._executor.engine
                 await self._executor.on_engine(engine.clear_gradient, self._context.run_id)
                 return Executed()
-            return Executed(rest=await self._executor.execute(self._context, step.op, self.cycle))
+            rest = await self._executor.execute(self._context, step.op, self.cycle)
+            if step.publish:
+                await failpoint("tr.mid")
+            return Executed(rest=rest)
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))
         except Exception:
@@ -98,6 +161,13 @@ class RunEffects:
             return await rest()
         except LuthierError as error:
             return Outcome.failure(error.message, error.category)
+
+    async def _restore(self, snapshots: Snapshots, ref: SnapshotRef) -> tuple[int, ...] | None:
+        missing = await snapshots.restore(self._context, ref)
+        # Op 0, which brings the record along otherwise, is not replayed.
+        key = keys.run_record(self._context.tenant, self._context.run_id)
+        self._context.record = RunRecord.from_bytes(await self._blobs.get(key))
+        return missing
 
     async def _read_head(self, run_id: str) -> tuple[Head | None, str]:
         try:
@@ -123,10 +193,16 @@ class RunEffects:
 
         Left if the run is another's by then: Redis may have come back in an earlier state.
         """
+        run_id = self._context.run_id
         while True:
             try:
                 return await call()
+            except RedisRestarted:
+                log.warning("redis was restarted: looking whether %s is ours", run_id)
             except REDIS_ERRORS:
                 log.warning("redis is away; trying again")
                 await asyncio.sleep(REDIS_RETRY_S)
-            await drive(recheck(self._context.run_id, self.tenure), self.perform)
+            with contextlib.suppress(*REDIS_ERRORS):
+                server = await self._oplog.server_id(run_id)
+                await drive(recheck(run_id, self.tenure), self.perform)
+                self.server = server

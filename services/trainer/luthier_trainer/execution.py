@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, save_sampler
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
@@ -241,6 +242,7 @@ class Executor:
         if len(output) <= INLINE_LIMIT:
             return Body.of(output)
         key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
+        await failpoint("tr.put_res")
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
 

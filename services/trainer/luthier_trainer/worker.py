@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
+from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
@@ -29,11 +30,15 @@ from luthier_core.protocol import (
     commit_next,
     drive,
     execute_next,
+    feed,
+    gap_is_overdue,
+    give_up_gap,
     take_over,
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.planner import Head, plan
+from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ class OwnedRun:
     last_cycle: int = -1
     may_have_more: bool = False
     """The last read of the log was full, or left out for want of room."""
+    snapshotter: Snapshotter | None = None
 
     @property
     def owner(self) -> Owner:
@@ -78,6 +84,7 @@ class Worker:
         blobs: Blobs,
         executor: Executor,
         first_cycle: int,
+        snapshots: Snapshots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base_model = base_model
@@ -86,6 +93,7 @@ class Worker:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._snapshots = snapshots
         self._cycles = itertools.count(first_cycle)
         self._clock = clock
         self._runs: dict[str, OwnedRun] = {}
@@ -129,13 +137,49 @@ class Worker:
             try:
                 if self._clock() >= next_sweep or hinted - self._runs.keys():
                     next_sweep = self._clock() + SWEEP_S
-                    hinted |= self._runs.keys()
-                    await self._adopt(await self._oplog.live_runs(self._base_model))
+                    await self._sweep()
                     hinted |= self._runs.keys()
                 await self._read(hinted)
             except REDIS_ERRORS:
                 log.warning("redis is away; trying again", exc_info=True)
                 await asyncio.sleep(SWEEP_S)
+
+    async def _sweep(self) -> None:
+        """Look at every live run and at every own one: hints may be lost, and time passes."""
+        known = {run_id: (run, run.tenure.committed) for run_id, run in self._runs.items()}
+        live = await self._oplog.live_runs(self._base_model)
+        headers = await self._oplog.headers(sorted({*live, *known}))
+        for run_id, (run, committed) in known.items():
+            if self._runs.get(run_id) is run:
+                await self._compare(run, headers.pop(run_id, None), committed)
+        await self._adopt({r: header for r, header in headers.items() if r not in self._runs})
+
+    async def _compare(self, run: OwnedRun, header: RunHeader | None, committed: int) -> None:
+        """Leave an own run whose header is behind us or another's; give an overdue gap up.
+
+        `committed`: what this worker had committed before the header was read.
+        """
+        tenure = run.tenure
+        if header is None or header.epoch != tenure.epoch or header.committed < committed:
+            log.warning("leaving %s: its header is not what we left there", tenure.run_id)
+            await self._forget(run)
+        elif (
+            run.idle
+            and header.admitted == tenure.committed
+            and await self._is_overdue(tenure.run_id, header)
+        ):
+            with contextlib.suppress(Left):  # what was missing has come after all
+                last = await self._oplog.last_parked(tenure.run_id)
+                await drive(give_up_gap(tenure, last), run.effects.perform)
+            await self._forget(run)
+
+    async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:
+        """Whether ops wait above a gap that is not going to be filled."""
+        if not header.gap_since:
+            return False
+        ended = await self._oplog.session_has_ended(run_id)
+        timeout_s = self._config.gap_timeout_s
+        return gap_is_overdue(header, time.time(), session_has_ended=ended, timeout_s=timeout_s)
 
     async def _read(self, run_ids: set[str]) -> None:
         """Feed the owners what is new in their logs, as far as they have room."""
@@ -149,18 +193,23 @@ class Worker:
                 run.may_have_more = True
         if not cursors:
             return
+        await failpoint("tr.read")
         for run_id, ops in (await self._oplog.read_log(cursors)).items():
-            if (fed := self._runs.get(run_id)) is not None:
-                fed.owner.feed(ops)
-                fed.may_have_more = len(ops) == READ_AHEAD
+            if (fed := self._runs.get(run_id)) is None:
+                continue
+            try:
+                feed(fed.tenure, ops)
+            except Left as error:
+                log.warning("leaving a run: %s", error)
+                await self._forget(fed)
+                continue
+            fed.may_have_more = len(ops) == READ_AHEAD
         self._ready.set()
 
-    async def _adopt(self, run_ids: list[str]) -> None:
+    async def _adopt(self, headers: dict[str, RunHeader]) -> None:
         """Take the runs that have work and no live owner; let go of those that have neither."""
-        strangers = [run_id for run_id in run_ids if run_id not in self._runs]
-        if not strangers:
+        if not headers:
             return
-        headers = await self._oplog.headers(strangers)
         workers = await self._oplog.live_workers()
         trainers = [
             name
@@ -174,9 +223,11 @@ class Worker:
                 continue
             if not self._is_my_turn(run_id, trainers):
                 continue
-            if header.pending:
+            if header.pending or await self._is_overdue(run_id, header):
                 if len(self._runs) < self._config.max_runs or await self._make_room():
                     await self._acquire(run_id, header)
+            elif header.gap_since:
+                continue  # it stays listed: somebody has to give the gap up
             elif not header.owner or await self._oplog.release(run_id, header.epoch):
                 await self._oplog.retire_run(self._base_model, run_id)
         self._unowned_since = {
@@ -192,13 +243,20 @@ class Worker:
 
     async def _acquire(self, run_id: str, header: RunHeader) -> None:
         context = RunContext(run_id=run_id, tenant=header.tenant)
-        effects = RunEffects(context, self._oplog, self._blobs, self._executor)
+        server = await self._oplog.server_id(run_id)
+        effects = RunEffects(
+            context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
+        )
         tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         if tenure is None:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, effects)
+        if self._snapshots is not None:
+            run.snapshotter = Snapshotter(
+                tenure, self._snapshots, effects.perform, lambda: self._forget(run)
+            )
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
         await self._hints.subscribe(keys.run_new(run_id))
@@ -208,8 +266,8 @@ class Worker:
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
         for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
-            run_id, epoch = run.tenure.run_id, run.tenure.epoch
-            if run.idle and await self._oplog.release(run_id, epoch):
+            run_id, epoch, server = run.tenure.run_id, run.tenure.epoch, run.effects.server
+            if run.idle and await self._oplog.release(run_id, epoch, server=server):
                 await self._oplog.retire_run(self._base_model, run_id)
                 await self._forget(run)
                 return True
@@ -225,6 +283,8 @@ class Worker:
         await self._executor.on_engine(self._executor.engine.drop, run_id)
         if run.committer is not None and run.committer is not asyncio.current_task():
             run.committer.cancel()
+        if run.snapshotter is not None:
+            run.snapshotter.cancel()
         # Nobody commits these any more; whoever waits for room or for the last of them goes on.
         while not run.commits.empty():
             run.commits.get_nowait()
@@ -272,6 +332,9 @@ class Worker:
             await run.commits.put(carried_out)
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
+        if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
+            await run.snapshotter.copy_if_due(carried_out[0])
+            run.snapshotter.store_if_committed()
         if run.effects.state_is_unknown:
             await run.commits.join()
             await self._forget(run)
@@ -297,6 +360,8 @@ class Worker:
                 await self._forget(run)
                 return
             run.commits.task_done()
+            if run.snapshotter is not None:
+                run.snapshotter.store_if_committed()
 
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""
@@ -306,6 +371,8 @@ class Worker:
         for run in list(self._runs.values()):
             if run.committer is not None:
                 run.committer.cancel()
+            if run.snapshotter is not None:
+                run.snapshotter.cancel()
         await self._lease.release()
 
 

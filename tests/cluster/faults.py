@@ -1,0 +1,158 @@
+"""What is done to the processes, and when: one order at a time for each kind of them."""
+
+import asyncio
+import contextlib
+import random
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.history import History
+from tests.cluster.processes import LEASE_S, Cluster, Part
+
+from luthier_core.failpoints import POINTS
+
+FIRE_S = 30.0
+"""An order that nobody has come to by then is a mistake of the test."""
+LOOK_S = 0.01
+TAKING_OVER = ("tr.acquire", "tr.restore", "tr.replay")
+"""Points that are only reached when somebody has died."""
+SELDOM = (*TAKING_OVER, "tr.begin", "sn.trim", "tr.put_res")
+
+GATEWAY_POINTS = sorted(point for point in POINTS if point.startswith("gw."))
+TRAINER_POINTS = sorted(POINTS - set(GATEWAY_POINTS))
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An order to the processes of one role."""
+
+    point: str
+    action: str
+    at_hit: int
+
+
+def gateway_faults(rng: random.Random) -> list[Fault]:
+    """Every point kills once; a gateway freezes before an admission and before its answer."""
+    return _shuffled(
+        rng,
+        [(point, "kill9") for point in GATEWAY_POINTS],
+        [("gw.admit", "stop"), ("gw.reply", "stop"), ("gw.put", "delay")],
+    )
+
+
+def trainer_faults(rng: random.Random) -> list[Fault]:
+    """Every point kills once; zombies at each write that a fence must stop; one exception."""
+    stops = ("tr.acquire", "tr.exec", "tr.commit", "sn.cas", "sn.trim")
+    return _shuffled(
+        rng,
+        [(point, "kill9") for point in TRAINER_POINTS],
+        [(point, "stop") for point in stops],
+        [("tr.mid", "raise"), ("sn.upload", "delay")],
+    )
+
+
+def _shuffled(rng: random.Random, *orders: list[tuple[str, str]]) -> list[Fault]:
+    faults = [
+        Fault(point, action, 1 if point in SELDOM else rng.randint(1, 5))
+        for group in orders
+        for point, action in group
+    ]
+    rng.shuffle(faults)
+    return faults
+
+
+@contextlib.asynccontextmanager
+async def _within(seconds: float, what: str) -> AsyncIterator[None]:
+    """TimeoutError that says what has not happened."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimeoutError(f"not within {seconds:g} s: {what}") from None
+
+
+class Injector:
+    """Gives the orders to one role and cleans up after them."""
+
+    def __init__(
+        self, cluster: Cluster, parts: list[Part], history: History, rng: random.Random
+    ) -> None:
+        self.done: Counter[str] = Counter()
+        """action -> how often; kill9 by hand is `killed to have a take-over`"""
+        self._ordered = ""
+        self._parts = parts
+        self._folder: Path = cluster.folder / parts[0].role
+        self._history = history
+        self._rng = rng
+
+    async def carry_out(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            self._order(fault)
+            if fault.point in TAKING_OVER:
+                pid = await self._force_take_overs()
+            else:
+                pid = await self._taken()
+            self.done[fault.action] += 1
+            if fault.action == "kill9":
+                await self._gone(pid)
+            elif fault.action == "stop":
+                await self._freeze(next(part for part in self._parts if part.pid == pid))
+
+    @property
+    def num_killed(self) -> int:
+        return self.done["kill9"] + self.done["killed to have a take-over"]
+
+    def _order(self, fault: Fault) -> None:
+        new = self._folder / "new"
+        self._ordered = f"{fault.point} {fault.action} {fault.at_hit}"
+        new.write_text(self._ordered)
+        new.rename(self._folder / "order")
+
+    async def _taken(self, within_s: float = FIRE_S) -> int:
+        """The process that has taken the order; TimeoutError if none does."""
+        async with _within(within_s, f"{self._folder.name}: {self._ordered}"):
+            while not (taken := list(self._folder.glob("taken.*"))):
+                await asyncio.sleep(LOOK_S)
+        taken[0].unlink()
+        return int(taken[0].suffix[1:])
+
+    async def _force_take_overs(self) -> int:
+        """Kill owners until one who takes over has come to the point."""
+        for _ in range(10):
+            part = self._rng.choice(self._owners() or self._parts)
+            pid = part.pid
+            part.send(signal.SIGKILL)
+            self.done["killed to have a take-over"] += 1
+            await self._gone(pid)
+            try:
+                return await self._taken(within_s=FIRE_S / 10)
+            except TimeoutError:
+                continue
+        raise TimeoutError("nobody took a run over")
+
+    def _owners(self) -> list[Part]:
+        names = {run.owners[-1].partition("/")[0] for run in self._history.runs.values()}
+        return [part for part in self._parts if part.name in names]
+
+    async def _gone(self, pid: int) -> None:
+        """Returns once a new process has taken the place of this one."""
+        async with _within(FIRE_S, f"{self._folder.name}: the end of process {pid}"):
+            while any(part.pid == pid for part in self._parts):
+                await asyncio.sleep(LOOK_S)
+
+    async def _freeze(self, part: Part) -> None:
+        """Let it sleep until others have its runs and have worked on them, then wake it up."""
+        mine = [
+            (run_id, len(run.owners))
+            for run_id, run in self._history.runs.items()
+            if run.owners and run.owners[-1].partition("/")[0] == part.name
+        ]
+        await asyncio.sleep(LEASE_S)
+        for run_id, num_owners in mine:
+            async with _within(FIRE_S, f"the take-over of {run_id} from {part.name}"):
+                await self._history.owner_after(run_id, num_owners)
+        await asyncio.sleep(LOOK_S * self._rng.randrange(30))
+        part.send(signal.SIGCONT)
