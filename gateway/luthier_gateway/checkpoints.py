@@ -13,7 +13,7 @@ from luthier_core.rest_types import CopyWeights, SetTtl
 from luthier_core.types import TinkerPath, parse
 from luthier_gateway import files
 from luthier_gateway.backends import BACKENDS, TENANT
-from luthier_gateway.sdk_version import sdk_version
+from luthier_gateway.client_version import is_before
 from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, page_of, read_body
 
 FIRST_WITH_EXTERNAL = (0, 28, 0)
@@ -24,7 +24,10 @@ async def list_checkpoints(request: web.Request) -> web.Response:
     """Checkpoints of all runs, latest first."""
     limit, offset = page_of(request, default_limit=100)
     page = await request.app[BACKENDS].registry.list_checkpoints(
-        request[TENANT], limit=limit, offset=offset, external=_knows_external(request)
+        request[TENANT],
+        limit=limit,
+        offset=offset,
+        external=not is_before(request, FIRST_WITH_EXTERNAL),
     )
     return json_response(page)
 
@@ -34,7 +37,7 @@ async def list_run_checkpoints(request: web.Request) -> web.Response:
     listed = await request.app[BACKENDS].registry.list_run_checkpoints(
         request[TENANT], request.match_info["run_id"]
     )
-    if not _knows_external(request):
+    if is_before(request, FIRST_WITH_EXTERNAL):
         rows = listed["checkpoints"]
         listed["checkpoints"] = [row for row in rows if row["checkpoint_type"] != "external"]
     return json_response(listed)
@@ -111,11 +114,6 @@ def _named(request: web.Request) -> tuple[str, str, str]:
     """(run id, kind, name) of the checkpoint in the URL."""
     part = request.match_info
     return part["run_id"], part["kind"], part["name"]
-
-
-def _knows_external(request: web.Request) -> bool:
-    version = sdk_version(request)
-    return version is None or version >= FIRST_WITH_EXTERNAL
 
 
 def _link_expires() -> datetime:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import subprocess
@@ -70,8 +71,14 @@ async def prepare(stack: GatewayStack) -> dict[str, list[str]]:
             "request_id": [f"{run.run_id}:0", f"{run.run_id}:1"],
             "name": ["x"],
             "base_model": ["tiny/base"],
+            "forward_backward": [as_text(run, seq) for seq in range(3, 40)],
             "spared": [spared.run_id, str(kept["path"])],
         }
+
+
+def as_text(run: Run, seq: int) -> str:
+    message = run.message(datum(), datum([4, 5]), seq_id=seq)
+    return base64.b64encode(message.SerializeToString()).decode()
 
 
 def fuzz(stack: GatewayStack, options: argparse.Namespace, ids: dict[str, list[str]]) -> int:
