@@ -37,8 +37,17 @@ from luthier_registry.requests import (
     SetProject,
     parse,
 )
+from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
-from luthier_registry.web_io import CHECKPOINTS, COPIES, STORE, json_of, page_of, tenant_of
+from luthier_registry.web_io import (
+    CHECKPOINTS,
+    COPIES,
+    SESSIONS,
+    STORE,
+    json_of,
+    page_of,
+    tenant_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +91,9 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             now = clock or (lambda: datetime.now(UTC))
             checkpoints = Checkpoints(blobs, client, builds, clock=now)
             app[CHECKPOINTS] = checkpoints
-            app[STORE] = Store(blobs, client, checkpoints, config, clock=now)
+            sessions = Sessions(blobs, client, config.secret(), clock=now)
+            app[SESSIONS] = sessions
+            app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
             yield
 
@@ -160,33 +171,32 @@ async def revoke_key(request: web.Request) -> web.Response:
 
 async def create_session(request: web.Request) -> web.Response:
     wanted = parse(CreateSession, await request.read())
-    return json_of(await request.app[STORE].create_session(tenant_of(request), wanted))
+    return json_of(await request.app[SESSIONS].create(tenant_of(request), wanted))
 
 
 async def list_sessions(request: web.Request) -> web.Response:
     offset, limit = page_of(request)
-    store = request.app[STORE]
     return web.json_response(
-        await store.list_sessions(tenant_of(request), offset=offset, limit=limit)
+        await request.app[SESSIONS].page(tenant_of(request), offset=offset, limit=limit)
     )
 
 
 async def get_session(request: web.Request) -> web.Response:
-    store = request.app[STORE]
     return web.json_response(
-        await store.describe_session(tenant_of(request), request.match_info["session"])
+        await request.app[SESSIONS].describe(tenant_of(request), request.match_info["session"])
     )
 
 
 async def heartbeat(request: web.Request) -> web.Response:
-    store = request.app[STORE]
-    return json_of(await store.heartbeat(tenant_of(request), request.match_info["session"]))
+    return json_of(
+        await request.app[SESSIONS].heartbeat(tenant_of(request), request.match_info["session"])
+    )
 
 
 async def finish_session(request: web.Request) -> web.Response:
     wanted = parse(FinishSession, await request.read())
     return json_of(
-        await request.app[STORE].finish_session(
+        await request.app[SESSIONS].finish(
             tenant_of(request), request.match_info["session"], wanted.reason, wanted.detail
         )
     )
@@ -195,7 +205,7 @@ async def finish_session(request: web.Request) -> web.Response:
 async def set_project(request: web.Request) -> web.Response:
     wanted = parse(SetProject, await request.read())
     return json_of(
-        await request.app[STORE].set_project(
+        await request.app[SESSIONS].set_project(
             tenant_of(request), request.match_info["session"], wanted.project_id
         )
     )
@@ -203,7 +213,7 @@ async def set_project(request: web.Request) -> web.Response:
 
 async def search(request: web.Request) -> web.Response:
     wanted = parse(SearchSessions, await request.read())
-    return web.json_response(await request.app[STORE].search(tenant_of(request), wanted))
+    return web.json_response(await request.app[SESSIONS].search(tenant_of(request), wanted))
 
 
 async def create_run(request: web.Request) -> web.Response:

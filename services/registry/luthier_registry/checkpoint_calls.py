@@ -3,8 +3,8 @@
 from aiohttp import web
 
 from luthier_core.checkpoints import TinkerPath
+from luthier_registry.record_store import cursor
 from luthier_registry.requests import CopyWeights, Path, SetTtl, parse
-from luthier_registry.store import cursor
 from luthier_registry.web_io import (
     CHECKPOINTS,
     COPIES,

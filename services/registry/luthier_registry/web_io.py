@@ -10,9 +10,11 @@ from luthier_core.records import Record
 from luthier_core.registry_client import TENANT_HEADER
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
+from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
 
 STORE = web.AppKey("store", Store)
+SESSIONS = web.AppKey("sessions", Sessions)
 CHECKPOINTS = web.AppKey("checkpoints", Checkpoints)
 COPIES = web.AppKey("copies", Copies)
 MAX_PAGE = 1000
