@@ -74,7 +74,9 @@ async def get_checkpoint_archive(request: web.Request) -> web.Response:
     """A link to a tar of the PEFT files, as a redirect or as JSON; 503 while it is being made."""
     key = await request.app[BACKENDS].registry.archive(request[TENANT], *_named(request))
     url, expires = files.link(request, key), _link_expires()
-    if "application/json" in request.headers.get("Accept", ""):
+    # SDKs up to 0.22.1 send two Accept headers and want the redirect.
+    accepted = ",".join(request.headers.getall("Accept", []))
+    if "application/json" in accepted and "application/gzip" not in accepted:
         return json_response({"url": url, "expires": expires.isoformat()})
     ends = format_datetime(expires, usegmt=True)
     return web.Response(status=302, headers={"Location": url, "Expires": ends})

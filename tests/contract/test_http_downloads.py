@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import aiohttp
 import pytest
 from tests.contract.gateway_client import Answer, Api, Run
-from tests.contract.gateway_stack import GatewayStack
+from tests.contract.gateway_stack import KEYS, GatewayStack
 
 from luthier_core.disk_blobs import DiskBlobs
 
@@ -128,6 +128,19 @@ async def test_an_sdk_that_reads_json_is_told_the_link(api: Api):
     assert answer.status == 200
     assert answer.json().keys() == {"url", "expires"}
     assert (await fetch(answer.json()["url"])).status == 200
+
+
+async def test_an_sdk_that_sends_two_accept_headers_is_redirected(
+    api: Api, http: aiohttp.ClientSession
+):
+    path = await save(await api.run())
+    headers = [("Accept", "application/json"), ("accept", "application/gzip")]
+    async with http.get(
+        f"{api.url}/api/v1/{url_of(path, '/archive')}",
+        headers=[*headers, ("X-API-Key", KEYS["ann"])],
+        allow_redirects=False,
+    ) as response:
+        assert response.status == 302
 
 
 async def archive(api: Api, url: str, **headers: str) -> Answer:
