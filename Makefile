@@ -10,7 +10,7 @@ FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long fuzz test up proto bench build
+.PHONY: quickstart setup fmt check sim sim-long fuzz test up proto bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -62,6 +62,9 @@ proto: $(READY)                         ## generate the code of our .proto anew
 
 bench: $(READY)                         ## milliseconds per step through the whole stack
 	$(BIN)/python benchmarks/bench_gateway.py
+
+bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
+	$(BIN)/python benchmarks/bench_log.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

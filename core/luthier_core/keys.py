@@ -167,6 +167,11 @@ def op_result(tenant: str, run_id: str, seq: int, epoch: int) -> str:
     return f"{run_prefix(tenant, run_id)}res/{seq}-{epoch}"
 
 
+def snapshot_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
+    """The whole state of a run after op seq, stored under this epoch."""
+    return f"{run_prefix(tenant, run_id)}snap/{seq}-{epoch}/"
+
+
 def checkpoint_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
     """Files that op seq saved under this epoch."""
     return f"{run_prefix(tenant, run_id)}ckpt/{seq}-{epoch}/"

@@ -28,7 +28,7 @@ from luthier_gateway import (
     sessions,
     training,
 )
-from luthier_gateway.auth import Authenticator
+from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.web_io import error_response, json_response
 
@@ -155,6 +155,10 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
             blobs=blobs,
             registry=registry,
             auth=auth,
+            turns=Turns(
+                at_once=config.gateway.tenant_requests_at_once,
+                max_waiting=config.gateway.tenant_requests_waiting,
+            ),
         )
 
 
@@ -190,11 +194,18 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """All but health checks and signed links need a key; its tenant is put into the request."""
-    if needs_key(request.path):
-        auth = request.app[BACKENDS].auth
-        request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
-    return await handler(request)
+    """All but health checks and signed links need a key; its tenant is put into the request.
+
+    Polls aside, a tenant's requests take turns.
+    """
+    if not needs_key(request.path):
+        return await handler(request)
+    backends = request.app[BACKENDS]
+    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    if request.path in POLLS:
+        return await handler(request)
+    async with backends.turns.of(tenant):
+        return await handler(request)
 
 
 async def _end_long_polls(app: web.Application) -> None:

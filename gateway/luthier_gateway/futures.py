@@ -156,11 +156,10 @@ async def _outcome(
     """The outcome; None after timeout_s; NotFound for another tenant's; Gone if none can come."""
     await _check_tenant(backends, tenant, future)
     # The common case first: an outcome that is there already needs no waiting.
-    outcome = await backends.futures.outcome(future)
-    if outcome is None:
-        await _check_admitted(backends, future)
-        if timeout_s > 0:
-            outcome = await backends.futures.wait(future, timeout_s=timeout_s)
+    find = _training_outcome if future.kind == "train" else _sampling_outcome
+    outcome = await find(backends, future)
+    if outcome is None and timeout_s > 0:
+        outcome = await backends.futures.wait(future, timeout_s=timeout_s)
     return outcome
 
 
@@ -172,21 +171,24 @@ async def _check_tenant(backends: Backends, tenant: str, future: FutureId) -> No
         await backends.sampler(tenant, future.parent)
 
 
-async def _check_admitted(backends: Backends, future: FutureId) -> None:
-    """Gone if no outcome can ever come: the id was never admitted, or its result has expired."""
-    if future.kind == "sample":
-        if not await backends.oplog.redis.exists(future.outcome_key):
-            raise Gone(f"request_id={future.parent}:{future.seq}")
-        return
+async def _training_outcome(backends: Backends, future: FutureId) -> Outcome | None:
+    """The outcome if it is there; Gone if the id was never accepted, or its result has expired."""
     seq = int(future.seq)
-    header = await backends.oplog.header(future.parent)
-    if header is None or (
-        seq > header.admitted and not await backends.has_arrived(future.parent, seq)
-    ):
+    standing = await backends.oplog.standing(future.parent, seq)
+    if not standing.is_accepted:
         await backends.oplog.lost(future.parent, seq)
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
-    if seq <= header.committed and await backends.futures.outcome(future) is None:
+    if standing.is_committed and standing.outcome is None:
         raise Gone(f"request_id={future.parent}:{seq}")
+    return standing.outcome
+
+
+async def _sampling_outcome(backends: Backends, future: FutureId) -> Outcome | None:
+    """The outcome if it is there; Gone if none can ever come."""
+    outcome = await backends.futures.outcome(future)
+    if outcome is None and not await backends.oplog.redis.exists(future.outcome_key):
+        raise Gone(f"request_id={future.parent}:{future.seq}")
+    return outcome
 
 
 async def _result(request: web.Request, blobs: Blobs, outcome: Outcome) -> web.Response:

@@ -107,6 +107,42 @@ class RunState:
                 for slot_name, slot in self._slots.items():
                     slot.view(flat).copy_(saved[f"{slot_name}.{moment}"])
 
+    def copy(self) -> dict[str, Tensor]:
+        """All that a training op reads and changes, in host memory; a gradient of 0 is left out."""
+        tensors = {"weights": self.weights.detach(), **self.optimizer.moments}
+        if bool(self.gradient.any()):
+            tensors["gradient"] = self.gradient
+        copied = {name: flat.to("cpu", copy=True) for name, flat in tensors.items()}
+        return copied | {"step": torch.tensor(self.optimizer.num_steps)}
+
+    def take(self, copied: Mapping[str, Tensor]) -> None:
+        """Become what `copy` gave; ValueError, with nothing changed, if that does not fit."""
+        names = {"weights", "step", *self.optimizer.moments}
+        if missing := names - copied.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        zero = torch.zeros_like(self.weights.detach())
+        flats = {**copied, "gradient": copied.get("gradient", zero)}
+        for name in ("weights", "gradient", *self.optimizer.moments):
+            if flats[name].shape != zero.shape:
+                raise ValueError(f"{name} has {flats[name].numel()} numbers, not {zero.numel()}")
+        with torch.no_grad():
+            self.weights.copy_(flats["weights"])
+        self.gradient.copy_(flats["gradient"])
+        self.optimizer.reset(int(flats["step"]))
+        for moment, flat in self.optimizer.moments.items():
+            flat.copy_(flats[moment])
+
+    def checksum(self) -> str:
+        """Over the bits of weights, gradient and moments, at memory speed; and the step.
+
+        Equal states have equal checksums; a flipped bit or another rounding anywhere changes it.
+        """
+        flats = (self.weights.detach(), self.gradient, *self.optimizer.moments.values())
+        sums = [_sum_of_bits(flat) for flat in flats]
+        return "-".join(
+            f"{value & 0xFFFFFFFFFFFFFFFF:x}" for value in (*sums, self.optimizer.num_steps)
+        )
+
     def digest(self) -> str:
         """sha256 over weights, moments, gradient and step: equal digests are equal states."""
         moments = self.optimizer.moments.values()
@@ -139,6 +175,17 @@ class RunState:
             if name not in saved or tuple(saved[name].shape) != shape:
                 raise BadRequest(f"{OPTIMIZER_FILE}: {name} of shape {list(shape)} is missing")
         return saved
+
+
+_CHUNK = 1 << 20
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    """Sum of the 32-bit words of each chunk, and of the chunks in their order, modulo 2^64."""
+    total = 0
+    for words in torch.split(flat.view(torch.int32), _CHUNK):
+        total = (total * 0x9E3779B97F4A7C15 + int(words.sum(dtype=torch.int64).item())) % (1 << 64)
+    return total
 
 
 def _layout(adapter: LoraAdapter) -> dict[str, _Slot]:

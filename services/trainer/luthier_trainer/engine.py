@@ -11,12 +11,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from luthier_core.errors import NotFound
+from luthier_core.errors import BadRequest, NotFound
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter, target_modules
+from luthier_model.peft_io import tensor_bytes, tensors_from
 from luthier_trainer.adapters import RunState
 from luthier_trainer.losses import Loss, loss_named
 from luthier_trainer.optim import AdamParams
@@ -29,6 +30,17 @@ from luthier_trainer.packing import (
     pack,
     unpack,
 )
+
+
+class StateCopy:
+    """One run's state in host memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file; this takes a while, and needs no engine."""
+        return tensor_bytes(self._tensors)
 
 
 class Engine:
@@ -123,6 +135,23 @@ class Engine:
         Clears the gradient. BadRequest, naming both, for a checkpoint of other rank or targets.
         """
         self._run(run_id).restore(files, self._model.lora_shapes, optimizer=optimizer)
+
+    def copy_state(self, run_id: str) -> StateCopy:
+        """The whole state as it is now: later ops do not change the copy."""
+        return StateCopy(self._run(run_id).copy())
+
+    def take_state(self, run_id: str, spec: LoraSpec, data: bytes) -> None:
+        """Create the run in the state that a StateCopy has; ValueError if that does not fit."""
+        try:
+            copied = tensors_from({"state": data}, "state")
+        except BadRequest as error:
+            raise ValueError(str(error)) from None
+        self.create(run_id, spec)
+        self._run(run_id).take(copied)
+
+    def checksum(self, run_id: str) -> str:
+        """Of the whole state, cheap enough for every op: see RunState.checksum."""
+        return self._run(run_id).checksum()
 
     def drop(self, run_id: str) -> None:
         """Forget the run; nothing happens if it is not here."""

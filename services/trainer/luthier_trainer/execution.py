@@ -43,6 +43,18 @@ class RunContext:
     """Known once op 0 has been executed."""
 
 
+def lora_spec(record: RunRecord) -> LoraSpec:
+    """What a run trains, as the model knows it."""
+    lora = record.lora
+    return LoraSpec(
+        rank=lora.rank,
+        seed=lora.seed,
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+    )
+
+
 class Executor:
     """The ops of all runs of one worker, one engine call at a time."""
 
@@ -80,15 +92,8 @@ class Executor:
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
-        lora, source = run.record.lora, body["source"]
-        spec = LoraSpec(
-            rank=lora.rank,
-            seed=lora.seed,
-            train_attn=lora.train_attn,
-            train_mlp=lora.train_mlp,
-            train_unembed=lora.train_unembed,
-        )
-        await self.on_engine(self.engine.create, run.run_id, spec)
+        source = body["source"]
+        await self.on_engine(self.engine.create, run.run_id, lora_spec(run.record))
         result = {"model_id": run.run_id, "type": "create_model"}
         if source is not None:
             await self._load(run, source)
