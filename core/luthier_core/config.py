@@ -140,7 +140,10 @@ class Config:
     allow_volatile_redis: bool = False
     """Start on a Redis that may forget what it accepted: without AOF, or one that evicts."""
     public_url: str = ""
-    """Base of signed download links; empty: http://host:port of the gateway."""
+    """Base of signed download links; empty: the address that the client has asked.
+
+    Needed behind a proxy that ends TLS or adds a path: the gateway does not see either.
+    """
     models: tuple[ModelConfig, ...] = ()
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

@@ -195,6 +195,16 @@ def name_record(tenant: str, run_id: str, kind: str, name: str) -> str:
     return f"t/{tenant}/names/{run_id}/{kind}/{name}.json"
 
 
+def published_run(run_id: str) -> str:
+    """Whose run this is, once a checkpoint of it has been published; immutable."""
+    return f"published/{run_id}.json"
+
+
+def archive(tenant: str, manifest_digest: str) -> str:
+    """Tar of a checkpoint's PEFT files: made on demand, and again if it is gone."""
+    return f"t/{tenant}/archives/{manifest_digest}.tar"
+
+
 def session_record(tenant: str, session_id: str) -> str:
     return f"t/{tenant}/sessions/{session_id}.json"
 

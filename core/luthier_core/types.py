@@ -340,6 +340,22 @@ class SaveWeightsForSampler(WireModel):
         return self
 
 
+class SaveWeightsExternal(WireModel):
+    """POST save_weights_external: PEFT files for download."""
+
+    model_id: str
+    seq_id: SeqId
+    path: Name
+    ttl_seconds: TtlSeconds | None = None
+    age_encryption_recipients: list[str] | None = None
+
+    def refuse_unsupported(self) -> None:
+        if self.age_encryption_recipients:
+            raise Unsupported(
+                "age_encryption_recipients: the files are not encrypted; leave it out"
+            )
+
+
 class LoadWeights(WireModel):
     """POST load_weights: into a run (model_id, seq_id), or as a new one (session_id, ...)."""
 
@@ -364,8 +380,6 @@ class LoadWeights(WireModel):
 
     def refuse_unsupported(self) -> None:
         self.optimizer_config.refuse_unsupported()
-        if self.weights_access_token is not None:
-            raise Unsupported("weights_access_token: loading from another account")
 
 
 class TinkerPath(WireModel):

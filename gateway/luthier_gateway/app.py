@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator
 
@@ -17,9 +18,12 @@ from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import (
+    checkpoints,
+    files,
     forward_backward,
     futures,
     health,
+    openapi,
     rest,
     sampling,
     sessions,
@@ -61,6 +65,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/optim_step", training.optim_step),
         web.post(f"{API}/save_weights", training.save_weights),
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
+        web.post(f"{API}/save_weights_external", training.save_weights_external),
         web.post(f"{API}/load_weights", training.load_weights),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/join_sampling_session", sampling.join_sampling_session),
@@ -69,16 +74,47 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/retrieve_futures", futures.retrieve_futures),
         web.post(f"{API}/cancel_future", futures.cancel_future),
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
-        web.post(f"{API}/weights_info", rest.weights_info),
+        *_bookkeeping_routes(),
+        web.get(f"{API}/openapi.json", openapi.get_openapi),
+    ]
+
+
+def _bookkeeping_routes() -> list[web.RouteDef]:
+    checkpoint = f"{API}{_CHECKPOINT}"
+    return [
+        web.post(f"{API}/weights_info", checkpoints.weights_info),
+        web.post(f"{API}/copy_weights", checkpoints.copy_weights),
         web.get(f"{API}/samplers/{{sampler_id}}", rest.get_sampler),
         web.get(f"{API}/training_runs", rest.list_training_runs),
         web.get(f"{API}/training_runs/{{run_id}}", rest.get_training_run),
-        web.get(f"{API}/training_runs/{{run_id}}/checkpoints", rest.list_run_checkpoints),
-        web.delete(f"{API}{_CHECKPOINT}", rest.delete_checkpoint),
-        web.get(f"{API}/checkpoints", rest.list_checkpoints),
+        web.get(f"{API}/training_runs/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.get(f"{API}/models/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.delete(checkpoint, checkpoints.delete_checkpoint),
+        web.post(f"{checkpoint}/publish", checkpoints.publish_checkpoint),
+        web.delete(f"{checkpoint}/publish", checkpoints.unpublish_checkpoint),
+        web.put(f"{checkpoint}/ttl", checkpoints.set_checkpoint_ttl),
+        web.get(f"{checkpoint}/archive", checkpoints.get_checkpoint_archive),
+        web.get(f"{checkpoint}/external_weights_urls", checkpoints.get_external_weights_urls),
+        web.get(f"{API}/checkpoints", checkpoints.list_checkpoints),
+        web.get(f"{files.PREFIX}{{key:.+}}", files.download, allow_head=False),
         web.get(f"{API}/sessions", rest.list_sessions),
+        web.post(f"{API}/sessions/search", rest.search_sessions),
         web.get(f"{API}/sessions/{{session_id}}", rest.get_session),
+        web.put(f"{API}/sessions/{{session_id}}/project", rest.set_session_project),
+        web.get(f"{API}/sessions/{{session_id}}/trace_export", rest.refuse_trace_export),
+        web.get(f"{API}/auth/apikey/me", rest.get_own_key),
+        web.delete(f"{API}/auth/apikey/me", rest.revoke_own_key),
+        web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),
+        web.post(f"{API}/auth/token", rest.refuse_key_exchange),
+        web.get(f"{API}/audit", rest.refuse_audit),
+        web.get(f"{API}/billing/usage/events", rest.refuse_billing),
+        web.get(f"{API}/billing/usage/checkpoints/current", rest.refuse_billing),
     ]
+
+
+def needs_key(path: str) -> bool:
+    """Whether a request for this path must carry an API key."""
+    return path not in OPEN_PATHS and not path.startswith(files.PREFIX)
 
 
 def build_app(config: Config) -> web.Application:
@@ -89,6 +125,9 @@ def build_app(config: Config) -> web.Application:
         handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
+    description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
+    # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
+    app[openapi.DESCRIPTION] = json.dumps(description).encode()
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
         async with open_backends(config) as opened:
@@ -161,12 +200,12 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every path but the health checks needs a key; handlers find its tenant in the request.
+    """All but health checks and signed links need a key; its tenant is put into the request.
 
     And an SDK that this server can serve, which its user is told before anything else. Polls aside,
     a tenant's requests take turns.
     """
-    if request.path in OPEN_PATHS:
+    if not needs_key(request.path):
         return await handler(request)
     refuse_too_old(request)
     backends = request.app[BACKENDS]

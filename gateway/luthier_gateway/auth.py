@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from luthier_core.auth import key_hmac
 from luthier_core.errors import NotFound, TooManyRequests, Unauthorized
+from luthier_core.records import ApiKeyRecord
 from luthier_core.registry_client import RegistryClient
 
 CACHED_KEYS = 10_000
@@ -41,19 +42,30 @@ class Authenticator:
             raise Unauthorized("send it in the header X-API-Key")
         if len(key) > MAX_KEY_CHARS:
             raise Unauthorized("no key is that long")
-        name = key_hmac(self._secret, key)
-        until, tenant = self._known.get(name, (0.0, ""))
+        until, tenant = self._known.get(key_hmac(self._secret, key), (0.0, ""))
         if until < self._clock():
-            try:
-                tenant = (await self._registry.get_key(name)).tenant
-            except NotFound:
-                self._known.pop(name, None)
-                raise Unauthorized("no such key") from None
+            name, record = await self.look_up(key)
+            tenant = record.tenant
             self._known[name] = (self._clock() + self._cache_s, tenant)
             self._known.move_to_end(name)
             if len(self._known) > CACHED_KEYS:
                 self._known.popitem(last=False)
         return tenant
+
+    async def look_up(self, key: str) -> tuple[str, ApiKeyRecord]:
+        """(HMAC of the key, its record as it is now); Unauthorized if it is nobody's."""
+        name = key_hmac(self._secret, key)
+        try:
+            return name, await self._registry.get_key(name)
+        except NotFound:
+            self._known.pop(name, None)
+            raise Unauthorized("no such key") from None
+
+    async def revoke(self, key: str) -> None:
+        """End the key, here at once."""
+        name, _ = await self.look_up(key)
+        await self._registry.revoke_key(name)
+        self._known.pop(name, None)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from aiohttp import web
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import Config
-from luthier_core.errors import BadRequest, NotFound, Unavailable
+from luthier_core.errors import BadRequest, InvalidField, NotFound, Unauthorized, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
@@ -125,6 +125,15 @@ class Backends:
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""
         return await self._samplers.get(f"{tenant}/{sampling_session_id}")
+
+    async def access_tenant(self, weights_access_token: str | None) -> str | None:
+        """The tenant whose checkpoints the token lets its bearer read: it is a key of theirs."""
+        if not weights_access_token:
+            return None
+        try:
+            return await self.auth.tenant(weights_access_token)
+        except Unauthorized:
+            raise InvalidField("weights_access_token: it is no key of this server") from None
 
     async def model_facts(self, base_model: str) -> dict[str, Any]:
         """Facts of a configured base model; Unavailable until one of its workers has started."""

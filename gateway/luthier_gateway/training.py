@@ -19,6 +19,7 @@ from luthier_core.types import (
     ModelId,
     OptimStep,
     SaveWeights,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     WireModel,
     check,
@@ -103,6 +104,10 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
     return await _submit_json(request, SaveWeightsForSampler, Kind.SAVE_WEIGHTS_FOR_SAMPLER)
 
 
+async def save_weights_external(request: web.Request) -> web.Response:
+    return await _submit_json(request, SaveWeightsExternal, Kind.SAVE_WEIGHTS_EXTERNAL)
+
+
 async def load_weights(request: web.Request) -> web.Response:
     """Into a run as an ordinary op, or as the creation of a new run from a checkpoint."""
     backends, tenant = request.app[BACKENDS], request[TENANT]
@@ -114,7 +119,8 @@ async def load_weights(request: web.Request) -> web.Response:
     try:
         wanted = check(LoadWeights, value)
         wanted.refuse_unsupported()
-        source = await backends.registry.resolve(tenant, wanted.path)
+        access = await backends.access_tenant(wanted.weights_access_token)
+        source = await backends.registry.resolve(tenant, wanted.path, access_tenant=access)
         run = await backends.registry.create_run(
             tenant,
             session_id=wanted.session_id or "",
@@ -122,6 +128,7 @@ async def load_weights(request: web.Request) -> web.Response:
             base_model=wanted.base_model,
             user_metadata=_as_strings(wanted.user_metadata),
             source_path=wanted.path,
+            access_tenant=access,
         )
     except (BadRequest, NotFound) as error:
         run_id = await _run_id_of(backends, tenant, value)
@@ -144,7 +151,8 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
     try:
         wanted = check(LoadWeights, value)
         wanted.refuse_unsupported()
-        source = await backends.registry.resolve(tenant, wanted.path)
+        access = await backends.access_tenant(wanted.weights_access_token)
+        source = await backends.registry.resolve(tenant, wanted.path, access_tenant=access)
         # The log names the checkpoint by its manifest, so replay loads the same bytes even if the
         # name has been given to another checkpoint since.
         body = orjson.dumps(

@@ -1,16 +1,26 @@
 """Reading bodies within their limit, and answering with JSON."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from luthier_core.errors import BodyTooLarge, LuthierError, Unreadable, Unsupported
+from luthier_core.errors import (
+    BodyTooLarge,
+    InvalidField,
+    LuthierError,
+    Unreadable,
+    Unsupported,
+)
 from luthier_gateway.decompress import ENCODINGS, PIECE_BYTES, Decompressor
 
 PROTOBUF = "application/x-protobuf"
+MAX_SMALL_BODY = 1024 * 1024
+"""Of a bookkeeping call, in bytes."""
+MAX_PAGE = 1000
 HEAD_BYTES = 64 * 1024
 """Of a body that cannot be read this much is looked at for the ids whose seq it uses up."""
 TAIL_BYTES = 4 * 1024
@@ -95,6 +105,23 @@ async def _drain(pieces: AsyncIterator[bytes], last: bytes, max_bytes: int) -> b
     except (Unreadable, _TooMuchCompressed, web.RequestPayloadError):
         return b""
     return tail
+
+
+def page_of(request: web.Request, *, default_limit: int) -> tuple[int, int]:
+    """(limit, offset) of the query; InvalidField with the allowed range."""
+    return (
+        _whole_number(request, "limit", default_limit, 1, MAX_PAGE),
+        _whole_number(request, "offset", 0, 0, 2**31),
+    )
+
+
+def _whole_number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or not least <= int(text) <= most:
+        raise InvalidField(f"{name}: {text[:50]!r}; allowed are {least} to {most}")
+    return int(text)
 
 
 def json_response(value: dict[str, Any], status: int = 200) -> web.Response:

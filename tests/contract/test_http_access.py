@@ -11,13 +11,13 @@ from aiohttp import web
 from tests.contract.gateway_client import Api, Run, datum
 from tests.contract.gateway_stack import KEYS, GatewayStack
 
-from luthier_gateway.app import OPEN_PATHS, routes
+from luthier_gateway.app import OPEN_PATHS, needs_key, routes
 
 ABSENT_SESSION = "0" * 32
 GUARDED = [
     (route.method, route.path.replace(":weights|sampler_weights|external_weights", ""))
     for route in routes()
-    if isinstance(route, web.RouteDef) and route.path not in OPEN_PATHS
+    if isinstance(route, web.RouteDef) and needs_key(route.path)
 ]
 
 

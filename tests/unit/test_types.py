@@ -432,7 +432,6 @@ def test_a_body_that_is_no_json_object_is_unreadable(body: bytes):
     [
         (CreateModel, {"optimizer_config": {"type": "dimuon"}}, "optimizer_config.type", "adamw"),
         (LoadWeights, {"optimizer_config": {"type": "dimuon"}}, "optimizer_config.type", "adamw"),
-        (LoadWeights, {"weights_access_token": "t"}, "weights_access_token", ""),
         (OptimStep, {"optimizer_params": {"type": "dimuon"}}, "optimizer_params", "adam_params"),
     ],
 )

@@ -15,7 +15,12 @@ from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
-from luthier_core.types import OptimStep, SaveWeights, SaveWeightsForSampler
+from luthier_core.types import (
+    OptimStep,
+    SaveWeights,
+    SaveWeightsExternal,
+    SaveWeightsForSampler,
+)
 from luthier_model.lora import LoraSpec
 from luthier_trainer.engine import Engine
 from luthier_trainer.optim import AdamParams
@@ -65,6 +70,7 @@ class Executor:
             Kind.OPTIM_STEP: self._optim_step,
             Kind.SAVE_WEIGHTS: self._save_weights,
             Kind.SAVE_WEIGHTS_FOR_SAMPLER: self._save_weights_for_sampler,
+            Kind.SAVE_WEIGHTS_EXTERNAL: self._save_weights_external,
             Kind.LOAD_WEIGHTS: self._load_weights,
         }
 
@@ -165,6 +171,24 @@ class Executor:
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
             return _saved(path, "save_weights_for_sampler")
+
+        return finish
+
+    async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
+        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+
+        async def finish() -> Outcome:
+            saved = await self._save(
+                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+            )
+            return _completed(
+                {
+                    "path": saved.tinker_path,
+                    "size_bytes": saved.size_bytes,
+                    "type": "save_weights_external",
+                }
+            )
 
         return finish
 
