@@ -12,6 +12,7 @@ Every hit is a line in the file `hits`.
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 POINTS = frozenset(
@@ -29,6 +30,7 @@ POINTS = frozenset(
 )
 ACTIONS = ("kill9", "stop", "delay", "raise")
 DELAY_S = 0.5
+SETTLE_S = 0.3
 
 
 class Failed(Exception):
@@ -82,12 +84,19 @@ async def failpoint(point: str) -> None:
         await _orders.hit(point)
 
 
+def _freeze() -> None:
+    # Nothing new begins meanwhile, and threads end what they are writing: frozen within a write
+    # they would keep the disk store's lock, and with it hold up who takes over.
+    time.sleep(SETTLE_S)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 async def _carry_out(action: str, point: str) -> None:
     match action:
         case "kill9":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _freeze()
         case "delay":
             await asyncio.sleep(DELAY_S)
         case "raise":

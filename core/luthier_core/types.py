@@ -135,7 +135,9 @@ class OptimizerConfig(WireModel):
 
     def refuse_unsupported(self) -> None:
         if self.type != "adamw":
-            raise Unsupported(f"optimizer_config.type: {self.type!r}; supported is 'adamw'")
+            raise Unsupported(
+                f"optimizer_config.type: {self.type!r} is not implemented; supported is 'adamw'"
+            )
 
 
 class CreateModel(WireModel):

@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
+from luthier_core.losses import RATIO_MASK, LossSpec, loss_config, loss_spec
 from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2 as wire
 from luthier_core.types import Sample
-
-LOSS_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("target_tokens", "weights")}
-"""Loss -> the inputs it needs, each of the shape of target_tokens (wire protocol 7.3)."""
 
 MAX_TARGET_CELLS = 2**24
 """Tokens of a request times its widest datum's targets: a CSR tensor of a few bytes can be any size
@@ -55,17 +53,15 @@ def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
 
 def check_forward_backward(request: wire.ForwardBackwardRequest, limits: ModelLimits) -> int:
     """The number of input tokens; InvalidField or Unsupported if the request cannot be executed."""
-    if request.loss_fn not in LOSS_INPUTS:
-        raise InvalidField(f"loss_fn: {request.loss_fn!r} is not one of {sorted(LOSS_INPUTS)}")
+    loss = loss_spec(request.loss_fn)
+    loss_config(request)
     if not request.data:
         raise InvalidField("data: empty; at least one datum is needed")
     if len(request.data) > limits.max_datums:
         raise InvalidField(f"data: {len(request.data)} datums; at most {limits.max_datums}")
     total = most_targets = 0
     for index, datum in enumerate(request.data):
-        num_tokens, num_targets = _check_datum(
-            datum, f"data[{index}]", LOSS_INPUTS[request.loss_fn], limits
-        )
+        num_tokens, num_targets = _check_datum(datum, f"data[{index}]", loss, limits)
         total += num_tokens
         most_targets = max(most_targets, num_targets)
     if total > limits.max_tokens_per_request:
@@ -138,16 +134,17 @@ def _check_scores(request: Sample, num_tokens: int, limits: ModelLimits) -> None
 
 
 def _check_datum(
-    datum: wire.Datum, where: str, inputs: tuple[str, ...], limits: ModelLimits
+    datum: wire.Datum, where: str, loss: LossSpec, limits: ModelLimits
 ) -> tuple[int, int]:
     """(tokens, targets per token)."""
     num_tokens = _check_model_input(datum, where, limits)
-    for name in inputs:
+    needed = ("target_tokens", *loss.inputs)
+    for name in needed:
         if name not in datum.loss_fn_inputs:
-            raise InvalidField(f"{where}.loss_fn_inputs.{name}: missing; needed are {list(inputs)}")
+            raise InvalidField(f"{where}.loss_fn_inputs.{name}: missing; needed are {list(needed)}")
     target_field = f"{where}.loss_fn_inputs.target_tokens"
     target_shape = _shape(datum.loss_fn_inputs["target_tokens"], target_field)
-    for name in inputs:
+    for name in (*needed, *(name for name in loss.token_inputs if name in datum.loss_fn_inputs)):
         field = f"{where}.loss_fn_inputs.{name}"
         tensor = datum.loss_fn_inputs[name]
         values, shape = _check_tensor(tensor, name, field)
@@ -162,7 +159,16 @@ def _check_datum(
             )
         if name == "target_tokens":
             _check_token_ids(values, field, limits.vocab_size)
+        elif name in loss.token_inputs:
+            _check_token_input(values, name, field)
     return num_tokens, prod(target_shape[1:])
+
+
+def _check_token_input(values: NDArray[Any], name: str, field: str) -> None:
+    if name == RATIO_MASK and not np.isin(values, (0, 1)).all():
+        raise InvalidField(f"{field}: every value must be 0 or 1")
+    if (values < 0).any():
+        raise InvalidField(f"{field}: every value must be at least 0")
 
 
 def _check_model_input(datum: wire.Datum, where: str, limits: ModelLimits) -> int:

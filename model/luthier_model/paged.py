@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from luthier_model.attention import capped_attention
 from luthier_model.base import ModelFacts
 
 ROW_MULTIPLE = 4
@@ -107,6 +108,7 @@ class PagedAttention:
         *,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """query [H, T, Dh], key and value [K, T, Dh], rotated -> [T, H, Dh]."""
         cached = self._cache.keys[layer], self._cache.values[layer]
@@ -119,7 +121,7 @@ class PagedAttention:
         query_THD = query.transpose(0, 1)
         out_THD = torch.zeros_like(query_THD, memory_format=torch.contiguous_format)
         for group in self._groups:
-            group.attend(out_THD, query_THD, *cached, scale, window)
+            group.attend(out_THD, query_THD, *cached, scale, window, softcap)
         return out_THD
 
 
@@ -161,6 +163,7 @@ class _Group:
         value_blocks: Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None,
     ) -> None:
         """Fills in the rows of `out` that belong to its sequences."""
         num_rows, width = self._shape
@@ -176,14 +179,20 @@ class _Group:
             query = F.pad(query, (0, 0, 0, _up(group, ROW_MULTIPLE) - group))
         else:
             query, group = query_NHD.view(num_rows, width, -1, head_dim).transpose(1, 2), None
-        out = F.scaled_dot_product_attention(
-            query,
-            keys_BKLD,
-            values_BKLD,
-            attn_mask=self._mask(window, query.dtype),
-            scale=scale,
-            enable_gqa=query.shape[1] != num_kv_heads,
-        )
+        mask = self._mask(window, query.dtype)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                query,
+                keys_BKLD,
+                values_BKLD,
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=query.shape[1] != num_kv_heads,
+            )
+        else:
+            out = capped_attention(
+                query, keys_BKLD, values_BKLD, mask == 0, scale=scale, softcap=softcap
+            )
         out = out[:, :, :group] if self._decodes else out.transpose(1, 2)
         out_NHD = out.reshape(num_rows * width, -1, head_dim)
         tokens = self._tokens
@@ -258,6 +267,7 @@ class PagedAttentionLoop:
         *,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """query [H, T, Dh], key and value [K, T, Dh], rotated -> [T, H, Dh]."""
         group = query.shape[0] // key.shape[0]
@@ -273,6 +283,8 @@ class PagedAttentionLoop:
             keys_HLD = keys_SKD[slots].transpose(0, 1).repeat_interleave(group, 0)
             values_HLD = values_SKD[slots].transpose(0, 1).repeat_interleave(group, 0)
             scores_HQL = scale * query[:, rows] @ keys_HLD.transpose(1, 2)
+            if softcap is not None:
+                scores_HQL = softcap * (scores_HQL / softcap).tanh()
             position_L = torch.arange(span.num_keys)
             seen = seen_keys(position_L[-span.num_queries :], position_L, window)
             weights = scores_HQL.masked_fill(~seen, -torch.inf).softmax(-1)

@@ -103,6 +103,8 @@ class Client:
     async def ask_again(self) -> None:
         """Poll every op once more, at each gateway in turn."""
         for seq, sent in self.sent.items():
+            if seq in self.stuck:
+                continue
             sent.answers.append(await self._poll(seq, seq % len(self._urls)))
 
     async def _create(self) -> None:

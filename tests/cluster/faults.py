@@ -19,6 +19,7 @@ FIRE_S = 30.0
 LOOK_S = 0.01
 TAKING_OVER = ("tr.acquire", "tr.restore", "tr.replay")
 """Points that are only reached when somebody has died."""
+OTHER_STOPS = ("tr.acquire", "tr.begin", "tr.exec", "sn.cas", "sn.trim")
 SELDOM = (*TAKING_OVER, "tr.begin", "sn.trim", "tr.put_res")
 
 GATEWAY_POINTS = sorted(point for point in POINTS if point.startswith("gw."))
@@ -35,21 +36,20 @@ class Fault:
 
 
 def gateway_faults(rng: random.Random) -> list[Fault]:
-    """Every point kills once; a gateway freezes before an admission and before its answer."""
+    """Every point kills once; a gateway freezes between admission and answer, one is slow."""
     return _shuffled(
         rng,
         [(point, "kill9") for point in GATEWAY_POINTS],
-        [("gw.admit", "stop"), ("gw.reply", "stop"), ("gw.put", "delay")],
+        [("gw.reply", "stop"), ("gw.put", "delay")],
     )
 
 
 def trainer_faults(rng: random.Random) -> list[Fault]:
-    """Every point kills once; zombies at each write that a fence must stop; one exception."""
-    stops = ("tr.acquire", "tr.exec", "tr.commit", "sn.cas", "sn.trim")
+    """Every point kills once; zombies before writes that a fence must stop; one exception."""
     return _shuffled(
         rng,
         [(point, "kill9") for point in TRAINER_POINTS],
-        [(point, "stop") for point in stops],
+        [(point, "stop") for point in ("tr.commit", *rng.sample(OTHER_STOPS, 2))],
         [("tr.mid", "raise"), ("sn.upload", "delay")],
     )
 

@@ -164,9 +164,14 @@ class Cluster:
         return [self.registry, *self.gateways, *self.trainers]
 
     async def keep(self, part: Part) -> None:
-        """Start a part again whenever it ends, as the supervisor of `luthier up` does."""
+        """Start a part again whenever it is killed, as the supervisor of `luthier up` does.
+
+        RuntimeError with its last words if it ends otherwise.
+        """
         while True:
-            await part.wait()
+            if (code := await part.wait()) != -signal.SIGKILL:
+                words = (self.folder / f"{part.name}.log").read_text()[-3000:]
+                raise RuntimeError(f"{part.name} ended with exit code {code}:\n{words}")
             part.reap()
             if part.role == "trainer":
                 # Whoever reaps a worker deletes its lease: take-over need not wait for its end.

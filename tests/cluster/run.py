@@ -91,6 +91,8 @@ async def _play(seed: int, folder: Path, redis_url: str, library: str) -> Trial:
             trial.faults += injector.done
         _check_exits(trial, cluster, sum(injector.num_killed for injector in injectors))
         _count_hits(trial, folder)
+        if trial.verdict.counters.failed_by_us > trial.faults["raise"]:
+            trial.violations.append("more ops failed than exceptions were ordered")
     trial.seconds = time.monotonic() - began
     return trial
 

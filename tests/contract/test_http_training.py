@@ -224,7 +224,7 @@ async def test_many_requests_at_once_are_executed_in_their_order(api: Api):
 # --- bad requests fail their future, and the run goes on ------------------------------------------
 
 BAD_DATA: dict[str, tuple[list[wire_pb2.Datum], dict[str, Any], str, str]] = {
-    "unknown loss": ([datum()], {"loss_fn": "ppo"}, "loss_fn: 'ppo'", "cross_entropy"),
+    "unknown loss": ([datum()], {"loss_fn": "mse"}, "loss_fn: 'mse'", "cross_entropy"),
     "empty batch": ([], {}, "data: empty", "at least one datum"),
     "too many datums": ([datum()] * 9, {}, "data: 9 datums", "at most 8"),
     "missing target_tokens": (

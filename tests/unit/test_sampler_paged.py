@@ -65,6 +65,7 @@ def step_tensors(spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -78,13 +79,14 @@ def step_tensors(spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor, torch.T
     ],
     ids=str,
 )
-def test_the_batched_attention_equals_the_loop(cache, shapes, window):
+def test_the_batched_attention_equals_the_loop(cache, shapes, window, softcap):
     spans = spans_of(*shapes)
     query, key, value = step_tensors(spans)
     fast, slow = PagedAttention(cache, spans), PagedAttentionLoop(cache, spans)
     for layer in range(FACTS.num_layers):
-        expected = slow.attend(layer, query, key, value, scale=0.3, window=window)
-        got = fast.attend(layer, query, key, value, scale=0.3, window=window)
+        how = {"scale": 0.3, "window": window, "softcap": softcap}
+        expected = slow.attend(layer, query, key, value, **how)
+        got = fast.attend(layer, query, key, value, **how)
         assert got.shape == (query.shape[1], FACTS.num_heads, FACTS.head_dim)
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 

@@ -27,16 +27,18 @@ from luthier_core.futures import FutureId, Futures
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, Oplog, RunHeader
 from luthier_core.ops import Body, Kind, Op, Outcome, Refusal, digest_of
+from luthier_core.owner import FoldState, Step
 from luthier_core.proto import wire_pb2
-from luthier_core.protocol import STATE_LOST, Head
+from luthier_core.protocol import STATE_LOST, Head, SnapshotRef
 from luthier_core.records import LoraConfig, RunRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_trainer import worker
 from luthier_trainer.adapters import RunState
 from luthier_trainer.engine import Engine
-from luthier_trainer.execution import Executor
+from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.optim import AdamParams
+from luthier_trainer.snapshots import Snapshots, Spent
 from luthier_trainer.stored_snapshots import StoredSnapshots
 from luthier_trainer.worker import Worker
 
@@ -269,7 +271,12 @@ async def rig(
     executors: list[Executor] = []
 
     async def start(
-        name: str, *, first_cycle: int = 0, watch: Calls | None = None, **config: Any
+        name: str,
+        *,
+        first_cycle: int = 0,
+        watch: Calls | None = None,
+        snapshots: Snapshots | None = None,
+        **config: Any,
     ) -> Trainer:
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
@@ -287,7 +294,7 @@ async def rig(
             blobs=blobs,
             executor=executor,
             first_cycle=first_cycle,
-            snapshots=StoredSnapshots(executor, blobs, settings),
+            snapshots=snapshots or StoredSnapshots(executor, blobs, settings),
         )
         task = asyncio.create_task(running.run(stopping))
         trainers.append(Trainer(executor.engine, lease, stopping, task, running))
@@ -743,6 +750,56 @@ async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
     await rig.client.create(B)
     await rig.client.forward_backward(B, gradient(1))
     await rig.client.completed(B)
+
+
+class FailingSnapshots:
+    """Its only copy, of seq 1, cannot be stored: which is found when `fail` is set."""
+
+    def __init__(self) -> None:
+        self.fail = asyncio.Event()
+
+    def due(self, spent: Spent, step: Step) -> bool:
+        return step.op.seq == 1
+
+    async def copy(self, run_id: str) -> str:
+        return "state"
+
+    async def put(self, run: RunContext, ref: SnapshotRef, copy: str, state: FoldState) -> None:
+        await self.fail.wait()
+        raise Unavailable("the store")
+
+    async def restore(self, run: RunContext, ref: SnapshotRef) -> None:
+        raise AssertionError("there is no snapshot")
+
+    async def delete(self, run: RunContext, ref: SnapshotRef) -> None:
+        raise AssertionError("there is no snapshot")
+
+
+async def test_a_run_that_is_let_go_in_the_midst_of_a_commit_holds_up_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    snapshots, committing = FailingSnapshots(), asyncio.Event()
+    commit = Oplog.commit
+
+    async def held_once(
+        oplog: Oplog, run_id: str, epoch: int, seq: int, *rest: Any, **named: Any
+    ) -> Any:
+        if (epoch, seq) == (1, 2):
+            committing.set()
+            await asyncio.Event().wait()
+        return await commit(oplog, run_id, epoch, seq, *rest, **named)
+
+    monkeypatch.setattr(Oplog, "commit", held_once)
+    trainer = await rig.start("t0", snapshots=snapshots)
+    await rig.client.create(A)
+    for number in range(4):
+        await rig.client.forward_backward(A, gradient(number))
+    await committing.wait()
+    snapshots.fail.set()
+    await rig.client.completed(A)
+    expected = rig.reference(A, *(gradient(number) for number in range(4)))
+    assert trainer.engine.run_digest(A) == expected
+    assert (await rig.client.header(A)).epoch == 2
 
 
 # --- takeover and replay --------------------------------------------------------------------------

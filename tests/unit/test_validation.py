@@ -78,6 +78,16 @@ def request(
     return wire_pb2.ForwardBackwardRequest(model_id="r", seq_id=1, loss_fn=loss_fn, data=data)
 
 
+def policy_datum(**inputs: wire_pb2.Tensor | None) -> wire_pb2.Datum:
+    """A good datum for the policy losses; an input that is None is left out."""
+    given = {
+        "weights": None,
+        "logprobs": tensor([0, -1, -2], FLOAT),
+        "advantages": tensor([0, 1, -1], FLOAT),
+    }
+    return datum(**{**given, **inputs})
+
+
 def of_length(length: int) -> wire_pb2.Datum:
     return datum(
         [1] * length, target_tokens=tensor([1] * length), weights=tensor([1] * length, FLOAT)
@@ -109,12 +119,71 @@ GOOD_REQUESTS = {
         )
     ),
     "an input that no loss knows": request(datum(mask=tensor([1], wire_pb2.DTYPE_BFLOAT16))),
+    **{
+        name: request(policy_datum(), loss_fn=name)
+        for name in ("importance_sampling", "ppo", "cispo", "dro", "gspo")
+    },
+    "thresholds by token in one datum": request(
+        policy_datum(clip_high_threshold=tensor([1, 2, 3], FLOAT)), policy_datum(), loss_fn="ppo"
+    ),
+    "a mask of the ratio": request(
+        policy_datum(sequence_ratio_mask=tensor([0, 1, 1], FLOAT)), loss_fn="gspo"
+    ),
+    "a policy loss with two targets per position": request(
+        policy_datum(
+            target_tokens=tensor([2, 3, 4, 5, 6, 7], shape=(3, 2)),
+            logprobs=tensor([-1] * 6, FLOAT, (3, 2)),
+            advantages=tensor([1] * 6, FLOAT, (3, 2)),
+        ),
+        policy_datum(),
+        loss_fn="dro",
+    ),
+    "settings": wire_pb2.ForwardBackwardRequest(
+        loss_fn="cispo", data=[policy_datum()], loss_fn_config={"clip_high_threshold": 2.0}
+    ),
     "the last token id": request(datum([66, 0, 66], target_tokens=tensor([66, 0, 66]))),
 }
 
 REFUSALS = {
-    "unknown loss": (request(datum(), loss_fn="ppo"), "loss_fn: 'ppo'", "cross_entropy"),
+    "unknown loss": (request(datum(), loss_fn="mse"), "loss_fn: 'mse'", "cross_entropy"),
     "no loss": (request(datum(), loss_fn=""), "loss_fn", "cross_entropy"),
+    "a loss whose formula is a secret": (
+        request(datum(), loss_fn="stable_reinforce"),
+        "loss_fn: 'stable_reinforce'",
+        "importance_sampling",
+    ),
+    "a setting that the loss does not have": (
+        wire_pb2.ForwardBackwardRequest(
+            loss_fn="ppo", data=[policy_datum()], loss_fn_config={"clip_range": 0.2}
+        ),
+        "loss_fn_config.clip_range",
+        "['clip_high_threshold', 'clip_low_threshold']",
+    ),
+    "missing logprobs": (
+        request(policy_datum(logprobs=None), loss_fn="ppo"),
+        "data[0].loss_fn_inputs.logprobs: missing",
+        "['target_tokens', 'logprobs', 'advantages']",
+    ),
+    "missing advantages": (
+        request(policy_datum(advantages=None), loss_fn="gspo"),
+        "data[0].loss_fn_inputs.advantages: missing",
+        "['target_tokens', 'logprobs', 'advantages']",
+    ),
+    "too few thresholds": (
+        request(policy_datum(clip_low_threshold=tensor([1, 1], FLOAT)), loss_fn="cispo"),
+        "data[0].loss_fn_inputs.clip_low_threshold: shape [2]",
+        "[3] or [3, K]",
+    ),
+    "a negative threshold": (
+        request(policy_datum(clip_low_threshold=tensor([0, 1, -1], FLOAT)), loss_fn="cispo"),
+        "data[0].loss_fn_inputs.clip_low_threshold",
+        "at least 0",
+    ),
+    "a mask of the ratio that weighs": (
+        request(policy_datum(sequence_ratio_mask=tensor([0, 0.5, 1], FLOAT)), loss_fn="gspo"),
+        "data[0].loss_fn_inputs.sequence_ratio_mask",
+        "0 or 1",
+    ),
     "empty batch": (request(), "data: empty", "at least one datum"),
     "too many datums": (request(*[of_length(1)] * 5), "data: 5 datums", "at most 4"),
     "too many tokens": (request(*[of_length(14)] * 3), "data: 42 tokens", "at most 40"),
@@ -337,7 +406,7 @@ def test_a_good_request_passes_and_its_tokens_are_counted(name: str):
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_names_the_field_and_what_is_allowed(name: str):
     message, field, allowed = REFUSALS[name]
-    with pytest.raises(InvalidField) as refused:
+    with pytest.raises((InvalidField, Unsupported)) as refused:
         check_forward_backward(message, LIMITS)
     sentence = refused.value.message
     assert field in sentence

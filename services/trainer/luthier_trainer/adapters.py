@@ -1,6 +1,6 @@
 """One run's state on the device: LoRA weights, summed gradient, Adam's moments.
 
-Weights and gradient each lie in one flat float32 buffer. The tensors that autograd sees are views,
+Weights and gradient each lie in one flat buffer, float32. The tensors that autograd sees are views,
 so that a backward adds up in place and the optimizer, a copy or a digest is one pass over memory.
 """
 
@@ -8,13 +8,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from luthier_core.errors import BadRequest
-from luthier_model.lora import LoraAdapter, LoraPair, LoraSpec
+from luthier_model.lora import LoraAdapter, LoraPair, LoraShape, LoraSpec, init_adapter
 from luthier_model.peft_io import adapter_files, adapter_from_files, tensor_bytes, tensors_from
 from luthier_trainer.optim import FlatAdamW
 
@@ -29,7 +29,7 @@ class _Slot:
     """Where one factor of one module lies in the flat buffers."""
 
     start: int
-    shape: tuple[int, int]
+    shape: LoraShape
 
     def view(self, flat: Tensor) -> Tensor:
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
@@ -38,13 +38,13 @@ class _Slot:
 class RunState:
     """What a training op reads and changes, for one run."""
 
-    def __init__(self, initial: LoraAdapter) -> None:
+    def __init__(self, initial: LoraAdapter, dtype: torch.dtype = torch.float32) -> None:
         self.spec: LoraSpec = initial.spec
         self._slots = _layout(initial)
         device = next(iter(initial.pairs.values())).a.device
         size = max(slot.start + math.prod(slot.shape) for slot in self._slots.values())
-        self.weights = nn.Parameter(torch.zeros(size, device=device))
-        self.gradient = torch.zeros(size, device=device)
+        self.weights = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+        self.gradient = torch.zeros_like(self.weights.detach())
         self.weights.grad = self.gradient
         self.optimizer = FlatAdamW(self.weights)
         self.adapter = LoraAdapter(
@@ -85,20 +85,24 @@ class RunState:
     def restore(
         self,
         files: Mapping[str, bytes],
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: Mapping[str, LoraShape],
         *,
         optimizer: bool,
     ) -> None:
         """Take over the weights in `files`, and moments and step, or else start these afresh.
 
-        Clears the gradient. BadRequest, with nothing changed, if rank, targets or files do not fit.
+        A module of a kind that the files train, but not this one, gets its initial weights: so an
+        adapter that others made on some modules can be trained on. Clears the gradient. BadRequest,
+        with nothing changed, if rank, targets or files do not fit.
         """
         loaded = adapter_from_files(files, shapes, self.weights.device)
-        if loaded.pairs.keys() != self.adapter.pairs.keys() or loaded.spec.rank != self.spec.rank:
+        if replace(loaded.spec, seed=self.spec.seed) != self.spec:
             raise BadRequest(
                 f"the checkpoint has {loaded.spec.describe()}; this run has {self.spec.describe()}"
             )
         saved = self._checked_moments(files) if optimizer else None
+        missing = {name: shapes[name] for name in self.adapter.pairs.keys() - loaded.pairs.keys()}
+        self._copy_weights(init_adapter(self.spec, missing, self.weights.device))
         self._copy_weights(loaded)
         self.clear_gradient()
         self.optimizer.reset(0 if saved is None else int(saved["step"]))
@@ -194,7 +198,6 @@ def _layout(adapter: LoraAdapter) -> dict[str, _Slot]:
     start = 0
     for name, pair in adapter.pairs.items():
         for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
-            rows, columns = tensor.shape
-            slots[f"{name}.{factor}"] = _Slot(start, (rows, columns))
+            slots[f"{name}.{factor}"] = _Slot(start, tuple(tensor.shape))
             start += -(-tensor.numel() // _ALIGN) * _ALIGN
     return slots

@@ -113,6 +113,8 @@ class Worker:
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
+        self._executing = ""
+        """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -233,6 +235,8 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
+            if run_id == self._executing:
+                continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
             if self._clock() < self._not_before.get(run_id, 0.0):
@@ -332,7 +336,9 @@ class Worker:
     async def _run_share(self, share: Share, cycle: int) -> None:
         """Carry a share out; while another tenant waits, no more of it than must be."""
         for num_ops in range(1, len(share.kinds) + 1):
+            self._executing = share.run_id
             await self._run_step(share.run_id, cycle)
+            self._executing = ""
             if share.may_end_after(num_ops) and self._others_wait(share.tenant):
                 return
 
@@ -392,10 +398,11 @@ class Worker:
                     error,
                     exc_info=not isinstance(error, Left),
                 )
-                run.commits.task_done()
                 await self._forget(run)
                 return
-            run.commits.task_done()
+            finally:
+                # Also when it is cancelled: who waits for the last commit must not wait for ever.
+                run.commits.task_done()
             if run.snapshotter is not None:
                 run.snapshotter.store_if_committed()
 
