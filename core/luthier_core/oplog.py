@@ -27,6 +27,8 @@ from luthier_core.ops import Gradient, Op, Outcome, SamplingJob, clone_of
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
 DELIVERED_TTL_MS = 3600 * 1000
+JOIN_TTL_MS = 3_600_000
+"""Far above what the SDK's retries under one idempotency key take."""
 ACKNOWLEDGED_TTL_MS = 60 * 1000
 MAX_CONNECTIONS = 32
 READ_AHEAD = 64
@@ -560,6 +562,19 @@ class Oplog:
             ],
         )
         return cast(bytes, reply).decode()
+
+    async def join(self, sampling_session_id: str, idempotency_key: str | None) -> int:
+        """A number for one more handle of the sampling session: from 1, each given out once.
+
+        Who asks again under the same idempotency key has not got the answer, and gets the same.
+        """
+        header = keys.sampling_header(sampling_session_id)
+        number = int(await cast(Any, self.redis.hincrby(header, "joined", 1)))
+        if idempotency_key is None:
+            return number
+        key = keys.sampling_join(sampling_session_id, idempotency_key)
+        first = await self.redis.set(key, number, nx=True, get=True, px=JOIN_TTL_MS)
+        return number if first is None else int(first)
 
     async def completions(
         self, sampling_session_id: str, clone: int, *, after: int, max_entries: int = 1000

@@ -401,3 +401,39 @@ async def test_many_samples_at_once_are_all_answered(api: Api, gateway_stack: Ga
     ids = [await sampler.send(seq_id=seq, num_samples=seq % 3 + 1) for seq in range(40)]
     for seq, request_id in enumerate(ids):
         assert len((await api.samples(request_id)).sequences) == seq % 3 + 1
+
+
+# --- handles of one session -----------------------------------------------------------------------
+
+
+async def test_each_handle_that_joins_has_a_number_of_its_own_and_a_retry_the_same(api: Api):
+    session_id = (await api.sampler()).session_id
+    wanted = {"sampling_session_id": session_id}
+
+    async def join(**headers: str) -> int:
+        return int(
+            (await api.post("join_sampling_session", wanted, **headers)).json()["client_counter"]
+        )
+
+    first = await join(X_Idempotency_Key="a")
+    others = [await join(), await join(X_Idempotency_Key="b")]
+    assert await join(X_Idempotency_Key="a") == first == 1
+    assert len({first, *others, await join()}) == 4
+    assert min(others) > first
+
+
+async def test_samples_of_another_handle_do_not_collide(api: Api):
+    sampler = await api.sampler()
+    wanted = {"sampling_session_id": sampler.session_id}
+    clone = (await api.post("join_sampling_session", wanted)).json()["client_counter"]
+    ids = [await sampler.send([1], seq_id=0), await sampler.send([2], seq_id=clone * 10**9)]
+    assert len(set(ids)) == 2
+    for request_id in ids:
+        await api.samples(request_id)
+
+
+async def test_a_session_that_is_not_there_or_not_mine_cannot_be_joined(api: Api, stranger: Api):
+    session_id = (await api.sampler()).session_id
+    for client, name in ((api, f"{ABSENT_SESSION}:sample:0"), (stranger, session_id)):
+        answer = await client.post("join_sampling_session", {"sampling_session_id": name})
+        assert answer.status == 404

@@ -434,13 +434,6 @@ async def test_a_protobuf_request_without_a_seq_id_is_refused(api: Api):
     assert "seq_id" in answer.detail
 
 
-async def test_json_is_no_forward_backward_any_more(api: Api):
-    run = await api.run()
-    answer = await run.post("forward_backward", forward_backward_input={"data": []})
-    assert answer.status == 400
-    assert "application/x-protobuf" in answer.detail
-
-
 # --- incomplete and non-finite gradients ----------------------------------------------------------
 
 

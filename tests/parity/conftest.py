@@ -44,14 +44,14 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     torch.manual_seed(20)
     if request.param == "qwen3-tied":
         model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True))
-    elif request.param == "mistral-windowed":
-        model = MistralForCausalLM(MistralConfig(**_SHAPE, head_dim=16, sliding_window=20))
     elif request.param == "qwen2-biased":
         shape = {**_SHAPE, "initializer_range": 0.06}
         model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False))
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+    elif request.param == "mistral-windowed":
+        model = MistralForCausalLM(MistralConfig(**_SHAPE, head_dim=16, sliding_window=20))
     else:
         model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=False))
     folder = tmp_path_factory.mktemp(request.param)

@@ -221,6 +221,8 @@ def test_defaults_of_sampling_are_the_protocols():
         "temperature": 1.0,
         "top_k": -1,
         "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
     request = check(Sample, SHORTEST[Sample])
     assert request.num_samples == 1
@@ -367,7 +369,7 @@ WRONG: dict[str, tuple[type[WireModel], dict[str, Any], list[str]]] = {
     "an image without its type": (
         Sample,
         {"prompt": {"chunks": [{"data": "", "format": "png"}]}},
-        ["prompt", "chunk of type 'data'", "use encoded_text"],
+        ["prompt", "chunk of type 'image'", "use encoded_text"],
     ),
     "max_tokens 0": (
         Sample,

@@ -114,7 +114,13 @@ class Executor:
         metrics = await self.on_engine(
             self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
         )
-        return _json_outcome({"metrics": {**metrics, "clock_cycle": float(cycle)}})
+        return _json_outcome(
+            {
+                "metrics": {**metrics, "clock_cycle": float(cycle)},
+                "learning_rates": [params.learning_rate],
+                "step_count": int(metrics["step"]),
+            }
+        )
 
     async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         source = json.loads(await self._payload(op))
@@ -137,7 +143,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "weights", wanted.path)
-            return _completed({"path": str(path), "type": "save_weights"})
+            return _saved(path, "save_weights")
 
         return finish
 
@@ -158,7 +164,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
-            return _completed({"path": str(path), "type": "save_weights_for_sampler"})
+            return _saved(path, "save_weights_for_sampler")
 
         return finish
 
@@ -226,6 +232,10 @@ class Executor:
         await failpoint("tr.put_res")
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
+
+
+def _saved(path: TinkerPath, kind: str) -> Outcome:
+    return _completed({"path": str(path), "tinker_path": str(path), "type": kind})
 
 
 def _completed(result: dict[str, Any]) -> Outcome:
