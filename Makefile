@@ -7,7 +7,7 @@ DATA ?= .luthier
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart setup fmt check sim sim-long test up proto bench build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long test up proto bench build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -37,6 +37,9 @@ sim: $(READY)                           ## 500 simulated histories with faults, 
 
 sim-long: $(READY)                      ## 20,000, and how often each planted bug shows by chance
 	$(BIN)/python tests/simulation/run.py --histories 20000 --long
+
+cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
+	$(BIN)/python tests/cluster/run.py --trials 50 --planted
 
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
