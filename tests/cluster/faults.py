@@ -81,6 +81,10 @@ async def _within(seconds: float, what: str) -> AsyncIterator[None]:
         raise TimeoutError(f"not within {seconds:g} s: {what}") from None
 
 
+Owned = list[tuple[str, int]]
+"""Runs of one worker, and how many owners each had had by then."""
+
+
 class Injector:
     """Gives the orders to one role and cleans up after them."""
 
@@ -92,6 +96,7 @@ class Injector:
         self._ordered = ""
         self._parts = parts
         self._folder: Path = cluster.folder / parts[0].role
+        self._order_file = self._folder / "order"
         self._history = history
         self._rng = rng
 
@@ -117,7 +122,7 @@ class Injector:
         new = self._folder / "new"
         self._ordered = f"{fault.point} {fault.action} {fault.at_hit}"
         new.write_text(self._ordered)
-        new.rename(self._folder / "order")
+        new.rename(self._order_file)
 
     async def _taken(self, within_s: float = FIRE_S) -> int:
         """The process that has taken the order; TimeoutError if none does."""
@@ -142,7 +147,8 @@ class Injector:
         raise TimeoutError("nobody took a run over")
 
     def _owners(self) -> list[Part]:
-        names = {run.owners[-1].partition("/")[0] for run in self._history.runs.values()}
+        runs = self._history.runs.values()
+        names = {run.owners[-1].partition("/")[0] for run in runs if run.owners}
         return [part for part in self._parts if part.name in names]
 
     async def _gone(self, pid: int) -> None:
@@ -164,15 +170,30 @@ class Injector:
             if run.owners and run.owners[-1].partition("/")[0] == part.name
         ]
         if point in FENCED_BY_EPOCH:
-            self._order(Fault("tr.restore", "delay", 1))
-            await self._taken()
-            self.done["woken before the next owner's first commit"] += 1
+            await self._hold_up_next_owner(part, mine)
         else:
             await asyncio.sleep(LEASE_S)
-            for run_id, num_owners in mine:
-                async with _within(FIRE_S, f"the take-over of {run_id} from {part.name}"):
-                    await self._history.owner_after(run_id, num_owners)
+            async with _within(FIRE_S, f"the take-over of {part.name}'s runs"):
+                while not self._are_taken(mine):
+                    await asyncio.sleep(LOOK_S)
         part.send(signal.SIGCONT)
+
+    async def _hold_up_next_owner(self, part: Part, mine: Owned) -> None:
+        """Returns when one who has acquired a run is slow to go on, or too late for that."""
+        self._order(Fault("tr.restore", "delay", 1))
+        async with _within(FIRE_S, f"the take-over of {part.name}'s runs"):
+            while self._order_file.exists() and not self._are_taken(mine):
+                await asyncio.sleep(LOOK_S)
+        try:
+            self._order_file.unlink()
+        except FileNotFoundError:
+            await self._taken()
+            self.done["woken before the next owner's first commit"] += 1
+
+    def _are_taken(self, mine: Owned) -> bool:
+        """Whether each run has been acquired again since then."""
+        runs = self._history.runs
+        return all(len(runs[run_id].owners) > num_owners for run_id, num_owners in mine)
 
     async def _unlock(self, part: Part) -> None:
         """Not frozen with a file lock of the disk store, which would hold up who takes over."""

@@ -63,8 +63,6 @@ class History:
 
     def __init__(self) -> None:
         self.runs: defaultdict[str, RunHistory] = defaultdict(RunHistory)
-        self.changed = asyncio.Event()
-        """Set at every step; who waits clears it."""
         self._call = _Call("", 0)
         self._has_committed = True
         self._run = ""
@@ -80,7 +78,6 @@ class History:
             self._call = _Call.of(arguments) if command == "FCALL" else _Call("", 0)
         elif key := _RUN_KEY.fullmatch(arguments[0]):
             self._inner(command, key, arguments[1:])
-        self.changed.set()
 
     def _inner(self, command: str, key: re.Match[str], arguments: list[str]) -> None:
         run, name = self.runs[key[1]], self._call.name
@@ -114,12 +111,6 @@ class History:
     async def follow(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             self._line(line)
-
-    async def owner_after(self, run_id: str, num_owners: int) -> None:
-        """Returns once the run has been acquired more often than that."""
-        while len(self.runs[run_id].owners) <= num_owners:
-            self.changed.clear()
-            await self.changed.wait()
 
 
 @contextlib.asynccontextmanager

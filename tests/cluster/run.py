@@ -3,7 +3,7 @@
 Two gateways, three toy trainers, a registry, a Valkey that fsyncs always. In every trial each
 failpoint kills a process once, in an order and at hits that the seed draws, and some freeze one;
 what the seed cannot fix is how the processes interleave. `--mutant NAME` plants a bug of
-tests/library in the function library that all of them load, `--planted` several, one after the other.
+tests/library in the function library that all of them load, `--planted` several, one by one.
 """
 
 import argparse
@@ -176,7 +176,8 @@ def main() -> int:
     for seed in range(arguments.first, arguments.first + arguments.trials):
         trials.append(play(seed, library=library))
         show(trials[-1:])
-    show(trials)
+    if trials:
+        show(trials)
     survived = [name for name in PLANTED if not _is_caught(name)] if arguments.planted else []
     return int(any(trial.violations for trial in trials) or bool(survived))
 
