@@ -3,7 +3,7 @@
 Two gateways, three toy trainers, a registry, a Valkey that fsyncs always. In every trial each
 failpoint kills a process once, in an order and at hits that the seed draws, and some freeze one;
 what the seed cannot fix is how the processes interleave. `--mutant NAME` plants a bug of
-tests/library in the function library that all of them load.
+tests/library in the function library that all of them load, `--planted` several, one by one.
 """
 
 import argparse
@@ -37,6 +37,16 @@ from luthier_core.oplog import connect  # noqa: E402
 from luthier_core.testing import running_valkey  # noqa: E402
 
 NUM_RUNS = 4
+PLANTED = (
+    "commit: no epoch check",
+    "begin: no epoch check",
+    "trim: no epoch check",
+    "admit: no dedupe",
+    "admit: order of arrival",
+    "advance: only the first parked op",
+)
+MAX_TRIALS = 5
+"""A planted bug that none of so many trials has caught has survived."""
 
 
 @dataclass(slots=True)
@@ -85,6 +95,7 @@ async def _play(seed: int, folder: Path, redis_url: str, library: str) -> Trial:
             for parts in (cluster.gateways, cluster.trainers)
         ]
         trial.violations.extend(await _disturb(clients, injectors, rng))
+        trial.seen = sum((client.seen for client in clients), Counter[str]())
         if not trial.violations:
             await _judge(trial, cluster, clients, history)
         for injector in injectors:
@@ -126,7 +137,6 @@ async def _judge(trial: Trial, cluster: Cluster, clients: list[Client], history:
             verdict = await judge(client, history.runs[client.run_id], blobs)
             trial.verdict.counters.add(verdict.counters)
             trial.violations.extend(verdict.violations)
-            trial.seen += client.seen
 
 
 def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
@@ -159,14 +169,27 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="seed of the first trial")
     parser.add_argument("--mutant", choices=list(MUTANTS), help="plant this bug")
+    parser.add_argument("--planted", action="store_true", help="catch planted bugs after that")
     arguments = parser.parse_args()
     library = mutated(arguments.mutant) if arguments.mutant else ""
     trials = []
     for seed in range(arguments.first, arguments.first + arguments.trials):
         trials.append(play(seed, library=library))
         show(trials[-1:])
-    show(trials)
-    return int(any(trial.violations for trial in trials))
+    if trials:
+        show(trials)
+    survived = [name for name in PLANTED if not _is_caught(name)] if arguments.planted else []
+    return int(any(trial.violations for trial in trials) or bool(survived))
+
+
+def _is_caught(mutant: str) -> bool:
+    """Whether a trial fails with this bug, one of MAX_TRIALS at most."""
+    for seed in range(MAX_TRIALS):
+        if violations := play(seed, library=mutated(mutant)).violations:
+            print(f"planted {mutant!r}: caught by seed {seed}: {violations[0]}", flush=True)
+            return True
+    print(f"planted {mutant!r}: SURVIVED {MAX_TRIALS} trials", flush=True)
+    return False
 
 
 def show(trials: list[Trial]) -> None:
