@@ -45,6 +45,9 @@ class ToyEngine:
     def clear_gradient(self, run_id: str) -> None:
         pass
 
+    def checksum(self, run_id: str) -> str:
+        return "0"
+
     def drop(self, run_id: str) -> None:
         pass
 
