@@ -7,7 +7,7 @@ DATA ?= .luthier
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long test up proto bench build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long test up proto compat compat-newest bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -51,8 +51,17 @@ proto: $(READY)                         ## generate the code of our .proto anew
 	$(BIN)/python -m grpc_tools.protoc -I core --python_out=core --pyi_out=core \
 		core/luthier_core/proto/wire.proto
 
+compat: $(READY)                        ## every SDK release against a stack; writes docs/compatibility.md
+	$(BIN)/python -m tests.compat.matrix
+
+compat-newest: $(READY)                 ## what the newest SDK release on PyPI changes on the wire
+	$(BIN)/python -m tests.compat.newest
+
 bench: $(READY)                         ## milliseconds per step through the whole stack
 	$(BIN)/python benchmarks/bench_gateway.py
+
+bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
+	$(BIN)/python benchmarks/bench_log.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

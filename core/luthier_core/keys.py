@@ -3,6 +3,8 @@
 A hash tag in braces keeps all keys of one run, or of one shard of sampling sessions, in one slot.
 """
 
+from hashlib import sha256
+
 # --- Redis: training runs -------------------------------------------------------------------------
 
 
@@ -72,6 +74,12 @@ def sampling_header(sampling_session_id: str) -> str:
 def sampling_outcome(sampling_session_id: str, seq: int | str) -> str:
     """Hash with a TTL: digest of the request, then state and outcome."""
     return f"{sampling_shard(sampling_session_id)}:r:{sampling_session_id}:{seq}"
+
+
+def sampling_join(sampling_session_id: str, idempotency_key: str) -> str:
+    """The number that the handle which joined under this idempotency key was given."""
+    name = sha256(idempotency_key.encode()).hexdigest()[:32]
+    return f"{sampling_shard(sampling_session_id)}:join:{sampling_session_id}:{name}"
 
 
 def sampling_done(sampling_session_id: str) -> str:
@@ -165,6 +173,11 @@ def op_payload(tenant: str, run_id: str, seq: int, digest: str) -> str:
 def op_result(tenant: str, run_id: str, seq: int, epoch: int) -> str:
     """Outcome above the inline limit."""
     return f"{run_prefix(tenant, run_id)}res/{seq}-{epoch}"
+
+
+def snapshot_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
+    """The whole state of a run after op seq, stored under this epoch."""
+    return f"{run_prefix(tenant, run_id)}snap/{seq}-{epoch}/"
 
 
 def checkpoint_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:

@@ -16,9 +16,18 @@ from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
-from luthier_gateway import futures, health, rest, sampling, sessions, training
-from luthier_gateway.auth import Authenticator
+from luthier_gateway import (
+    forward_backward,
+    futures,
+    health,
+    rest,
+    sampling,
+    sessions,
+    training,
+)
+from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
+from luthier_gateway.client_version import refuse_too_old
 from luthier_gateway.web_io import error_response, json_response
 
 log = logging.getLogger(__name__)
@@ -37,6 +46,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/livez", health.livez),
         web.get("/readyz", health.readyz),
         web.get(f"{API}/healthz", health.healthz),
+        web.get("/health", health.health),
         web.post(f"{API}/client/config", sessions.client_config),
         web.post(f"{API}/client/dynamic_config", sessions.dynamic_config),
         web.post(f"{API}/create_session", sessions.create_session),
@@ -46,12 +56,14 @@ def routes() -> list[web.RouteDef]:
         web.get(f"{API}/get_server_capabilities", sessions.get_server_capabilities),
         web.post(f"{API}/create_model", training.create_model),
         web.post(f"{API}/get_info", training.get_info),
-        web.post(f"{API}/forward_backward", training.forward_backward),
+        web.post(f"{API}/forward_backward", forward_backward.forward_backward),
+        web.post(f"{API}/forward", forward_backward.forward),
         web.post(f"{API}/optim_step", training.optim_step),
         web.post(f"{API}/save_weights", training.save_weights),
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
         web.post(f"{API}/load_weights", training.load_weights),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
+        web.post(f"{API}/join_sampling_session", sampling.join_sampling_session),
         web.post(f"{API}/asample", sampling.asample),
         web.post(f"{API}/retrieve_future", futures.retrieve_future),
         web.post(f"{API}/retrieve_futures", futures.retrieve_futures),
@@ -74,6 +86,7 @@ def build_app(config: Config) -> web.Application:
     app = web.Application(
         middlewares=[hold_failed_polls, answer_errors, authenticate],
         client_max_size=config.gateway.max_body_bytes,
+        handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
 
@@ -109,6 +122,10 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
             blobs=blobs,
             registry=registry,
             auth=auth,
+            turns=Turns(
+                at_once=config.gateway.tenant_requests_at_once,
+                max_waiting=config.gateway.tenant_requests_waiting,
+            ),
         )
 
 
@@ -144,11 +161,20 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every path but the health checks needs a key; handlers find its tenant in the request."""
-    if request.path not in OPEN_PATHS:
-        auth = request.app[BACKENDS].auth
-        request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
-    return await handler(request)
+    """Every path but the health checks needs a key; handlers find its tenant in the request.
+
+    And an SDK that this server can serve, which its user is told before anything else. Polls aside,
+    a tenant's requests take turns.
+    """
+    if request.path in OPEN_PATHS:
+        return await handler(request)
+    refuse_too_old(request)
+    backends = request.app[BACKENDS]
+    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    if request.path in POLLS:
+        return await handler(request)
+    async with backends.turns.of(tenant):
+        return await handler(request)
 
 
 async def _end_long_polls(app: web.Application) -> None:

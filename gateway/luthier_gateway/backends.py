@@ -19,7 +19,7 @@ from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
-from luthier_gateway.auth import Authenticator
+from luthier_gateway.auth import Authenticator, Turns
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class Backends:
         blobs: Blobs,
         registry: RegistryClient,
         auth: Authenticator,
+        turns: Turns,
     ) -> None:
         self.config = config
         self.oplog = oplog
@@ -72,6 +73,7 @@ class Backends:
         self.blobs = blobs
         self.registry = registry
         self.auth = auth
+        self.turns = turns
         self._runs = Cache(self._load_run)
         self._samplers = Cache(self._load_sampler)
         self._models = Cache(self._load_model)
@@ -98,8 +100,10 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id) and not await self.has_arrived(run_id, seq):
-            raise BadRequest(f"session {session_id} is finished")
+        if await self._is_finished(session_id):
+            standing = await self.oplog.standing(run_id, seq)
+            if not standing.is_accepted:
+                raise BadRequest(f"session {session_id} is finished")
         return run
 
     async def check_sampling(self, sampler: SamplerRecord, seq: int) -> None:
@@ -117,14 +121,6 @@ class Backends:
             self.oplog.redis.hget(keys.session_header(session_id), "status"),
         )
         return status == b"finished"
-
-    async def has_arrived(self, run_id: str, seq: int) -> bool:
-        """Whether op seq of a run has been accepted."""
-        # In this order: an op that waits above a gap may be admitted between the two looks.
-        if await self.oplog.is_parked(run_id, seq):
-            return True
-        header = await self.oplog.header(run_id)
-        return header is not None and seq <= header.admitted
 
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""

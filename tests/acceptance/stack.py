@@ -62,6 +62,7 @@ class Stack:
 
     def __init__(self, data: Path, model: Path, *options: str) -> None:
         self.data = data
+        self.model = model
         self._argv = [
             *(sys.executable, "-m", "luthier.cli", "up", "--data", str(data)),
             *("--model", f"{BASE_MODEL}={model}", *options),

@@ -42,7 +42,7 @@ class ToyEngine:
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         step = str(params.learning_rate).encode()
         state = self._apply(run_id, Kind.OPTIM_STEP, step, self.states[run_id])
-        return {"state": float(int(state.digest[:12], 16))}
+        return {"state": float(int(state.digest[:12], 16)), "step": float(state.num_steps)}
 
     def clear_gradient(self, run_id: str) -> None:
         self.states[run_id] = self.states[run_id].without_gradient()
@@ -50,8 +50,14 @@ class ToyEngine:
     def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
         return {"state.json": json.dumps(asdict(self.states[run_id])).encode()}
 
-    def restore(self, run_id: str, files: dict[str, bytes]) -> None:
-        self.states[run_id] = State(**json.loads(files["state.json"]))
+    def copy_state(self, run_id: str) -> "ToyCopy":
+        return ToyCopy(self.states[run_id])
+
+    def take_state(self, run_id: str, spec: Any, data: bytes) -> None:
+        self.states[run_id] = State(**json.loads(data))
+
+    def checksum(self, run_id: str) -> str:
+        return self.states[run_id].digest
 
     def drop(self, run_id: str) -> None:
         self.states.pop(run_id, None)
@@ -59,3 +65,11 @@ class ToyEngine:
     def _apply(self, run_id: str, kind: Kind, op: bytes, before: State) -> State:
         self.states[run_id] = before.applied(kind, digest_of(op))
         return self.states[run_id]
+
+
+class ToyCopy:
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self._state)).encode()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from luthier_core.errors import LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Outcome
-from luthier_core.owner import Action, Step
+from luthier_core.owner import Action, FoldState, Step, changes_state
 from luthier_core.protocol import (
     Acquire,
     Begin,
@@ -27,8 +28,8 @@ from luthier_core.protocol import (
     Finish,
     Head,
     PutSnapshot,
-    ReadFailed,
     ReadHead,
+    ReadRecorded,
     Restore,
     SnapshotRef,
     Tenure,
@@ -36,7 +37,6 @@ from luthier_core.protocol import (
     drive,
     recheck,
 )
-from luthier_core.records import RunRecord
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.snapshots import Snapshots
 
@@ -79,6 +79,8 @@ class RunEffects:
         """None while the run is being taken over."""
         self.state_is_unknown = False
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
+        self.execute_s = 0.0
+        """How long the last step was with the engine."""
         self._context = context
         self._oplog = oplog
         self._blobs = blobs
@@ -99,10 +101,13 @@ class RunEffects:
                 )
             case Finish(_, rest):
                 return await self._finish(rest)
-            case Commit(run_id, epoch, seq, outcome, gradient):
+            case Commit(run_id, epoch, seq, outcome, gradient, digest):
                 return await self._patiently(
                     lambda: oplog.commit(
-                        run_id, epoch, seq, outcome, gradient=gradient, server=self.server
+                        *(run_id, epoch, seq, outcome),
+                        gradient=gradient,
+                        digest=digest,
+                        server=self.server,
                     )
                 )
             case FailRange(run_id, epoch, seqs, outcome):
@@ -117,13 +122,13 @@ class RunEffects:
                 return await self._cas_head(run_id, head, etag)
             case Acquire(run_id, epoch, owner):
                 return await oplog.acquire(run_id, epoch, owner, server=self.server)
-            case ReadFailed(run_id):
-                return await oplog.failed_seqs(run_id)
+            case ReadRecorded(run_id):
+                return await oplog.recorded(run_id)
             case FastForward(run_id, epoch, seq):
                 return await oplog.ffwd(run_id, epoch, seq, server=self.server)
             case Restore(run_id, None):
                 await self._executor.on_engine(self._executor.engine.drop, run_id)
-                return ()
+                return FoldState()
             case Trim(run_id, epoch, seq):
                 return await self._patiently(
                     lambda: oplog.trim(run_id, epoch, seq, server=self.server)
@@ -132,13 +137,14 @@ class RunEffects:
             match effect:
                 case CopyState(run_id):
                     return await self._snapshots.copy(run_id)
-                case PutSnapshot(_, ref, copy, missing):
-                    return await self._snapshots.put(self._context, ref, copy, missing)
+                case PutSnapshot(_, ref, copy, state):
+                    return await self._snapshots.put(self._context, ref, copy, state)
                 case Restore(_, SnapshotRef() as ref):
-                    return await self._restore(self._snapshots, ref)
+                    return await self._snapshots.restore(self._context, ref)
         raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
     async def _execute(self, step: Step) -> Executed:
+        began = time.monotonic()
         try:
             await failpoint("tr.exec" if step.publish else "tr.replay")
             if step.action is Action.CLEAR_GRADIENT:
@@ -148,26 +154,26 @@ class RunEffects:
             rest = await self._executor.execute(self._context, step.op, self.cycle)
             if step.publish:
                 await failpoint("tr.mid")
-            return Executed(rest=rest)
+            return Executed(rest=rest, checksum=await self._checksum(step))
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))
         except Exception:
             log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, self._context.run_id)
             self.state_is_unknown = True
             return Executed(Outcome.failure("an internal error of the trainer", "server"))
+        finally:
+            self.execute_s = time.monotonic() - began
+
+    async def _checksum(self, step: Step) -> str:
+        if not changes_state(step):
+            return ""
+        return await self._executor.on_engine(self._executor.engine.checksum, self._context.run_id)
 
     async def _finish(self, rest: Callable[[], Awaitable[Outcome]]) -> Outcome:
         try:
             return await rest()
         except LuthierError as error:
             return Outcome.failure(error.message, error.category)
-
-    async def _restore(self, snapshots: Snapshots, ref: SnapshotRef) -> tuple[int, ...] | None:
-        missing = await snapshots.restore(self._context, ref)
-        # Op 0, which brings the record along otherwise, is not replayed.
-        key = keys.run_record(self._context.tenant, self._context.run_id)
-        self._context.record = RunRecord.from_bytes(await self._blobs.get(key))
-        return missing
 
     async def _read_head(self, run_id: str) -> tuple[Head | None, str]:
         try:

@@ -38,6 +38,18 @@ class RunContext:
     """Known once op 0 has been executed."""
 
 
+def lora_spec(record: RunRecord) -> LoraSpec:
+    """What a run trains, as the model knows it."""
+    lora = record.lora
+    return LoraSpec(
+        rank=lora.rank,
+        seed=lora.seed,
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+    )
+
+
 class Executor:
     """The ops of all runs of one worker, one engine call at a time."""
 
@@ -74,15 +86,8 @@ class Executor:
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
-        lora, source = run.record.lora, body["source"]
-        spec = LoraSpec(
-            rank=lora.rank,
-            seed=lora.seed,
-            train_attn=lora.train_attn,
-            train_mlp=lora.train_mlp,
-            train_unembed=lora.train_unembed,
-        )
-        await self.on_engine(self.engine.create, run.run_id, spec)
+        source = body["source"]
+        await self.on_engine(self.engine.create, run.run_id, lora_spec(run.record))
         result = {"model_id": run.run_id, "type": "create_model"}
         if source is not None:
             await self._load(run, source)
@@ -109,7 +114,13 @@ class Executor:
         metrics = await self.on_engine(
             self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
         )
-        return _json_outcome({"metrics": {**metrics, "clock_cycle": float(cycle)}})
+        return _json_outcome(
+            {
+                "metrics": {**metrics, "clock_cycle": float(cycle)},
+                "learning_rates": [params.learning_rate],
+                "step_count": int(metrics["step"]),
+            }
+        )
 
     async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         source = json.loads(await self._payload(op))
@@ -132,7 +143,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "weights", wanted.path)
-            return _completed({"path": str(path), "type": "save_weights"})
+            return _saved(path, "save_weights")
 
         return finish
 
@@ -153,7 +164,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
-            return _completed({"path": str(path), "type": "save_weights_for_sampler"})
+            return _saved(path, "save_weights_for_sampler")
 
         return finish
 
@@ -221,6 +232,10 @@ class Executor:
         await failpoint("tr.put_res")
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
+
+
+def _saved(path: TinkerPath, kind: str) -> Outcome:
+    return _completed({"path": str(path), "tinker_path": str(path), "type": kind})
 
 
 def _completed(result: dict[str, Any]) -> Outcome:

@@ -21,6 +21,7 @@ from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
+from luthier_core.ops import Kind
 from luthier_core.owner import Diverged, Owner, Step
 from luthier_core.protocol import (
     COMMIT_DEPTH,
@@ -37,13 +38,14 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.planner import Head, plan
+from luthier_trainer.planner import Head, Share, plan
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
 DRAIN_S = 10.0
+TAKE_OVER_PAUSE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class OwnedRun:
     """One run that this worker owns."""
 
     tenure: Tenure
+    tenant: str
     effects: RunEffects
     # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
     commits: asyncio.Queue[tuple[Step, Executed]] = field(
@@ -61,10 +64,17 @@ class OwnedRun:
     may_have_more: bool = False
     """The last read of the log was full, or left out for want of room."""
     snapshotter: Snapshotter | None = None
+    paused: bool = False
+    """Nothing is executed for it: it is being let go."""
 
     @property
     def owner(self) -> Owner:
         return self.tenure.owner
+
+    @property
+    def waiting_kinds(self) -> tuple[Kind, ...]:
+        """Of the ops that could be executed now, next first."""
+        return () if self.paused else tuple(op.kind for op in self.owner.queued)
 
     @property
     def idle(self) -> bool:
@@ -101,6 +111,8 @@ class Worker:
         self._news = asyncio.Event()
         self._ready = asyncio.Event()
         self._unowned_since: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
+        """Runs that could not be taken over -> when to try again."""
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
@@ -227,6 +239,8 @@ class Worker:
                 continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
+            if self._clock() < self._not_before.get(run_id, 0.0):
+                continue
             if header.pending or await self._is_overdue(run_id, header):
                 if len(self._runs) < self._config.max_runs or await self._make_room():
                     await self._acquire(run_id, header)
@@ -234,9 +248,9 @@ class Worker:
                 continue  # it stays listed: somebody has to give the gap up
             elif not header.owner or await self._oplog.release(run_id, header.epoch):
                 await self._oplog.retire_run(self._base_model, run_id)
-        self._unowned_since = {
-            run_id: since for run_id, since in self._unowned_since.items() if run_id in headers
-        }
+        for noted in (self._unowned_since, self._not_before):
+            for run_id in noted.keys() - headers.keys():
+                del noted[run_id]
 
     def _is_my_turn(self, run_id: str, trainers: list[str]) -> bool:
         """At once for the trainer that ranks first for this run, for others after a lease time."""
@@ -251,15 +265,23 @@ class Worker:
         effects = RunEffects(
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
-        tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        try:
+            tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        except REDIS_ERRORS:
+            raise
+        except Exception:
+            log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
+            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
+            return
         if tenure is None:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
-        run = OwnedRun(tenure, effects)
+        run = OwnedRun(tenure, header.tenant, effects)
         if self._snapshots is not None:
             run.snapshotter = Snapshotter(
-                tenure, self._snapshots, effects.perform, lambda: self._forget(run)
+                *(tenure, self._snapshots, context, effects.perform),
+                leave=lambda: self._forget(run),
             )
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
@@ -271,10 +293,18 @@ class Worker:
         """Release the run that has been idle longest; False if every run is busy."""
         for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
             run_id, epoch, server = run.tenure.run_id, run.tenure.epoch, run.effects.server
-            if run.idle and await self._oplog.release(run_id, epoch, server=server):
-                await self._oplog.retire_run(self._base_model, run_id)
-                await self._forget(run)
-                return True
+            if not run.idle:
+                continue
+            run.paused = True
+            try:
+                await self._settle(run)
+                if run.idle and await self._oplog.release(run_id, epoch, server=server):
+                    await self._oplog.retire_run(self._base_model, run_id)
+                    await self._forget(run)
+                    return True
+            finally:
+                run.paused = False
+                self._ready.set()
         return False
 
     async def _forget(self, run: OwnedRun) -> None:
@@ -300,25 +330,31 @@ class Worker:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while heads := self._heads():
-                cycle = next(self._cycles)
-                for share in plan(heads):
-                    for _ in range(share.num_ops):
-                        self._executing = share.run_id
-                        await self._run_step(share.run_id, cycle)
-                        self._executing = ""
+            while share := plan(self._heads()):
+                await self._run_share(share, next(self._cycles))
+
+    async def _run_share(self, share: Share, cycle: int) -> None:
+        """Carry a share out; while another tenant waits, no more of it than must be."""
+        for num_ops in range(1, len(share.kinds) + 1):
+            self._executing = share.run_id
+            await self._run_step(share.run_id, cycle)
+            self._executing = ""
+            if share.may_end_after(num_ops) and self._others_wait(share.tenant):
+                return
 
     def _heads(self) -> list[Head]:
         return [
-            Head(run_id, tuple(op.kind for op in run.owner.queued), run.last_cycle)
+            Head(run_id, run.tenant, run.waiting_kinds, run.last_cycle)
             for run_id, run in self._runs.items()
-            if run.owner.num_queued
         ]
+
+    def _others_wait(self, tenant: str) -> bool:
+        return any(run.waiting_kinds for run in self._runs.values() if run.tenant != tenant)
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
         run = self._runs.get(run_id)
-        if run is None or not run.owner.num_queued:
+        if run is None or run.paused or not run.owner.num_queued:
             return
         run.last_cycle = run.effects.cycle = cycle
         if run.tenure.depth == 1:
@@ -339,7 +375,7 @@ class Worker:
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
         if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
-            await run.snapshotter.copy_if_due(carried_out[0])
+            await run.snapshotter.executed(carried_out[0], run.effects.execute_s)
             run.snapshotter.store_if_committed()
         if run.effects.state_is_unknown:
             await run.commits.join()
@@ -374,13 +410,19 @@ class Worker:
         """Let what has been executed be committed, then let others have the runs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                await asyncio.gather(*(run.commits.join() for run in self._runs.values()))
+                await asyncio.gather(*(self._settle(run) for run in self._runs.values()))
         for run in list(self._runs.values()):
             if run.committer is not None:
                 run.committer.cancel()
             if run.snapshotter is not None:
                 run.snapshotter.cancel()
         await self._lease.release()
+
+    async def _settle(self, run: OwnedRun) -> None:
+        """Commit what has been executed and store the state, so that nothing is replayed."""
+        await run.commits.join()
+        if run.snapshotter is not None:
+            await run.snapshotter.store_now()
 
 
 @contextlib.asynccontextmanager
