@@ -56,7 +56,6 @@ class SamplingClient(Opening):
     def __init__(
         self, session: Session, opening: APIFuture[SamplerIds], *, is_clone: bool = False
     ) -> None:
-        super().__init__(session.start(self._open(opening)))
         self._session = session
         self._is_clone = is_clone
         self._ids: SamplerIds | None = None
@@ -65,6 +64,8 @@ class SamplingClient(Opening):
         self._poller: CompletionPoller | None = None
         self._window = Window(FIRST_WINDOW, LEAST_WINDOW, MOST_WINDOW)
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
+        # Last: it begins on another thread, at once.
+        super().__init__(session.start(self._open(opening)))
 
     async def _open(self, opening: APIFuture[SamplerIds]) -> None:
         ids = await asyncio.wrap_future(opening.future())

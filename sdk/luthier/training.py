@@ -53,7 +53,6 @@ class TrainingClient(Opening):
     """
 
     def __init__(self, session: Session, opening: APIFuture[RunIds]) -> None:
-        super().__init__(session.start(self._open(opening)))
         self._session = session
         self._ids: RunIds | None = None
         self._calls = count(1)
@@ -65,6 +64,8 @@ class TrainingClient(Opening):
         self._turn = asyncio.Lock()
         """Requests are numbered and sent one call at a time, in the order of the calls."""
         self._polls = asyncio.Semaphore(MAX_POLLS)
+        # Last: it begins on another thread, at once.
+        super().__init__(session.start(self._open(opening)))
 
     async def _open(self, opening: APIFuture[RunIds]) -> None:
         self._ids = await asyncio.wrap_future(opening.future())
