@@ -3,7 +3,7 @@
 A client of the Tinker API: `import luthier as tinker` runs a program that was written for it.
 """
 
-from luthier import types
+from luthier import data, metrics, types
 from luthier.errors import (
     APIConnectionError,
     APIError,
@@ -27,6 +27,7 @@ from luthier.errors import (
     UnprocessableEntityError,
 )
 from luthier.future import APIFuture
+from luthier.metrics import MetricsLog, WandbConfig
 from luthier.progress import progress
 from luthier.rest import RestClient
 from luthier.sampling import SamplingClient
@@ -92,6 +93,7 @@ __all__ = [
     "InternalServerError",
     "LoraConfig",
     "LuthierError",
+    "MetricsLog",
     "ModelID",
     "ModelInput",
     "ModelInputChunk",
@@ -120,7 +122,10 @@ __all__ = [
     "TrainingClient",
     "TrainingRun",
     "UnprocessableEntityError",
+    "WandbConfig",
     "__version__",
+    "data",
+    "metrics",
     "progress",
     "types",
 ]

@@ -151,23 +151,8 @@ class Session:
 
     def _keep_alive(self, session_id: str) -> None:
         if self._heart is None:
-            self._heart = self.spawn(self._beat(session_id))
-
-    async def _beat(self, session_id: str) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            # A heartbeat that fails is replaced by the next one; the requests say what is wrong.
-            with contextlib.suppress(APIError):
-                try:
-                    await self.transport.call(
-                        "POST",
-                        "session_heartbeat",
-                        {"session_id": session_id},
-                        timeout_s=HEARTBEAT_S,
-                        patience_s=HEARTBEAT_S,
-                    )
-                except (GoneError, NotFoundError):
-                    return
+            heart = _beat(weakref.ref(self), self.transport, session_id, self._is_owned)
+            self._heart = self.spawn(heart)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -196,18 +181,48 @@ class Session:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._last_words, return_exceptions=True)
         if self._is_owned and self._id is not None:
-            await self.transport.call(
-                "POST",
-                f"sessions/{self._id}/finish",
-                {"reason": {"type": reason}, "detail": detail},
-                patience_s=CLOSE_TIMEOUT_S,
-            )
+            await _finish(self.transport, self._id, reason, detail)
 
     def close_now(self, reason: FinishReason, detail: str | None) -> None:
         """From a thread, at the end of the process."""
         if self._pid == os.getpid() and not self._is_closed:
             with contextlib.suppress(WaitTimeout, RuntimeError, KeyboardInterrupt):
                 _loop.start(self.close(reason, detail)).future().result(CLOSE_TIMEOUT_S)
+
+
+async def _beat(
+    session: "weakref.ref[Session]", transport: Transport, session_id: str, is_owned: bool
+) -> None:
+    """Keeps a session alive for as long as anybody holds one of its clients, then ends it."""
+    while session() is not None:
+        await asyncio.sleep(HEARTBEAT_S)
+        # A heartbeat that fails is replaced by the next one; the requests say what is wrong.
+        with contextlib.suppress(APIError):
+            try:
+                await transport.call(
+                    "POST",
+                    "session_heartbeat",
+                    {"session_id": session_id},
+                    timeout_s=HEARTBEAT_S,
+                    patience_s=HEARTBEAT_S,
+                )
+            except (GoneError, NotFoundError):
+                return
+    with contextlib.suppress(APIError):
+        if is_owned:
+            await _finish(transport, session_id, "success", "nobody held its clients any more")
+    await transport.close()
+
+
+async def _finish(
+    transport: Transport, session_id: str, reason: FinishReason, detail: str | None
+) -> None:
+    await transport.call(
+        "POST",
+        f"sessions/{session_id}/finish",
+        {"reason": {"type": reason}, "detail": detail},
+        patience_s=CLOSE_TIMEOUT_S,
+    )
 
 
 def reason_of(error: BaseException | None) -> tuple[FinishReason, str | None]:

@@ -9,7 +9,10 @@ that restarts, or a gateway that is killed, is a pause and not an exception.
 import asyncio
 import platform
 import random
+import urllib.parse
+import urllib.request
 import uuid
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -194,8 +197,11 @@ class Transport:
                     "User-Agent": f"Luthier/{SDK_VERSION} Python/{platform.python_version()}",
                     **self.settings.headers,
                 },
-                trust_env=True,
+                proxy=_proxy_of(self.settings.base_url),
             )
+            # A client that is dropped without close() leaves no open sockets behind.
+            loop = asyncio.get_running_loop()
+            weakref.finalize(self, _close_on, loop, self._http).atexit = False
         return self._http
 
     def _headers(self, method: str, headers: Mapping[str, str] | None) -> dict[str, str]:
@@ -205,6 +211,19 @@ class Transport:
         else:
             sent.setdefault("X-Idempotency-Key", f"luthier-{uuid.uuid4()}")
         return sent
+
+
+def _close_on(loop: asyncio.AbstractEventLoop, http: "aiohttp.ClientSession") -> None:
+    asyncio.run_coroutine_threadsafe(http.close(), loop)
+
+
+def _proxy_of(url: str) -> str | None:
+    """What the environment says. Not left to aiohttp: it reads that on a pool of threads, which is
+    gone when a session is ended at the end of the process."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _backoff_s(attempt: int) -> float:
