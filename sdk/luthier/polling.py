@@ -1,7 +1,8 @@
 """Waiting for results: one long poll per training request, one for all samples of a client."""
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from luthier.errors import APIConnectionError, LuthierError, RequestFailedError
@@ -84,22 +85,26 @@ class CompletionPoller:
             "cloned_sampler_id": clone,
         }
         self._cursor = 0
-        self._num_submitting = 0
+        self._num_expected = 0
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._early: set[str] = set()
         """Done before the answer to their submission was read."""
         self._retrieved: list[str] = []
         self._poll: asyncio.Task[None] | None = None
 
-    def submitting(self) -> None:
-        """A request is about to be sent: its completion may come before its id."""
-        self._num_submitting += 1
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Around a sample, from before it is sent until its result is there.
 
-    def submitted(self) -> None:
-        """The answer to one was read, or it will not come."""
-        self._num_submitting -= 1
-        if not self._num_submitting and not self._waiting:
-            self._early.clear()
+        Its completion may be reported before its id is known, and then is kept for it.
+        """
+        self._num_expected += 1
+        try:
+            yield
+        finally:
+            self._num_expected -= 1
+            if not self._num_expected:
+                self._early.clear()
 
     async def wait(self, request_id: str) -> None:
         """Returns when there is a result, good or bad; raises what ended the polling."""
@@ -162,5 +167,5 @@ class CompletionPoller:
                 self._early.add(completion["request_id"])
             elif not done.done():
                 done.set_result(None)
-        if not self._num_submitting and not self._waiting:
+        if not self._num_expected:
             self._early.clear()

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import secrets
 from dataclasses import dataclass
 from itertools import count
@@ -164,6 +165,10 @@ class SamplingClient(Opening):
             "sampling_session_id": self._ids.sampling_session_id,
             "seq_id": next(self._seqs),
         }
+        with contextlib.nullcontext() if self._poller is None else self._poller.expecting():
+            return await self._sampled(numbered)
+
+    async def _sampled(self, numbered: dict[str, Any]) -> types.SampleResponse:
         submission = await self._submit(orjson.dumps(numbered))
         try:
             accepted = (await asyncio.shield(submission)).json()
@@ -201,20 +206,14 @@ class SamplingClient(Opening):
                 return response
 
     async def _post(self, body: bytes) -> Response:
-        if self._poller is not None:
-            self._poller.submitting()
-        try:
-            response = await self._session.transport.call(
-                "POST",
-                "asample",
-                body=body,
-                headers={"X-Tinker-Sampling-Backpressure": "1"},
-                handed_back=(429,),
-                patience_s=PATIENCE_S,
-            )
-        finally:
-            if self._poller is not None:
-                self._poller.submitted()
+        response = await self._session.transport.call(
+            "POST",
+            "asample",
+            body=body,
+            headers={"X-Tinker-Sampling-Backpressure": "1"},
+            handed_back=(429,),
+            patience_s=PATIENCE_S,
+        )
         if response.status == 429:
             pause_s = float(response.headers.get("Retry-After") or BACKPRESSURE_PAUSE_S)
             self._window.refused(pause_s)
@@ -250,12 +249,12 @@ class SamplingClient(Opening):
 
     @operation
     async def _base_model(self) -> str:
+        """The name of the base model."""
         await self._opened()
         assert self._ids is not None
         return self._ids.base_model
 
     get_base_model = waited(_base_model)
-    """The name of the base model."""
     get_base_model_async = value_of(_base_model)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -220,22 +220,36 @@ class ServiceClient:
             },
         )
         sampler_id = opened.text_field("sampling_session_id")
-        if base_model is None:
-            described = await transport.call("GET", f"samplers/{sampler_id}")
-            base_model = described.parsed(types.GetSamplerResponse).base_model
-        return SamplerIds(session_id, sampler_id, base_model)
+        answer = await transport.call("GET", f"samplers/{sampler_id}")
+        described = answer.parsed(types.GetSamplerResponse)
+        return SamplerIds(session_id, sampler_id, described.base_model, described.tokenizer_id)
 
     def create_rest_client(self) -> RestClient:
         """A client for what the server keeps: runs, checkpoints, sessions, usage."""
         return RestClient(_session=self._session)
 
+    def copy_weights(
+        self,
+        path: str,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> APIFuture[str]:
+        """The path of a copy of a checkpoint, in the project of this client."""
+        return self.create_rest_client().copy_weights(
+            path,
+            self._session.settings.project_id,
+            ttl_seconds=ttl_seconds,
+            weights_access_token=weights_access_token,
+        )
+
     @operation
     async def _capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """The base models of the server."""
         response = await self._session.transport.call("GET", "get_server_capabilities")
         return response.parsed(types.GetServerCapabilitiesResponse)
 
     get_server_capabilities = waited(_capabilities)
-    """The base models of the server."""
     get_server_capabilities_async = value_of(_capabilities)
 
     # --- the end ----------------------------------------------------------------------------------

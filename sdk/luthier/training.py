@@ -403,11 +403,11 @@ class TrainingClient(Opening):
 
     @operation
     async def _info(self) -> types.GetInfoResponse:
+        """The run's base model, LoRA rank and tokenizer."""
         await self._opened()
         return self._run.info
 
     get_info = waited(_info)
-    """The run's base model, LoRA rank and tokenizer."""
     get_info_async = value_of(_info)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import aiohttp
 from aiohttp import web
@@ -79,10 +79,11 @@ SOON = {"Retry-After": "0.05"}
 def running_proxy(target: str) -> Iterator[FaultyProxy]:
     """A proxy on a thread of its own."""
     proxy, ready = FaultyProxy(target), threading.Event()
-    loop = asyncio.new_event_loop()
-    stopped = asyncio.Event()
+    stop: list[Callable[[], object]] = []
 
     async def serve() -> None:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
         app = web.Application(client_max_size=2**26)
         app.router.add_route("*", "/{path:.*}", proxy.handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -94,12 +95,11 @@ def running_proxy(target: str) -> Iterator[FaultyProxy]:
         await stopped.wait()
         await runner.cleanup()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     assert ready.wait(10)
     try:
         yield proxy
     finally:
-        loop.call_soon_threadsafe(stopped.set)
+        stop[0]()
         thread.join()
-        loop.close()

@@ -166,6 +166,8 @@ class GetSamplerResponse(ResponseBase):
     sampler_id: str
     base_model: str
     model_path: str | None = None
+    tokenizer_id: str | None = None
+    """Where its tokenizer lies, if the server says so; else base_model tells."""
 
 
 class GetSessionResponse(ResponseBase):
