@@ -6,8 +6,12 @@ VENV ?= .venv
 DATA ?= .luthier
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FUZZ_VENV ?= .venv-fuzz
+FUZZ_READY := $(FUZZ_VENV)/.ready
+FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long test up proto bench build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
+	bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -38,6 +42,18 @@ sim: $(READY)                           ## 500 simulated histories with faults, 
 sim-long: $(READY)                      ## 20,000, and how often each planted bug shows by chance
 	$(BIN)/python tests/simulation/run.py --histories 20000 --long
 
+cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
+	$(BIN)/python tests/cluster/run.py --trials 50 --planted
+
+fuzz: $(READY) $(FUZZ_READY)            ## generated requests for FUZZ_SECONDS, from the OpenAPI description
+	$(BIN)/python tests/fuzz/run.py --schemathesis $(FUZZ_VENV)/bin/st --seconds $(FUZZ_SECONDS)
+
+# Of its own: it needs a pytest and a hypothesis that need not be those of the tests.
+$(FUZZ_READY): tests/fuzz/requirements.txt
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet -r tests/fuzz/requirements.txt
+	touch $(FUZZ_READY)
+
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
@@ -48,8 +64,17 @@ proto: $(READY)                         ## generate the code of our .proto anew
 	$(BIN)/python -m grpc_tools.protoc -I core --python_out=core --pyi_out=core \
 		core/luthier_core/proto/wire.proto
 
+compat: $(READY)                        ## every SDK release against a stack; writes docs/compatibility.md
+	$(BIN)/python -m tests.compat.matrix
+
+compat-newest: $(READY)                 ## what the newest SDK release on PyPI changes on the wire
+	$(BIN)/python -m tests.compat.newest
+
 bench: $(READY)                         ## milliseconds per step through the whole stack
 	$(BIN)/python benchmarks/bench_gateway.py
+
+bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
+	$(BIN)/python benchmarks/bench_log.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

@@ -50,6 +50,11 @@ class GatewayConfig:
     """A result larger than this is announced by its size first, to clients that allow it."""
     max_open_polls: int = 20_000
     """Open retrieve_future requests of one gateway; beyond it 429."""
+    tenant_requests_at_once: int = 16
+    """Requests of one tenant that a gateway works on; polls are not counted. Half of its Redis
+    connections: a flood from one tenant leaves the others room."""
+    tenant_requests_waiting: int = 1024
+    """Requests of one tenant that wait for their turn at a gateway; beyond it 429."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,14 @@ class TrainerConfig:
     """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
     max_runs: int = 64
     """Runs that one worker owns at once."""
+    snapshot_execute_s: float = 60.0
+    """A run's state is stored when a replay would take so much computing, ..."""
+    snapshot_interval_s: float = 300.0
+    """or this long after an op, ..."""
+    snapshot_payload_bytes: int = 256 * 1024 * 1024
+    """or after requests of so many bytes, ..."""
+    snapshot_max_ops: int = 512
+    """or so many requests; at the end of an optimizer step."""
     gap_timeout_s: float = 1800.0
     """How long ops wait for an earlier one of their run that has not arrived, before they fail."""
 
@@ -103,7 +116,9 @@ class SamplerConfig:
     max_step_tokens: int = 2048
     """Tokens of one step, prefill and decode together."""
     max_adapters: int = 64
-    """Adapters kept loaded, least recently used out first."""
+    """Adapters kept on the device, least recently used out first."""
+    host_adapter_bytes: int = 1024 * 1024 * 1024
+    """Host memory for adapters that made room on the device: they come back without a download."""
     sample_logprobs: str = "raw"
     """raw | tempered: which distribution the logprobs of sampled tokens are of."""
     claim_idle_s: float = 30.0
@@ -125,7 +140,10 @@ class Config:
     allow_volatile_redis: bool = False
     """Start on a Redis that may forget what it accepted: without AOF, or one that evicts."""
     public_url: str = ""
-    """Base of signed download links; empty: http://host:port of the gateway."""
+    """Base of signed download links; empty: the address that the client has asked.
+
+    Needed behind a proxy that ends TLS or adds a path: the gateway does not see either.
+    """
     models: tuple[ModelConfig, ...] = ()
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -265,5 +283,7 @@ def _check(config: Config) -> None:
         raise ConfigError("sampler.max_running: must not be above sampler.max_step_tokens")
     if not 0 <= config.gateway.port <= 65535:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
+    if config.gateway.tenant_requests_at_once < 1:
+        raise ConfigError("gateway.tenant_requests_at_once: must be 1 or more")
     if config.gateway.poll_hold_s > 40:
         raise ConfigError("gateway.poll_hold_s: the SDK gives up after 45 s, so at most 40")

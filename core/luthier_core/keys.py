@@ -3,6 +3,8 @@
 A hash tag in braces keeps all keys of one run, or of one shard of sampling sessions, in one slot.
 """
 
+from hashlib import sha256
+
 # --- Redis: training runs -------------------------------------------------------------------------
 
 
@@ -72,6 +74,12 @@ def sampling_header(sampling_session_id: str) -> str:
 def sampling_outcome(sampling_session_id: str, seq: int | str) -> str:
     """Hash with a TTL: digest of the request, then state and outcome."""
     return f"{sampling_shard(sampling_session_id)}:r:{sampling_session_id}:{seq}"
+
+
+def sampling_join(sampling_session_id: str, idempotency_key: str) -> str:
+    """The number that the handle which joined under this idempotency key was given."""
+    name = sha256(idempotency_key.encode()).hexdigest()[:32]
+    return f"{sampling_shard(sampling_session_id)}:join:{sampling_session_id}:{name}"
 
 
 def sampling_done(sampling_session_id: str) -> str:
@@ -167,6 +175,11 @@ def op_result(tenant: str, run_id: str, seq: int, epoch: int) -> str:
     return f"{run_prefix(tenant, run_id)}res/{seq}-{epoch}"
 
 
+def snapshot_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
+    """The whole state of a run after op seq, stored under this epoch."""
+    return f"{run_prefix(tenant, run_id)}snap/{seq}-{epoch}/"
+
+
 def checkpoint_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
     """Files that op seq saved under this epoch."""
     return f"{run_prefix(tenant, run_id)}ckpt/{seq}-{epoch}/"
@@ -180,6 +193,16 @@ def checkpoint_manifest(tenant: str, run_id: str, seq: int) -> str:
 def name_record(tenant: str, run_id: str, kind: str, name: str) -> str:
     """The checkpoint's record (compare-and-swap); kind: weights, sampler_weights, ephemeral, ..."""
     return f"t/{tenant}/names/{run_id}/{kind}/{name}.json"
+
+
+def published_run(run_id: str) -> str:
+    """Whose run this is, once a checkpoint of it has been published; immutable."""
+    return f"published/{run_id}.json"
+
+
+def archive(tenant: str, manifest_digest: str) -> str:
+    """Tar of a checkpoint's PEFT files: made on demand, and again if it is gone."""
+    return f"t/{tenant}/archives/{manifest_digest}.tar"
 
 
 def session_record(tenant: str, session_id: str) -> str:

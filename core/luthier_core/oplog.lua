@@ -52,7 +52,7 @@ local function server()
 end
 
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
--- admission, x:{seq} = the op failed, n:{seq} = attempts begun and the epoch of the last, b:{seq} =
+-- admission, x:{seq} = the op failed, s:{seq} = digest of the run's state after it, n:{seq} = attempts begun and the epoch of the last, b:{seq} =
 -- attempts that ended with the engine's death, a:{seq} = the last of those.
 local function remember(header, seq, digest, bytes, now)
   local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
@@ -269,7 +269,7 @@ local function note_untold(header, seq, gradient)
 end
 
 -- commit(header, outcome, channel; epoch, server, seq, ttl ms, next seq to begin or -1,
---        what became of the gradient: lost | cleared | kept, outcome fields ...)
+--        what became of the gradient: lost | cleared | kept, digest of the state, outcome fields ...)
 -- -> {OK, attempts, deaths of the next} | {ALREADY} | {FENCED} | {ORDER}
 -- The only writer of an outcome, and it writes once.
 local function commit(keys, args)
@@ -280,7 +280,8 @@ local function commit(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return { 'FENCED' } end
   if seq <= num(h[3]) then return { 'ALREADY' } end
   if seq ~= num(h[3]) + 1 or seq > num(h[2]) then return { 'ORDER' } end
-  store_outcome(header, keys[2], keys[3], seq, args[4], rest(args, 7))
+  store_outcome(header, keys[2], keys[3], seq, args[4], rest(args, 8))
+  if args[7] ~= '' then redis.call('HSET', header, 's:' .. seq, args[7]) end
   note_untold(header, seq, args[6])
   if next_seq == seq + 1 and next_seq <= num(h[2]) then
     return { 'OK', note_attempt(header, next_seq, epoch) }
@@ -313,7 +314,7 @@ local function trim(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if seq > num(h[2]) then return 'ORDER' end
   for s = num(h[3], -1) + 1, seq do
-    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s)
+    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 's:' .. s)
   end
   if seq > num(h[3], -1) then redis.call('HSET', header, 'trimmed', seq) end
   redis.call('XTRIM', log, 'MINID', entry_id(seq + 1))

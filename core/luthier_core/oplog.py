@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Self, cast
 
@@ -27,6 +27,8 @@ from luthier_core.ops import Gradient, Op, Outcome, SamplingJob, clone_of
 
 OUTCOME_TTL_MS = 24 * 3600 * 1000
 DELIVERED_TTL_MS = 3600 * 1000
+JOIN_TTL_MS = 3_600_000
+"""Far above what the SDK's retries under one idempotency key take."""
 ACKNOWLEDGED_TTL_MS = 60 * 1000
 MAX_CONNECTIONS = 32
 READ_AHEAD = 64
@@ -142,6 +144,17 @@ class RunHeader:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What has become of one op of a run."""
+
+    is_accepted: bool
+    """Admitted, or parked above a gap."""
+    is_committed: bool
+    outcome: Outcome | None = None
+    """None although committed: its time is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One entry of the list of samples that have ended."""
@@ -181,7 +194,17 @@ class Attempt:
         return cls(reply[0].decode(), *(int(number) for number in reply[1:]))
 
 
-HEADER_FIELDS = [field.name for field in dataclasses.fields(RunHeader)]
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """How committed ops have ended, as far as the log is not trimmed: what a replay follows."""
+
+    failed: frozenset[int] = frozenset()
+    """Seqs that failed."""
+    digests: Mapping[int, str] = field(default_factory=dict)
+    """seq -> digest of the run's state after it."""
+
+
+HEADER_FIELDS = [item.name for item in dataclasses.fields(RunHeader)]
 
 
 class Oplog:
@@ -280,13 +303,14 @@ class Oplog:
         outcome: Outcome,
         *,
         gradient: Gradient = Gradient.KEPT,
+        digest: str = "",
         begin_next: bool = False,
         server: str = ANY_SERVER,
     ) -> Attempt:
         """Store the outcome and move the run's cursor: OK | ALREADY | FENCED | ORDER.
 
-        `gradient` says what became of it. With `begin_next` an OK also begins seq + 1 if it is
-        admitted: one write instead of two.
+        `gradient` says what became of it, `digest` is that of the run's state now. With
+        `begin_next` an OK also begins seq + 1 if it is admitted: one write instead of two.
         """
         reply = await self._call(
             "commit",
@@ -296,8 +320,8 @@ class Oplog:
                 keys.run_done(run_id),
             ],
             [
-                *(epoch, server, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1, gradient),
-                *_flat(outcome.fields()),
+                *(epoch, server, seq, OUTCOME_TTL_MS, seq + 1 if begin_next else -1),
+                *(gradient, digest, *_flat(outcome.fields())),
             ],
         )
         return Attempt.from_reply(reply)
@@ -389,6 +413,25 @@ class Oplog:
         known = await cast(Any, self.redis.hget(keys.run_header(run_id), f"d:{seq}"))
         return int(known.split()[2]) if known else None
 
+    async def standing(self, run_id: str, seq: int) -> Standing:
+        """What has become of one op, in one round trip.
+
+        Parking, header, outcome, in this order: an op leaves the parking for the log only, and its
+        outcome is there when the header says so. So one that moves meanwhile is never missed.
+        """
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.hexists(keys.run_parked(run_id), str(seq))
+        pipe.hmget(keys.run_header(run_id), ["admitted", "committed"])
+        pipe.hgetall(keys.run_outcome(run_id, seq))
+        is_parked, (admitted, committed), fields = await pipe.execute()
+        if admitted is None:
+            return Standing(is_accepted=False, is_committed=False)
+        return Standing(
+            is_accepted=bool(is_parked) or seq <= int(admitted),
+            is_committed=seq <= int(committed),
+            outcome=Outcome.from_fields(fields) if fields else None,
+        )
+
     async def is_parked(self, run_id: str, seq: int) -> bool:
         return bool(await cast(Any, self.redis.hexists(keys.run_parked(run_id), str(seq))))
 
@@ -401,10 +444,17 @@ class Oplog:
         session = keys.session_header(run_id.partition(":")[0])
         return await cast(Any, self.redis.hget(session, "status")) not in (None, b"active")
 
-    async def failed_seqs(self, run_id: str) -> frozenset[int]:
-        """Seqs whose recorded outcome is a failure: what replay follows."""
-        names = await cast(Any, self.redis.hkeys(keys.run_header(run_id)))
-        return frozenset(int(name[2:]) for name in names if name.startswith(b"x:"))
+    async def recorded(self, run_id: str) -> Recorded:
+        """How the ops have ended that a replay executes again."""
+        fields = await cast(Any, self.redis.hgetall(keys.run_header(run_id)))
+        return Recorded(
+            failed=frozenset(int(name[2:]) for name in fields if name.startswith(b"x:")),
+            digests={
+                int(name[2:]): value.decode()
+                for name, value in fields.items()
+                if name.startswith(b"s:")
+            },
+        )
 
     async def read_log(self, cursors: Mapping[str, int]) -> dict[str, list[Op]]:
         """For each run the next ops with seq >= its cursor, in order, READ_AHEAD at most."""
@@ -512,6 +562,19 @@ class Oplog:
             ],
         )
         return cast(bytes, reply).decode()
+
+    async def join(self, sampling_session_id: str, idempotency_key: str | None) -> int:
+        """A number for one more handle of the sampling session: from 1, each given out once.
+
+        Who asks again under the same idempotency key has not got the answer, and gets the same.
+        """
+        header = keys.sampling_header(sampling_session_id)
+        number = int(await cast(Any, self.redis.hincrby(header, "joined", 1)))
+        if idempotency_key is None:
+            return number
+        key = keys.sampling_join(sampling_session_id, idempotency_key)
+        first = await self.redis.set(key, number, nx=True, get=True, px=JOIN_TTL_MS)
+        return number if first is None else int(first)
 
     async def completions(
         self, sampling_session_id: str, clone: int, *, after: int, max_entries: int = 1000

@@ -12,13 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from luthier_core.ops import Gradient, Kind, Op, Outcome, Refusal
+from luthier_core.oplog import Recorded
+from luthier_core.ops import Gradient, Kind, Op, Outcome, Refusal, digest_of
 
 _TAKES_GRADIENT = frozenset({Kind.OPTIM_STEP})
 _REPLAYED = frozenset(
     {Kind.CREATE_MODEL, Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP, Kind.LOAD_WEIGHTS}
 )
 """Kinds that change a run's state. A committed save or forward leaves an immutable artefact."""
+
+DIGEST_CHARS = 16
 
 
 class Action(Enum):
@@ -41,6 +44,16 @@ class Step:
     """Decided without execution: a refused request, or an incomplete gradient."""
 
 
+@dataclass(frozen=True, slots=True)
+class FoldState:
+    """What an owner knows of a run's state beside the engine's tensors."""
+
+    missing: tuple[int, ...] = ()
+    """forward_backward seqs that failed since the last optimizer step."""
+    digest: str = ""
+    """Over all ops so far and the state after each: equal digests are equal histories."""
+
+
 class Diverged(Exception):
     """A replayed op did not end as recorded: the run's state cannot be rebuilt."""
 
@@ -53,25 +66,24 @@ class Owner:
         run_id: str,
         epoch: int,
         committed: int,
-        failed: Iterable[int] = (),
+        recorded: Recorded = Recorded(),  # noqa: B008  (frozen)
         *,
         state_seq: int = -1,
-        missing: Iterable[int] = (),
+        state: FoldState = FoldState(),
     ) -> None:
-        """`failed`: seqs whose recorded outcome is a failure.
+        """`recorded`: how the ops up to `committed` have ended.
 
-        The engine holds the state after op `state_seq` (-1: none), with gradients of the failed
-        forward_backwards `missing` since the last optimizer step.
+        The engine holds the state after op `state_seq` (-1: none), of which `state` is the rest.
         """
         self.run_id = run_id
         self.epoch = epoch
         self._replay_to = committed
-        self._recorded_failures = frozenset(failed)
+        self._recorded = recorded
         self._queue: deque[Op] = deque()
         self._cursor = state_seq + 1
         self._step: Step | None = None
-        self._missing = list(missing)
-        """forward_backward seqs that failed since the last optimizer step."""
+        self._missing = list(state.missing)
+        self._digest = state.digest
         self._broken: str | None = None
 
     @property
@@ -94,9 +106,19 @@ class Owner:
         return bool(self._queue) and self._queue[0].seq <= self._replay_to
 
     @property
-    def missing(self) -> tuple[int, ...]:
-        """Failed forward_backwards since the last optimizer step: part of a snapshot."""
-        return tuple(self._missing)
+    def executed_to(self) -> int:
+        """The last seq whose step has ended; -1 at first."""
+        return self._cursor - len(self._queue) - 1
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun that has not ended."""
+        return self._step is not None
+
+    @property
+    def state(self) -> FoldState:
+        """After the last step that has ended: part of a snapshot."""
+        return FoldState(tuple(self._missing), self._digest)
 
     def feed(self, ops: Iterable[Op]) -> None:
         """Take ops as read from the log; those already taken are skipped, a gap is our own bug."""
@@ -116,18 +138,23 @@ class Owner:
         self._step = self._replay_step(op) if op.seq <= self._replay_to else self._new_step(op)
         return self._step
 
-    def ended(self, outcome: Outcome) -> None:
+    def ended(self, outcome: Outcome, checksum: str = "") -> None:
         """The step has been carried out with this outcome; the worker commits it if published.
 
-        Diverged if a replayed op ended differently from its record.
+        `checksum` of the engine's state, if the op has changed it. Diverged if a replayed op ended
+        differently from its record.
         """
         step = self._step
         assert step is not None, "no step is under way"
         self._step = None
         op = self._queue.popleft()
-        if not step.publish and outcome.failed != (op.seq in self._recorded_failures):
+        if not step.publish and outcome.failed != (op.seq in self._recorded.failed):
             raise Diverged(f"seq {op.seq} ({op.kind}) did not end as recorded")
         self._note(op, outcome)
+        self._digest = digest_of(f"{self._digest} {op.digest} {checksum}".encode())[:DIGEST_CHARS]
+        recorded = "" if step.publish else self._recorded.digests.get(op.seq, "")
+        if recorded not in ("", self._digest):
+            raise Diverged(f"seq {op.seq} ({op.kind}) left another state than it did before")
 
     def quarantine(self, deaths: int) -> Step:
         """The step under way, failed instead of executed: it has killed its engine too often."""
@@ -138,6 +165,11 @@ class Owner:
         self._step = Step(op, _action_of_failure(op), publish=True, outcome=outcome)
         return self._step
 
+    @property
+    def broken(self) -> bool:
+        """Whether the engine has no state of this run."""
+        return self._broken is not None
+
     def break_run(self, reason: str) -> None:
         """From now on nothing is executed, and every op that is not committed fails with `reason`.
 
@@ -146,7 +178,7 @@ class Owner:
         self._broken = reason
 
     def _replay_step(self, op: Op) -> Step:
-        if op.seq not in self._recorded_failures:
+        if op.seq not in self._recorded.failed:
             executed = op.kind in _REPLAYED and self._broken is None
             action = Action.EXECUTE if executed else Action.NOTHING
             decided = None if action is Action.EXECUTE else _RECORDED_SUCCESS
@@ -179,6 +211,11 @@ class Owner:
                 self._missing.append(op.seq)
             case Gradient.CLEARED:
                 self._missing.clear()
+
+
+def changes_state(step: Step) -> bool:
+    """Whether this step, if it succeeds, leaves the engine in another state."""
+    return step.action is Action.EXECUTE and step.op.kind in _REPLAYED
 
 
 def gradient_after(op: Op, outcome: Outcome) -> Gradient:

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from luthier_core.oplog import Admission, Attempt, RunHeader
 from luthier_core.ops import INLINE_LIMIT, Body, Gradient, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, Owner, Step, gradient_after
+from luthier_core.owner import Action, FoldState, Owner, Step, gradient_after
 
 A = TypeVar("A")
 
@@ -38,7 +38,11 @@ GAP_TIMEOUT_S = 1800.0
 LOST_GAP_S = 60.0
 """The same if the client has been told that what it sent is lost."""
 
-_OUTSIDE_EFFECT = frozenset({Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER})
+STATE_LOST = "the run's stored state is damaged: create another from its last checkpoint"
+
+_OUTSIDE_EFFECT = frozenset(
+    {Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER, Kind.SAVE_WEIGHTS_EXTERNAL}
+)
 """Kinds whose commit writes something outside of Redis first: they are begun under the epoch."""
 
 
@@ -210,7 +214,7 @@ class Acquire(Effect):
 class Restore(Effect):
     """Bring the engine to a snapshot's state (None: no state yet).
 
-    -> seqs of failed forward_backwards since the last optimizer step, or None if it is damaged.
+    -> FoldState as it was put with the snapshot, or None if that is damaged.
     """
 
     run_id: str
@@ -227,8 +231,8 @@ class FastForward(Effect):
 
 
 @dataclass(frozen=True, slots=True)
-class ReadFailed(Effect):
-    """-> the seqs whose recorded outcome is a failure."""
+class ReadRecorded(Effect):
+    """-> Recorded: how the committed ops have ended."""
 
     run_id: str
 
@@ -266,6 +270,7 @@ class Commit(Effect):
     seq: int
     outcome: Outcome
     gradient: Gradient
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +287,7 @@ class PutSnapshot(Effect):
     run_id: str
     ref: SnapshotRef
     copy: Any
-    missing: tuple[int, ...]
+    state: FoldState
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +315,10 @@ class Executed:
 
     outcome: Outcome | None = None
     rest: Any = None
+    checksum: str = ""
+    """Of the engine's state, if the op has changed it."""
+    digest: str = ""
+    """Of the run's history up to here; execute_next fills it in."""
 
 
 @dataclass(slots=True)
@@ -355,17 +364,20 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
         return None
     _, committed = cursors
     restored = yield from _restore(run_id, head)
-    if restored is None:
-        return None
-    ref, missing = restored
+    ref, state = restored or (head.snap, FoldState())
     state_seq = ref.seq if ref else -1
     if state_seq > committed:
         status = yield FastForward(run_id, head.epoch, state_seq)
         if status == "FENCED":
             return None
         committed = state_seq
-    failed = yield ReadFailed(run_id)
-    owner = Owner(run_id, head.epoch, committed, failed, state_seq=state_seq, missing=missing)
+    if restored is None:
+        # Nothing can be replayed on top of it; what comes fails, with a reason.
+        owner = Owner(run_id, head.epoch, committed, state_seq=committed)
+        owner.break_run(STATE_LOST)
+        return Tenure(run_id, name, head, etag, owner, committed, sound=None)
+    recorded = yield ReadRecorded(run_id)
+    owner = Owner(run_id, head.epoch, committed, recorded, state_seq=state_seq, state=state)
     return Tenure(run_id, name, head, etag, owner, committed, sound=ref)
 
 
@@ -398,8 +410,8 @@ def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
         executed = yield Execute(step)
     if step.outcome is not None:
         executed = Executed(step.outcome)
-    owner.ended(executed.outcome or _SUCCESS)
-    return step, executed
+    owner.ended(executed.outcome or _SUCCESS, executed.checksum)
+    return step, replace(executed, digest=owner.state.digest)
 
 
 def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
@@ -412,7 +424,7 @@ def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
     if outcome is None:
         outcome = yield Finish(step, executed.rest)
     gradient = gradient_after(step.op, outcome)
-    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome, gradient)
+    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome, gradient, executed.digest)
     tenure.check(committed.status)
     tenure.committed = seq
 
@@ -430,7 +442,7 @@ def recheck(run_id: str, tenure: Tenure | None) -> Steps[None]:
         raise Left(f"{run_id}: HEAD has been taken")
 
 
-def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] = ()) -> Steps[None]:
+def store_snapshot(tenure: Tenure, seq: int, copy: Any, state: FoldState) -> Steps[None]:
     """Make a copy of the state after op seq, which is committed, the one to restore from.
 
     The log is trimmed only once HEAD is confirmed, and only up to the snapshot before: a bad newest
@@ -439,7 +451,7 @@ def store_snapshot(tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] =
     run_id = tenure.run_id
     assert seq <= tenure.committed, "a snapshot must not be ahead of what is committed"
     ref = SnapshotRef(seq, tenure.epoch)
-    yield PutSnapshot(run_id, ref, copy, tuple(missing))
+    yield PutSnapshot(run_id, ref, copy, state)
     # Not HEAD's newest, which may be the damaged one that this tenure did not start from.
     head = replace(tenure.head, snap=ref, prev_snap=tenure.sound)
     etag = yield from _swap_head(run_id, head, tenure.etag)
@@ -487,21 +499,21 @@ def _swap_head(run_id: str, head: Head, etag: str) -> Steps[str | None]:
     return swapped
 
 
-def _restore(run_id: str, head: Head) -> Steps[tuple[SnapshotRef | None, tuple[int, ...]] | None]:
-    """The newest snapshot that is whole, and its missing gradients; (None, ()) to start at op 0.
+def _restore(run_id: str, head: Head) -> Steps[tuple[SnapshotRef | None, FoldState] | None]:
+    """The newest snapshot that is whole, with what was put beside it; None for it: start at op 0.
 
-    None if there are snapshots and every one is damaged: the log before them is trimmed.
+    None if there are two and both are damaged: the log before them is trimmed.
     """
     for ref in (head.snap, head.prev_snap):
         if ref is not None:
-            missing = yield Restore(run_id, ref)
-            if missing is not None:
-                return ref, tuple(missing)
+            state: FoldState | None = yield Restore(run_id, ref)
+            if state is not None:
+                return ref, state
     # The log is trimmed only up to the older of two snapshots: with one, it is all there.
     if head.prev_snap is not None:
         return None
     yield Restore(run_id, None)
-    return None, ()
+    return None, FoldState()
 
 
 _SUCCESS = Outcome(state="completed")

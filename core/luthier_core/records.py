@@ -4,6 +4,8 @@ Every change of one is a create-if-absent or a compare-and-swap (design 6). Time
 and come from the caller's clock.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
@@ -16,6 +18,16 @@ _CHECKPOINT_TYPES = {
     "sampler_weights": "sampler",
     "external_weights": "external",
 }
+
+
+def as_strings(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """Metadata as the wire has it: what was no string is its JSON."""
+    if metadata is None:
+        return None
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in metadata.items()
+    }
 
 
 class Record(BaseModel):
@@ -65,6 +77,13 @@ class SessionRecord(Record):
     finish_reason: FinishReason | None = None
     finish_detail: str | None = None
 
+    def row(self) -> dict[str, Any]:
+        """What a search looks at (wire protocol 8.4), in the record's own terms."""
+        kept = ("session_id", "created_at", "project_id", "display_name", "user_metadata")
+        return self.model_dump(
+            mode="json", include={*kept, "status", "finish_reason", "finish_detail"}
+        )
+
 
 class RunRecord(Record):
     """`runs/{run}/run.json`: facts of a training run, written before its op 0 is admitted."""
@@ -79,6 +98,8 @@ class RunRecord(Record):
     created_at: AwareDatetime
     source_path: str | None = None
     """tinker:// path of the checkpoint that the run was created from."""
+    trainable: bool = True
+    """False for a run that only holds a copy of a checkpoint."""
 
     def row(self) -> dict[str, Any]:
         """The TrainingRun object of wire protocol 8.1, as far as this record knows it."""
@@ -146,10 +167,19 @@ class SamplerRecord(Record):
     created_at: AwareDatetime
 
 
+class PublishedRunRecord(Record):
+    """`published/{run}.json`: the tenant whose run this is. What is public, its names say."""
+
+    tenant: str
+
+
 class ApiKeyRecord(Record):
     """`keys/{hmac}.json`: what an API key may do. The key itself is stored nowhere."""
 
     tenant: str
     scopes: tuple[str, ...] = ()
     created_at: AwareDatetime
+    name: str = ""
     note: str = ""
+    revoked_at: AwareDatetime | None = None
+    """The record stays: a key that is configured again must not come back to life."""

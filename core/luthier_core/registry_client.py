@@ -77,6 +77,10 @@ class RegistryClient:
         """Whose key this is; NotFound if nobody's."""
         return await self._record(ApiKeyRecord, "GET", f"/keys/{_part(key_hmac)}")
 
+    async def revoke_key(self, key_hmac: str) -> None:
+        """End the key for good; NotFound if it is nobody's."""
+        await self._call("DELETE", f"/keys/{_part(key_hmac)}")
+
     # --- sessions ---------------------------------------------------------------------------------
 
     async def create_session(
@@ -125,6 +129,14 @@ class RegistryClient:
         body = {"reason": reason, "detail": detail}
         return await self._record(SessionRecord, "POST", path, tenant, body)
 
+    async def set_project(self, tenant: str, session_id: str, project_id: str) -> None:
+        path = f"/sessions/{_part(session_id)}/project"
+        await self._call("PUT", path, tenant, {"project_id": project_id})
+
+    async def search_sessions(self, tenant: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """sessions and next_cursor (wire protocol 8.4)."""
+        return await self._object("POST", "/sessions/search", tenant, wanted)
+
     # --- training runs and checkpoints ------------------------------------------------------------
 
     async def create_run(
@@ -138,8 +150,12 @@ class RegistryClient:
         optimizer_config: Mapping[str, Any] | None = None,
         user_metadata: Mapping[str, str] | None = None,
         source_path: str | None = None,
+        access_tenant: str | None = None,
     ) -> RunRecord:
-        """The run's facts with its seed drawn. With source_path its LoRA is the checkpoint's."""
+        """The run's facts with its seed drawn. With source_path its LoRA is the checkpoint's.
+
+        `access_tenant`: one whose checkpoints the caller may read beside its own.
+        """
         body: dict[str, Any] = {
             "session_id": session_id,
             "model_seq_id": model_seq_id,
@@ -147,35 +163,81 @@ class RegistryClient:
             "optimizer_config": optimizer_config,
             "user_metadata": user_metadata,
             "source_path": source_path,
+            "access_tenant": access_tenant,
         }
         if lora_config is not None:
             body["lora_config"] = lora_config
         return await self._record(RunRecord, "POST", "/runs", tenant, body)
 
-    async def describe_run(self, tenant: str, run_id: str) -> dict[str, Any]:
-        """The TrainingRun object of wire protocol 8.1."""
-        return await self._object("GET", f"/runs/{_part(run_id)}", tenant)
+    async def describe_run(
+        self, tenant: str, run_id: str, *, accessible: bool = False
+    ) -> dict[str, Any]:
+        """The TrainingRun object of wire protocol 8.1; `accessible`: of any run that is public."""
+        return await self._object("GET", f"/runs/{_part(run_id)}?accessible={accessible:d}", tenant)
 
-    async def list_runs(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
-        return await self._object("GET", f"/runs?{_page(limit, offset)}", tenant)
+    async def list_runs(
+        self, tenant: str, *, limit: int, offset: int, project_id: str | None = None
+    ) -> dict[str, Any]:
+        chosen = "" if project_id is None else f"&project_id={quote(project_id, safe='')}"
+        return await self._object("GET", f"/runs?{_page(limit, offset)}{chosen}", tenant)
 
     async def list_run_checkpoints(self, tenant: str, run_id: str) -> dict[str, Any]:
+        """All of them; of another tenant's run those that are published."""
         return await self._object("GET", f"/runs/{_part(run_id)}/checkpoints", tenant)
 
-    async def list_checkpoints(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
-        return await self._object("GET", f"/checkpoints?{_page(limit, offset)}", tenant)
+    async def list_checkpoints(
+        self, tenant: str, *, limit: int, offset: int, external: bool = True
+    ) -> dict[str, Any]:
+        """One page, with external weights or without."""
+        query = f"{_page(limit, offset)}&external={external:d}"
+        return await self._object("GET", f"/checkpoints?{query}", tenant)
 
     async def delete_checkpoint(self, tenant: str, run_id: str, kind: str, name: str) -> None:
-        path = f"/runs/{_part(run_id)}/checkpoints/{_part(kind)}/{_part(name)}"
-        await self._call("DELETE", path, tenant)
+        await self._call("DELETE", _checkpoint(run_id, kind, name), tenant)
 
-    async def resolve(self, tenant: str, tinker_path: str) -> CheckpointRecord:
-        """What the path stands for now; NotFound if it is not the tenant's or has expired."""
-        body = {"tinker_path": tinker_path}
+    async def publish(self, tenant: str, run_id: str, kind: str, name: str) -> None:
+        await self._call("POST", f"{_checkpoint(run_id, kind, name)}/publish", tenant)
+
+    async def unpublish(self, tenant: str, run_id: str, kind: str, name: str) -> None:
+        await self._call("DELETE", f"{_checkpoint(run_id, kind, name)}/publish", tenant)
+
+    async def set_ttl(
+        self, tenant: str, run_id: str, kind: str, name: str, ttl_seconds: int | None
+    ) -> None:
+        """Let the checkpoint expire so many seconds from now, or never."""
+        path = f"{_checkpoint(run_id, kind, name)}/ttl"
+        await self._call("PUT", path, tenant, {"ttl_seconds": ttl_seconds})
+
+    async def checkpoint_files(
+        self, tenant: str, run_id: str, kind: str, name: str
+    ) -> dict[str, str]:
+        """File name -> object key of what a download holds."""
+        answer = await self._object("GET", f"{_checkpoint(run_id, kind, name)}/files", tenant)
+        files: dict[str, str] = answer["files"]
+        return files
+
+    async def archive(self, tenant: str, run_id: str, kind: str, name: str) -> str:
+        """Object key of the tar of those files; Unavailable while it is being made."""
+        answer = await self._object("POST", f"{_checkpoint(run_id, kind, name)}/archive", tenant)
+        return str(answer["key"])
+
+    async def resolve(
+        self, tenant: str, tinker_path: str, *, access_tenant: str | None = None
+    ) -> CheckpointRecord:
+        """What the path stands for now; NotFound if the tenant may not read it or it has expired.
+
+        `access_tenant`: one whose checkpoints the caller may read beside its own.
+        """
+        body = {"tinker_path": tinker_path, "access_tenant": access_tenant}
         return await self._record(CheckpointRecord, "POST", "/resolve", tenant, body)
 
     async def weights_info(self, tenant: str, tinker_path: str) -> dict[str, Any]:
         return await self._object("POST", "/weights_info", tenant, {"tinker_path": tinker_path})
+
+    async def copy_weights(self, tenant: str, wanted: Mapping[str, Any]) -> str:
+        """The tinker:// path of the copy. Unavailable while it is being made: ask again."""
+        answer = await self._object("POST", "/copy_weights", tenant, wanted)
+        return str(answer["tinker_path"])
 
     # --- samplers ---------------------------------------------------------------------------------
 
@@ -261,6 +323,10 @@ def _part(text: str) -> str:
     if text in ("", ".", ".."):
         raise NotFound(repr(text))
     return quote(text, safe=":")
+
+
+def _checkpoint(run_id: str, kind: str, name: str) -> str:
+    return f"/runs/{_part(run_id)}/checkpoints/{_part(kind)}/{_part(name)}"
 
 
 def _page(limit: int, offset: int) -> str:

@@ -5,10 +5,20 @@ absent, unknown fields are ignored, and the protocol's defaults are applied here
 known but not supported is refused when it has a non-default value, never ignored.
 """
 
+import reprlib
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
 
@@ -18,7 +28,18 @@ SeqId = Annotated[int, Field(ge=1, lt=2**31)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}$")]
 TtlSeconds = Annotated[int, Field(ge=3600, le=10 * 366 * 24 * 3600)]
 Metadata = dict[str, Any]
+TokenIds = Annotated[list[int], FailFast()]
+"""Stops at the first wrong element: a million wrong ones must not become a million messages."""
+Strings = Annotated[list[str], FailFast()]
 W = TypeVar("W", bound="WireModel")
+
+MAX_JSON_DEPTH = 32
+MAX_JSON_NAMES = 4096
+"""Names in one object; each wrong value among them is a message."""
+MAX_STOPS = 1024
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
+"""Of a wrong value this much is shown, whatever its size."""
 
 
 class WireModel(BaseModel):
@@ -51,14 +72,30 @@ def parse(model: type[W], body: bytes) -> W:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; Unreadable if it is none."""
+    """The JSON object in a body; Unreadable if it is none, too deep, or has too many names."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise Unreadable(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise Unreadable("the JSON must be an object")
+    _check_form(value)
     return value
+
+
+def _check_form(value: dict[str, Any]) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inner: list[Any] = []
+        for container in level:
+            if type(container) is dict and len(container) > MAX_JSON_NAMES:
+                raise Unreadable(f"a JSON object has more than {MAX_JSON_NAMES} names")
+            items = container.values() if type(container) is dict else container
+            inner += [item for item in items if type(item) is dict or type(item) is list]
+        if not inner:
+            return
+        level = inner
+    raise Unreadable(f"the JSON is nested more than {MAX_JSON_DEPTH} levels deep")
 
 
 def check(model: type[W], value: dict[str, Any]) -> W:
@@ -74,7 +111,7 @@ def describe(error: ValidationError) -> str:
     clauses = []
     for item in error.errors(include_url=False, include_context=False)[:5]:
         where = ".".join(str(part) for part in item["loc"]) or "body"
-        got = "" if item["type"] == "missing" else f", got {repr(item['input'])[:80]}"
+        got = "" if item["type"] == "missing" else f", got {_SHOWN.repr(item['input'])[:80]}"
         clauses.append(f"{where}: {item['msg']}{got}")
     return "; ".join(clauses)
 
@@ -85,7 +122,7 @@ def describe(error: ValidationError) -> str:
 class CreateSession(WireModel):
     """POST create_session."""
 
-    tags: list[str] = []
+    tags: Strings = []
     user_metadata: Metadata = {}
     sdk_version: str = "unknown"
     project_id: str | None = None
@@ -107,6 +144,51 @@ class FinishSession(WireModel):
 
     reason: FinishReason
     detail: str | None = None
+
+
+# --- model input ----------------------------------------------------------------------------------
+
+
+def chunk_type(chunk: dict[str, Any]) -> str:
+    """The type of a chunk; SDKs up to 0.16.1 leave it out, so its fields tell (wire protocol 1.8).
+
+    The image chunk of SDKs up to 0.5.1 has a field `tokens` too, which is its number of them.
+    """
+    if isinstance(named := chunk.get("type"), str):
+        return named
+    for name, field in (("image", "data"), ("image_asset_pointer", "location"), ("dmel", "dmel")):
+        if field in chunk:
+            return name
+    return "encoded_text" if "tokens" in chunk else next(iter(chunk), "empty")
+
+
+class TextChunk(WireModel):
+    """Token ids. Chunks of other types are refused with their type named."""
+
+    tokens: TokenIds
+
+
+class ModelInput(WireModel):
+    """Chunks; some clients give `tokens` or `input_ids` in their place."""
+
+    chunks: Annotated[list[TextChunk], FailFast()]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name in ("tokens", "input_ids"):
+            if value.get("chunks") is None and value.get(name) is not None:
+                return {"chunks": [{"tokens": value[name]}]}
+        chunks = value.get("chunks")
+        for chunk in chunks if isinstance(chunks, list) else ():
+            if isinstance(chunk, dict) and (kind := chunk_type(chunk)) != "encoded_text":
+                raise ValueError(f"chunk of type {kind!r} is not supported; use encoded_text")
+        return value
+
+    def to_ints(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.tokens]
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -135,27 +217,71 @@ class OptimizerConfig(WireModel):
 
     def refuse_unsupported(self) -> None:
         if self.type != "adamw":
-            raise Unsupported(f"optimizer_config.type: {self.type!r}; supported is 'adamw'")
+            raise Unsupported(
+                f"optimizer_config.type: {self.type!r} is not implemented; supported is 'adamw'"
+            )
 
 
 class CreateModel(WireModel):
-    """POST create_model."""
+    """POST create_model. Some clients call the base model `model_name`."""
 
     session_id: str
     model_seq_id: Int32
-    base_model: str
+    base_model: str = Field(validation_alias=AliasChoices("base_model", "model_name"))
     user_metadata: Metadata = {}
     lora_config: LoraConfig = LoraConfig()
     optimizer_config: OptimizerConfig = OptimizerConfig()
+    checkpoint_path: str | None = None
+    rlve_config: Metadata | None = None
+    wandb_config: Metadata | None = None
 
     def refuse_unsupported(self) -> None:
         self.optimizer_config.refuse_unsupported()
+        if self.checkpoint_path is not None:
+            raise Unsupported("checkpoint_path: send load_weights with session_id and model_seq_id")
+        for name in ("rlve_config", "wandb_config"):
+            if getattr(self, name) is not None:
+                raise Unsupported(f"{name}: that is the client's part; leave it out")
 
 
 class ModelId(WireModel):
     """POST get_info."""
 
     model_id: str
+
+
+class TensorData(WireModel):
+    """Flat, row-major values; absent shape: 1-D. With CSR indices: the non-zeros of a 2-D tensor.
+
+    Values are checked when they become bytes, all at once.
+    """
+
+    data: list[Any]
+    dtype: Literal["float32", "int64", "float64", "int32", "bool"] = "float32"
+    shape: Annotated[list[Int64], FailFast()] = []
+    sparse_crow_indices: list[Any] | None = None
+    sparse_col_indices: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_both_indices(self) -> Self:
+        if (self.sparse_crow_indices is None) != (self.sparse_col_indices is None):
+            raise ValueError("sparse_crow_indices and sparse_col_indices belong together")
+        return self
+
+
+class Datum(WireModel):
+    """One training example."""
+
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData]
+
+
+class ForwardBackwardInput(WireModel):
+    """What SDKs up to 0.24.1 send as `forward_backward_input`, or `forward_input` to /forward."""
+
+    data: Annotated[list[Datum], FailFast()]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] = {}
 
 
 class AdamParams(WireModel):
@@ -214,6 +340,22 @@ class SaveWeightsForSampler(WireModel):
         return self
 
 
+class SaveWeightsExternal(WireModel):
+    """POST save_weights_external: PEFT files for download."""
+
+    model_id: str
+    seq_id: SeqId
+    path: Name
+    ttl_seconds: TtlSeconds | None = None
+    age_encryption_recipients: list[str] | None = None
+
+    def refuse_unsupported(self) -> None:
+        if self.age_encryption_recipients:
+            raise Unsupported(
+                "age_encryption_recipients: the files are not encrypted; leave it out"
+            )
+
+
 class LoadWeights(WireModel):
     """POST load_weights: into a run (model_id, seq_id), or as a new one (session_id, ...)."""
 
@@ -238,8 +380,6 @@ class LoadWeights(WireModel):
 
     def refuse_unsupported(self) -> None:
         self.optimizer_config.refuse_unsupported()
-        if self.weights_access_token is not None:
-            raise Unsupported("weights_access_token: loading from another account")
 
 
 class TinkerPath(WireModel):
@@ -266,27 +406,10 @@ class CreateSamplingSession(WireModel):
         return self
 
 
-class TextChunk(WireModel):
-    """Token ids. Chunks of other types are refused with their type named."""
+class JoinSamplingSession(WireModel):
+    """POST join_sampling_session: by a copy of the client that has it."""
 
-    tokens: list[int]
-
-
-class ModelInput(WireModel):
-    chunks: list[TextChunk]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_only(cls, value: Any) -> Any:
-        chunks = value.get("chunks") if isinstance(value, dict) else None
-        for chunk in chunks if isinstance(chunks, list) else ():
-            if isinstance(chunk, dict) and "tokens" not in chunk:
-                kind = chunk.get("type") or next(iter(chunk), "empty")
-                raise ValueError(f"chunk of type {kind!r} is not supported; use encoded_text")
-        return value
-
-    def to_ints(self) -> list[int]:
-        return [token for chunk in self.chunks for token in chunk.tokens]
+    sampling_session_id: str
 
 
 class SamplingParams(WireModel):
@@ -298,6 +421,15 @@ class SamplingParams(WireModel):
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_k: int = Field(-1, ge=-1)
     top_p: float = Field(1.0, gt=0, le=1)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _limit_stops(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop sequences")
+        return value
 
 
 class Sample(WireModel):
@@ -308,17 +440,20 @@ class Sample(WireModel):
     prompt: ModelInput
     num_samples: int = Field(1, ge=1)
     sampling_params: SamplingParams = SamplingParams()
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = Field(
+        False, validation_alias=AliasChoices("prompt_logprobs", "include_prompt_logprobs")
+    )
     topk_prompt_logprobs: int = Field(0, ge=0, le=100)
     topk_sample_logprobs: int = Field(0, ge=0, le=100)
     target_prompt_logprobs: Metadata | None = None
-    prompt_alt_tokens_k: int = 0
-    prompt_logprobs_last_n: int | None = None
+    """A TensorData; PromptTargets reads it."""
+    prompt_alt_tokens_k: int = Field(0, ge=0, le=100)
+    prompt_logprobs_last_n: int | None = Field(None, ge=1)
 
     def refuse_unsupported(self) -> None:
-        for name in ("target_prompt_logprobs", "prompt_alt_tokens_k", "prompt_logprobs_last_n"):
-            if getattr(self, name):
-                raise Unsupported(f"{name}: leave it out")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self.sampling_params, name):
+                raise Unsupported(f"sampling_params.{name}: leave it out")
 
 
 class RetrieveFuture(WireModel):
@@ -342,7 +477,7 @@ class RetrieveFutures(WireModel):
     target: SamplingSessionTarget
     prev_cursor: Int64 = 0
     timeout: float | None = Field(None, ge=0, allow_inf_nan=False)
-    retrieved_request_ids: list[str] = Field([], max_length=10_000)
+    retrieved_request_ids: Strings = Field([], max_length=10_000)
 
 
 class CancelFuture(WireModel):

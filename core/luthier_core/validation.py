@@ -13,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
+from luthier_core.losses import RATIO_MASK, LossSpec, loss_config, loss_spec
+from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2 as wire
 from luthier_core.types import Sample
-
-LOSS_INPUTS: Mapping[str, tuple[str, ...]] = {"cross_entropy": ("target_tokens", "weights")}
-"""Loss -> the inputs it needs, each of the shape of target_tokens (wire protocol 7.3)."""
 
 MAX_TARGET_CELLS = 2**24
 """Tokens of a request times its widest datum's targets: a CSR tensor of a few bytes can be any size
 once it is dense, and it widens the datums that it is packed with."""
+
+MAX_SCORE_CELLS = 2**22
+"""Values that one sampling request may want of its prompt's positions, and as many of the tokens
+that it samples: 32 MiB each in the answer."""
 
 _DTYPES: Mapping[int, str] = {wire.DTYPE_FLOAT32: "<f4", wire.DTYPE_INT64: "<i8"}
 _WANTED_DTYPE = {"target_tokens": wire.DTYPE_INT64}
@@ -50,17 +53,15 @@ def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
 
 def check_forward_backward(request: wire.ForwardBackwardRequest, limits: ModelLimits) -> int:
     """The number of input tokens; InvalidField or Unsupported if the request cannot be executed."""
-    if request.loss_fn not in LOSS_INPUTS:
-        raise InvalidField(f"loss_fn: {request.loss_fn!r} is not one of {sorted(LOSS_INPUTS)}")
+    loss = loss_spec(request.loss_fn)
+    loss_config(request)
     if not request.data:
         raise InvalidField("data: empty; at least one datum is needed")
     if len(request.data) > limits.max_datums:
         raise InvalidField(f"data: {len(request.data)} datums; at most {limits.max_datums}")
     total = most_targets = 0
     for index, datum in enumerate(request.data):
-        num_tokens, num_targets = _check_datum(
-            datum, f"data[{index}]", LOSS_INPUTS[request.loss_fn], limits
-        )
+        num_tokens, num_targets = _check_datum(datum, f"data[{index}]", loss, limits)
         total += num_tokens
         most_targets = max(most_targets, num_targets)
     if total > limits.max_tokens_per_request:
@@ -99,19 +100,51 @@ def check_sample(request: Sample, limits: ModelLimits) -> None:
         _check_token_ids(np.asarray(stop, dtype=object), "sampling_params.stop", limits.vocab_size)
     if stop == "" or (isinstance(stop, list) and "" in stop):
         raise InvalidField("sampling_params.stop: a stop string must not be empty")
+    _check_scores(request, len(tokens), limits)
+
+
+def _check_scores(request: Sample, num_tokens: int, limits: ModelLimits) -> None:
+    """What the request wants to know of its prompt's positions, and how much that is in all."""
+    last_n = request.prompt_logprobs_last_n
+    if last_n is not None and not request.prompt_logprobs:
+        raise InvalidField("prompt_logprobs_last_n: needs prompt_logprobs, which is false")
+    if last_n is not None and last_n > num_tokens - 1:
+        raise InvalidField(
+            f"prompt_logprobs_last_n: {last_n}; must be from 1 to {num_tokens - 1}, one less than "
+            "the prompt's tokens"
+        )
+    num_cells = num_tokens * (request.topk_prompt_logprobs + request.prompt_alt_tokens_k)
+    if request.target_prompt_logprobs is not None:
+        targets = PromptTargets.parse(request.target_prompt_logprobs, num_tokens)
+        wanted = targets.tokens[targets.tokens != -1]
+        _check_token_ids(wanted, "target_prompt_logprobs.data", limits.vocab_size)
+        num_cells += len(targets.tokens)
+    room = max(1, limits.max_context_tokens - num_tokens)
+    num_new = min(request.sampling_params.max_tokens or room, room) * request.num_samples
+    if num_new * request.topk_sample_logprobs > MAX_SCORE_CELLS:
+        raise InvalidField(
+            f"topk_sample_logprobs: {request.topk_sample_logprobs} for up to {num_new} new tokens; "
+            f"the product may be at most {MAX_SCORE_CELLS}: set max_tokens"
+        )
+    if num_cells > MAX_SCORE_CELLS:
+        raise InvalidField(
+            f"topk_prompt_logprobs, prompt_alt_tokens_k, target_prompt_logprobs: {num_cells} "
+            f"values for the prompt in all; at most {MAX_SCORE_CELLS}"
+        )
 
 
 def _check_datum(
-    datum: wire.Datum, where: str, inputs: tuple[str, ...], limits: ModelLimits
+    datum: wire.Datum, where: str, loss: LossSpec, limits: ModelLimits
 ) -> tuple[int, int]:
     """(tokens, targets per token)."""
     num_tokens = _check_model_input(datum, where, limits)
-    for name in inputs:
+    needed = ("target_tokens", *loss.inputs)
+    for name in needed:
         if name not in datum.loss_fn_inputs:
-            raise InvalidField(f"{where}.loss_fn_inputs.{name}: missing; needed are {list(inputs)}")
+            raise InvalidField(f"{where}.loss_fn_inputs.{name}: missing; needed are {list(needed)}")
     target_field = f"{where}.loss_fn_inputs.target_tokens"
     target_shape = _shape(datum.loss_fn_inputs["target_tokens"], target_field)
-    for name in inputs:
+    for name in (*needed, *(name for name in loss.token_inputs if name in datum.loss_fn_inputs)):
         field = f"{where}.loss_fn_inputs.{name}"
         tensor = datum.loss_fn_inputs[name]
         values, shape = _check_tensor(tensor, name, field)
@@ -126,7 +159,16 @@ def _check_datum(
             )
         if name == "target_tokens":
             _check_token_ids(values, field, limits.vocab_size)
+        elif name in loss.token_inputs:
+            _check_token_input(values, name, field)
     return num_tokens, prod(target_shape[1:])
+
+
+def _check_token_input(values: NDArray[Any], name: str, field: str) -> None:
+    if name == RATIO_MASK and not np.isin(values, (0, 1)).all():
+        raise InvalidField(f"{field}: every value must be 0 or 1")
+    if (values < 0).any():
+        raise InvalidField(f"{field}: every value must be at least 0")
 
 
 def _check_model_input(datum: wire.Datum, where: str, limits: ModelLimits) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator
 
@@ -16,9 +17,21 @@ from luthier_core.futures import Futures
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
-from luthier_gateway import futures, health, rest, sampling, sessions, training
-from luthier_gateway.auth import Authenticator
+from luthier_gateway import (
+    checkpoints,
+    files,
+    forward_backward,
+    futures,
+    health,
+    openapi,
+    rest,
+    sampling,
+    sessions,
+    training,
+)
+from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
+from luthier_gateway.client_version import refuse_too_old
 from luthier_gateway.web_io import error_response, json_response
 
 log = logging.getLogger(__name__)
@@ -37,6 +50,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/livez", health.livez),
         web.get("/readyz", health.readyz),
         web.get(f"{API}/healthz", health.healthz),
+        web.get("/health", health.health),
         web.post(f"{API}/client/config", sessions.client_config),
         web.post(f"{API}/client/dynamic_config", sessions.dynamic_config),
         web.post(f"{API}/create_session", sessions.create_session),
@@ -46,27 +60,61 @@ def routes() -> list[web.RouteDef]:
         web.get(f"{API}/get_server_capabilities", sessions.get_server_capabilities),
         web.post(f"{API}/create_model", training.create_model),
         web.post(f"{API}/get_info", training.get_info),
-        web.post(f"{API}/forward_backward", training.forward_backward),
+        web.post(f"{API}/forward_backward", forward_backward.forward_backward),
+        web.post(f"{API}/forward", forward_backward.forward),
         web.post(f"{API}/optim_step", training.optim_step),
         web.post(f"{API}/save_weights", training.save_weights),
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
+        web.post(f"{API}/save_weights_external", training.save_weights_external),
         web.post(f"{API}/load_weights", training.load_weights),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
+        web.post(f"{API}/join_sampling_session", sampling.join_sampling_session),
         web.post(f"{API}/asample", sampling.asample),
         web.post(f"{API}/retrieve_future", futures.retrieve_future),
         web.post(f"{API}/retrieve_futures", futures.retrieve_futures),
         web.post(f"{API}/cancel_future", futures.cancel_future),
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
-        web.post(f"{API}/weights_info", rest.weights_info),
+        *_bookkeeping_routes(),
+        web.get(f"{API}/openapi.json", openapi.get_openapi),
+    ]
+
+
+def _bookkeeping_routes() -> list[web.RouteDef]:
+    checkpoint = f"{API}{_CHECKPOINT}"
+    return [
+        web.post(f"{API}/weights_info", checkpoints.weights_info),
+        web.post(f"{API}/copy_weights", checkpoints.copy_weights),
         web.get(f"{API}/samplers/{{sampler_id}}", rest.get_sampler),
         web.get(f"{API}/training_runs", rest.list_training_runs),
         web.get(f"{API}/training_runs/{{run_id}}", rest.get_training_run),
-        web.get(f"{API}/training_runs/{{run_id}}/checkpoints", rest.list_run_checkpoints),
-        web.delete(f"{API}{_CHECKPOINT}", rest.delete_checkpoint),
-        web.get(f"{API}/checkpoints", rest.list_checkpoints),
+        web.get(f"{API}/training_runs/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.get(f"{API}/models/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.delete(checkpoint, checkpoints.delete_checkpoint),
+        web.post(f"{checkpoint}/publish", checkpoints.publish_checkpoint),
+        web.delete(f"{checkpoint}/publish", checkpoints.unpublish_checkpoint),
+        web.put(f"{checkpoint}/ttl", checkpoints.set_checkpoint_ttl),
+        web.get(f"{checkpoint}/archive", checkpoints.get_checkpoint_archive),
+        web.get(f"{checkpoint}/external_weights_urls", checkpoints.get_external_weights_urls),
+        web.get(f"{API}/checkpoints", checkpoints.list_checkpoints),
+        web.get(f"{files.PREFIX}{{key:.+}}", files.download, allow_head=False),
         web.get(f"{API}/sessions", rest.list_sessions),
+        web.post(f"{API}/sessions/search", rest.search_sessions),
         web.get(f"{API}/sessions/{{session_id}}", rest.get_session),
+        web.put(f"{API}/sessions/{{session_id}}/project", rest.set_session_project),
+        web.get(f"{API}/sessions/{{session_id}}/trace_export", rest.refuse_trace_export),
+        web.get(f"{API}/auth/apikey/me", rest.get_own_key),
+        web.delete(f"{API}/auth/apikey/me", rest.revoke_own_key),
+        web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),
+        web.post(f"{API}/auth/token", rest.refuse_key_exchange),
+        web.get(f"{API}/audit", rest.refuse_audit),
+        web.get(f"{API}/billing/usage/events", rest.refuse_billing),
+        web.get(f"{API}/billing/usage/checkpoints/current", rest.refuse_billing),
     ]
+
+
+def needs_key(path: str) -> bool:
+    """Whether a request for this path must carry an API key."""
+    return path not in OPEN_PATHS and not path.startswith(files.PREFIX)
 
 
 def build_app(config: Config) -> web.Application:
@@ -74,8 +122,12 @@ def build_app(config: Config) -> web.Application:
     app = web.Application(
         middlewares=[hold_failed_polls, answer_errors, authenticate],
         client_max_size=config.gateway.max_body_bytes,
+        handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
+    description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
+    # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
+    app[openapi.DESCRIPTION] = json.dumps(description).encode()
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
         async with open_backends(config) as opened:
@@ -109,6 +161,10 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
             blobs=blobs,
             registry=registry,
             auth=auth,
+            turns=Turns(
+                at_once=config.gateway.tenant_requests_at_once,
+                max_waiting=config.gateway.tenant_requests_waiting,
+            ),
         )
 
 
@@ -144,11 +200,20 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every path but the health checks needs a key; handlers find its tenant in the request."""
-    if request.path not in OPEN_PATHS:
-        auth = request.app[BACKENDS].auth
-        request[TENANT] = await auth.tenant(request.headers.get("X-API-Key"))
-    return await handler(request)
+    """All but health checks and signed links need a key; its tenant is put into the request.
+
+    And an SDK that this server can serve, which its user is told before anything else. Polls aside,
+    a tenant's requests take turns.
+    """
+    if not needs_key(request.path):
+        return await handler(request)
+    refuse_too_old(request)
+    backends = request.app[BACKENDS]
+    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    if request.path in POLLS:
+        return await handler(request)
+    async with backends.turns.of(tenant):
+        return await handler(request)
 
 
 async def _end_long_polls(app: web.Application) -> None:

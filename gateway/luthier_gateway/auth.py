@@ -1,11 +1,18 @@
-"""API key to tenant. Keys are looked up by their HMAC; the key itself is kept nowhere."""
+"""API key to tenant, and each tenant's share of this process.
 
+Keys are looked up by their HMAC; the key itself is kept nowhere.
+"""
+
+import asyncio
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from luthier_core.auth import key_hmac
-from luthier_core.errors import NotFound, Unauthorized
+from luthier_core.errors import NotFound, TooManyRequests, Unauthorized
+from luthier_core.records import ApiKeyRecord
 from luthier_core.registry_client import RegistryClient
 
 CACHED_KEYS = 10_000
@@ -35,16 +42,63 @@ class Authenticator:
             raise Unauthorized("send it in the header X-API-Key")
         if len(key) > MAX_KEY_CHARS:
             raise Unauthorized("no key is that long")
-        name = key_hmac(self._secret, key)
-        until, tenant = self._known.get(name, (0.0, ""))
+        until, tenant = self._known.get(key_hmac(self._secret, key), (0.0, ""))
         if until < self._clock():
-            try:
-                tenant = (await self._registry.get_key(name)).tenant
-            except NotFound:
-                self._known.pop(name, None)
-                raise Unauthorized("no such key") from None
+            name, record = await self.look_up(key)
+            tenant = record.tenant
             self._known[name] = (self._clock() + self._cache_s, tenant)
             self._known.move_to_end(name)
             if len(self._known) > CACHED_KEYS:
                 self._known.popitem(last=False)
         return tenant
+
+    async def look_up(self, key: str) -> tuple[str, ApiKeyRecord]:
+        """(HMAC of the key, its record as it is now); Unauthorized if it is nobody's."""
+        name = key_hmac(self._secret, key)
+        try:
+            return name, await self._registry.get_key(name)
+        except NotFound:
+            self._known.pop(name, None)
+            raise Unauthorized("no such key") from None
+
+    async def revoke(self, key: str) -> None:
+        """End the key, here at once."""
+        name, _ = await self.look_up(key)
+        await self._registry.revoke_key(name)
+        self._known.pop(name, None)
+
+
+@dataclass(slots=True)
+class _Share:
+    """Of one tenant that has requests here."""
+
+    turns: asyncio.Semaphore
+    num_requests: int = 0
+
+
+class Turns:
+    """Requests of a tenant beyond `at_once` wait, and beyond that and `max_waiting` are refused.
+
+    So however much one tenant sends, another waits for `at_once` of its requests at most. A long
+    poll takes no turn: it works for a moment only.
+    """
+
+    def __init__(self, *, at_once: int, max_waiting: int) -> None:
+        self._at_once = at_once
+        self._max_requests = at_once + max_waiting
+        self._shares: dict[str, _Share] = {}
+
+    @contextlib.asynccontextmanager
+    async def of(self, tenant: str) -> AsyncIterator[None]:
+        """A turn of this tenant; TooManyRequests if too many wait for one."""
+        share = self._shares.setdefault(tenant, _Share(asyncio.Semaphore(self._at_once)))
+        if share.num_requests >= self._max_requests:
+            raise TooManyRequests("too many of your requests wait at this gateway")
+        share.num_requests += 1
+        try:
+            async with share.turns:
+                yield
+        finally:
+            share.num_requests -= 1
+            if not share.num_requests:
+                del self._shares[tenant]

@@ -13,13 +13,13 @@ from aiohttp import web
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import Config
-from luthier_core.errors import BadRequest, NotFound, Unavailable
+from luthier_core.errors import BadRequest, InvalidField, NotFound, Unauthorized, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
-from luthier_gateway.auth import Authenticator
+from luthier_gateway.auth import Authenticator, Turns
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class Backends:
         blobs: Blobs,
         registry: RegistryClient,
         auth: Authenticator,
+        turns: Turns,
     ) -> None:
         self.config = config
         self.oplog = oplog
@@ -72,6 +73,7 @@ class Backends:
         self.blobs = blobs
         self.registry = registry
         self.auth = auth
+        self.turns = turns
         self._runs = Cache(self._load_run)
         self._samplers = Cache(self._load_sampler)
         self._models = Cache(self._load_model)
@@ -98,8 +100,10 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id) and not await self._is_admitted(run_id, seq):
-            raise BadRequest(f"session {session_id} is finished")
+        if await self._is_finished(session_id):
+            standing = await self.oplog.standing(run_id, seq)
+            if not standing.is_accepted:
+                raise BadRequest(f"session {session_id} is finished")
         return run
 
     async def check_sampling(self, sampler: SamplerRecord, seq: int) -> None:
@@ -118,15 +122,18 @@ class Backends:
         )
         return status == b"finished"
 
-    async def _is_admitted(self, run_id: str, seq: int) -> bool:
-        header = await self.oplog.header(run_id)
-        return header is not None and (
-            seq <= header.admitted or await self.oplog.is_parked(run_id, seq)
-        )
-
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""
         return await self._samplers.get(f"{tenant}/{sampling_session_id}")
+
+    async def access_tenant(self, weights_access_token: str | None) -> str | None:
+        """The tenant whose checkpoints the token lets its bearer read: it is a key of theirs."""
+        if not weights_access_token:
+            return None
+        try:
+            return await self.auth.tenant(weights_access_token)
+        except Unauthorized:
+            raise InvalidField("weights_access_token: it is no key of this server") from None
 
     async def model_facts(self, base_model: str) -> dict[str, Any]:
         """Facts of a configured base model; Unavailable until one of its workers has started."""

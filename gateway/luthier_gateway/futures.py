@@ -13,18 +13,19 @@ from luthier_core.errors import (
     InvalidField,
     NotFound,
     TooManyRequests,
-    Unsupported,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.futures import FutureId
 from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Body, Outcome
-from luthier_core.transcode import forward_backward_json, sample_json
+from luthier_core.transcode import forward_backward_json, result_json, sample_json
 from luthier_core.types import CancelFuture, RetrieveFuture, RetrieveFutures, parse
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
-from luthier_gateway.queue_state import REDIS_AWAY, QueueState, queue_state
-from luthier_gateway.web_io import json_response, read_body
+from luthier_gateway.client_version import PATIENT_POLLS_SINCE, is_before
+from luthier_gateway.queue_state import NO_ROOM, REDIS_AWAY, QueueState, queue_state
+from luthier_gateway.submit import off_loop_if_large
+from luthier_gateway.web_io import PROTOBUF, json_response, read_body
 
-PROTOBUF = "application/x-protobuf"
 TROUBLE_HOLD_S = 10.0
 """How long a poll is held while Redis is away: never a fast 5xx, which is polled again at once."""
 MAX_SMALL_BODY = 1024 * 1024
@@ -41,7 +42,14 @@ async def retrieve_future(request: web.Request) -> web.Response:
     wanted = parse(RetrieveFuture, await read_body(request, MAX_SMALL_BODY))
     config = backends.config.gateway
     future = _parse_id(wanted.request_id)
-    _check_room(backends)
+    try:
+        _check_room(backends)
+    except TooManyRequests:
+        if not is_before(request, PATIENT_POLLS_SINCE):
+            raise
+        await hold_in_trouble()
+        return _try_again(wanted.request_id, NO_ROOM)
+    await failpoint("gw.poll")
     try:
         outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
@@ -49,7 +57,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
         size = outcome.body.num_bytes
         if wanted.allow_metadata_only and not outcome.failed and size > config.peek_bytes:
             return json_response({"status": "complete_metadata", "response_payload_size": size})
-        response = await _result(request, backends.blobs, outcome)
+        response = await _result(request, backends.blobs, future, outcome)
     except REDIS_ERRORS:
         await hold_in_trouble()
         return _try_again(wanted.request_id, REDIS_AWAY)
@@ -154,11 +162,10 @@ async def _outcome(
     """The outcome; None after timeout_s; NotFound for another tenant's; Gone if none can come."""
     await _check_tenant(backends, tenant, future)
     # The common case first: an outcome that is there already needs no waiting.
-    outcome = await backends.futures.outcome(future)
-    if outcome is None:
-        await _check_admitted(backends, future)
-        if timeout_s > 0:
-            outcome = await backends.futures.wait(future, timeout_s=timeout_s)
+    find = _training_outcome if future.kind == "train" else _sampling_outcome
+    outcome = await find(backends, future)
+    if outcome is None and timeout_s > 0:
+        outcome = await backends.futures.wait(future, timeout_s=timeout_s)
     return outcome
 
 
@@ -170,39 +177,52 @@ async def _check_tenant(backends: Backends, tenant: str, future: FutureId) -> No
         await backends.sampler(tenant, future.parent)
 
 
-async def _check_admitted(backends: Backends, future: FutureId) -> None:
-    """Gone if no outcome can ever come: the id was never admitted, or its result has expired."""
-    if future.kind == "sample":
-        if not await backends.oplog.redis.exists(future.outcome_key):
-            raise Gone(f"request_id={future.parent}:{future.seq}")
-        return
+async def _training_outcome(backends: Backends, future: FutureId) -> Outcome | None:
+    """The outcome if it is there; Gone if the id was never accepted, or its result has expired."""
     seq = int(future.seq)
-    header = await backends.oplog.header(future.parent)
-    if header is None or (
-        seq > header.admitted and not await backends.oplog.is_parked(future.parent, seq)
-    ):
+    standing = await backends.oplog.standing(future.parent, seq)
+    if not standing.is_accepted:
         await backends.oplog.lost(future.parent, seq)
         raise Gone(f"request_id={future.parent}:{seq} was not accepted")
-    if seq <= header.committed and await backends.futures.outcome(future) is None:
+    if standing.is_committed and standing.outcome is None:
         raise Gone(f"request_id={future.parent}:{seq}")
+    return standing.outcome
 
 
-async def _result(request: web.Request, blobs: Blobs, outcome: Outcome) -> web.Response:
+async def _sampling_outcome(backends: Backends, future: FutureId) -> Outcome | None:
+    """The outcome if it is there; Gone if none can ever come."""
+    outcome = await backends.futures.outcome(future)
+    if outcome is None and not await backends.oplog.redis.exists(future.outcome_key):
+        raise Gone(f"request_id={future.parent}:{future.seq}")
+    return outcome
+
+
+async def _result(
+    request: web.Request, blobs: Blobs, future: FutureId, outcome: Outcome
+) -> web.Response:
+    """Protobuf for who accepts it, and JSON for everybody else."""
     body = await _bytes_of(blobs, outcome.body)
     if outcome.failed:
         return json_response({"error": body.decode(), "category": outcome.category})
-    if outcome.encoding == "json":
-        return web.Response(body=body, content_type="application/json")
-    if PROTOBUF not in request.headers.get("Accept", ""):
-        raise Unsupported(f"Accept: results of this kind are {PROTOBUF} (SDK 0.25.0 or newer)")
-    return web.Response(body=body, content_type=PROTOBUF)
+    if outcome.encoding == "protobuf":
+        if PROTOBUF in request.headers.get("Accept", ""):
+            return web.Response(body=body, content_type=PROTOBUF)
+        body = await off_loop_if_large(len(body), _transcode, future, body)
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _as_json(future: FutureId, outcome: Outcome, body: bytes) -> Any:
-    if outcome.encoding == "json":
-        return orjson.loads(body)
-    transcode = sample_json if future.kind == "sample" else forward_backward_json
-    return await asyncio.to_thread(transcode, body)
+    """For plain REST users: null where a number is none."""
+    if outcome.encoding == "protobuf":
+        return await off_loop_if_large(len(body), _TO_JSON[future.kind], body)
+    return orjson.loads(body)
+
+
+def _transcode(future: FutureId, body: bytes) -> bytes:
+    return result_json(_TO_JSON[future.kind](body))
+
+
+_TO_JSON = {"sample": sample_json, "train": forward_backward_json}
 
 
 async def _bytes_of(blobs: Blobs, body: Body) -> bytes:
@@ -226,6 +246,7 @@ async def _deliver(
     In this order: a client that was not told of a failure must not have its optimizer step obeyed
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
+    await failpoint("gw.deliver")
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):

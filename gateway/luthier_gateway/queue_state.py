@@ -23,6 +23,8 @@ REDIS_AWAY = QueueState(
     "paused_capacity", "the server's queue is restarting; nothing that was accepted is lost"
 )
 
+NO_ROOM = QueueState("paused_capacity", "too many requests wait for results on this gateway")
+
 
 async def queue_state(backends: Backends, tenant: str, future: FutureId) -> QueueState:
     """What this future waits for."""

@@ -6,7 +6,14 @@ from luthier_core import keys
 from luthier_core.errors import BadRequest, InvalidField, LuthierError, NotFound, TooManyRequests
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome
 from luthier_core.records import SamplerRecord
-from luthier_core.types import CreateSamplingSession, Sample, check, parse, read_object
+from luthier_core.types import (
+    CreateSamplingSession,
+    JoinSamplingSession,
+    Sample,
+    check,
+    parse,
+    read_object,
+)
 from luthier_core.validation import check_sample
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.submit import json_digest, off_loop_if_large
@@ -25,6 +32,17 @@ async def create_sampling_session(request: web.Request) -> web.Response:
         model_path=wanted.model_path,
     )
     return json_response({"sampling_session_id": sampler.sampling_session_id})
+
+
+async def join_sampling_session(request: web.Request) -> web.Response:
+    """A number for one more handle of the session, which keeps its seqs apart from the others'."""
+    backends, tenant = request.app[BACKENDS], request[TENANT]
+    wanted = parse(JoinSamplingSession, await read_body(request, 1024 * 1024))
+    sampler = await backends.sampler(tenant, wanted.sampling_session_id)
+    number = await backends.oplog.join(
+        sampler.sampling_session_id, request.headers.get("X-Idempotency-Key")
+    )
+    return json_response({"client_counter": number})
 
 
 async def asample(request: web.Request) -> web.Response:

@@ -5,14 +5,14 @@ from aiohttp import web
 from luthier_core.errors import Gone
 from luthier_core.types import CreateSession, FinishSession, SessionHeartbeat, parse
 from luthier_gateway.backends import BACKENDS, TENANT
-from luthier_gateway.web_io import json_response, read_body
-
-MAX_SMALL_BODY = 1024 * 1024
+from luthier_gateway.client_version import client_config as config_for
+from luthier_gateway.client_version import sdk_version
+from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, read_body
 
 
 async def client_config(request: web.Request) -> web.Response:
-    """One poller per sampling client instead of a long poll per sample; else the SDK's defaults."""
-    return json_response({"sample_use_retrieve_futures": True})
+    """What this release of the SDK is to do differently from its defaults."""
+    return json_response(config_for(sdk_version(request)))
 
 
 async def dynamic_config(request: web.Request) -> web.Response:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from aiohttp import web
@@ -15,11 +16,23 @@ from luthier_core.errors import (
     TooManyRequests,
     Unreadable,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.ops import Kind, Outcome, digest_of
 from luthier_core.protocol import Admit, Announce, Effect, PutPayload, Request, drive
 from luthier_core.protocol import submit as submit_steps
-from luthier_gateway.backends import Backends
-from luthier_gateway.web_io import json_response
+from luthier_gateway.backends import BACKENDS, TENANT, Backends
+from luthier_gateway.body_ids import read_json_ids, read_protobuf_ids
+from luthier_gateway.web_io import (
+    HEAD_BYTES,
+    PROTOBUF,
+    TAIL_BYTES,
+    OversizeBody,
+    json_response,
+    read_body,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _NOT_PART_OF_THE_REQUEST = frozenset({"sampling_session_seq_id"})
 """The SDK sends a new value of it with every retry of the same save (reliability F5)."""
@@ -37,6 +50,36 @@ def ids_of(value: dict[str, Any]) -> tuple[str, int]:
     if not isinstance(run_id, str) or not isinstance(seq, int) or not 1 <= seq < 2**31:
         raise Unreadable("model_id must be a string and seq_id an integer from 1 to 2147483647")
     return run_id, seq
+
+
+async def read_training_body(
+    request: web.Request, max_bytes: int, read: Callable[[bytes], T], kind: Kind
+) -> T | web.Response:
+    """What `read` makes of the body; or the answer to a body that it cannot read.
+
+    An unreadable or over-size body leaves a failed op at its seq if its ids can be made out, or the
+    run would wait for that seq: the client does not send it again (reliability 2.3).
+    """
+    backends, tenant = request.app[BACKENDS], request[TENANT]
+    read_ids = (
+        (lambda head, tail: read_protobuf_ids(head))
+        if request.content_type == PROTOBUF
+        else read_json_ids
+    )
+    try:
+        body = await read_body(request, max_bytes)
+    except OversizeBody as error:
+        ids = read_ids(error.head, error.tail)
+        await _use_up_seq(backends, tenant, ids, kind, digest_of(error.head + error.tail), error)
+        raise
+    try:
+        return await off_loop_if_large(len(body), read, body)
+    except Unreadable as error:
+        ids = read_ids(body[:HEAD_BYTES], body[-TAIL_BYTES:])
+        refused = await _use_up_seq(backends, tenant, ids, kind, digest_of(body), error)
+        if refused is None:
+            raise
+        return refused
 
 
 async def submit(
@@ -69,16 +112,20 @@ async def submit(
     async def perform(effect: Effect) -> Any:
         match effect:
             case PutPayload(key, data):
+                await failpoint("gw.put")
                 await backends.blobs.put(key, data)
             case Admit(op):
+                await failpoint("gw.admit")
                 limits = backends.config.limits
                 return await backends.oplog.admit(op, tenant=tenant, limits=limits, header=header)
             case Announce():
                 await backends.oplog.announce_run(base_model, run_id, time.time())
 
+    await failpoint("gw.body")
     admission = await drive(submit_steps(request), perform)
+    await failpoint("gw.reply")
     _raise_unless_admitted(admission.status, run_id, seq)
-    return json_response({"request_id": f"{run_id}:{seq}", "model_id": run_id})
+    return _accepted(run_id, seq)
 
 
 async def submit_creation(
@@ -118,14 +165,48 @@ async def reject_creation(
         outcome=Outcome.failure(problem.message, problem.category),
     )
     _raise_unless_admitted(status, run_id, 0)
-    return json_response({"request_id": f"{run_id}:0", "model_id": run_id})
+    return _accepted(run_id, 0)
 
 
-async def off_loop_if_large(size: int, function: Any, *args: Any) -> Any:
+async def off_loop_if_large(
+    size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
     """Run a pure function here, or on a thread if it would hold up the event loop."""
     if size < 256 * 1024:
-        return function(*args)
-    return await asyncio.to_thread(function, *args)
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
+
+
+async def _use_up_seq(
+    backends: Backends,
+    tenant: str,
+    ids: tuple[str, int] | None,
+    kind: Kind,
+    digest: str,
+    problem: LuthierError,
+) -> web.Response | None:
+    """Admit a failed op at this seq; None if there are no ids."""
+    if ids is None:
+        return None
+    run_id, seq = ids
+    run = await backends.working_run(tenant, run_id, seq)
+    return await submit(
+        backends,
+        tenant,
+        run_id,
+        seq,
+        kind=kind,
+        body=b"",
+        digest=digest,
+        base_model=run.base_model,
+        problem=problem,
+    )
+
+
+def _accepted(run_id: str, seq: int) -> web.Response:
+    return json_response(
+        {"request_id": f"{run_id}:{seq}", "model_id": run_id, "message": "accepted"}
+    )
 
 
 def _raise_unless_admitted(status: str, run_id: str, seq: int) -> None:

@@ -1,4 +1,4 @@
-"""Training requests: create_model, forward_backward, optim_step, save and load."""
+"""Training requests that are JSON in every SDK: create_model, optim_step, save and load."""
 
 from typing import Any
 
@@ -10,10 +10,8 @@ from luthier_core.errors import (
     InvalidField,
     LuthierError,
     NotFound,
-    Unreadable,
-    Unsupported,
 )
-from luthier_core.ops import Kind, digest_of
+from luthier_core.ops import Kind
 from luthier_core.records import RunRecord
 from luthier_core.types import (
     CreateModel,
@@ -21,24 +19,23 @@ from luthier_core.types import (
     ModelId,
     OptimStep,
     SaveWeights,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     WireModel,
     check,
     parse,
     read_object,
 )
-from luthier_core.validation import check_forward_backward, parse_forward_backward
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
-from luthier_gateway.proto_head import read_ids
 from luthier_gateway.submit import (
     ids_of,
     json_digest,
-    off_loop_if_large,
+    read_training_body,
     reject_creation,
     submit,
     submit_creation,
 )
-from luthier_gateway.web_io import HEAD_BYTES, OversizeBody, json_response, read_body
+from luthier_gateway.web_io import json_response, read_body
 
 MAX_JSON_BODY = 4 * 1024 * 1024
 
@@ -95,45 +92,6 @@ async def get_info(request: web.Request) -> web.Response:
     )
 
 
-async def forward_backward(request: web.Request) -> web.Response:
-    """The bytes of the request are passed on as they came; only their shape is checked here."""
-    backends, tenant = request.app[BACKENDS], request[TENANT]
-    if request.content_type != "application/x-protobuf":
-        raise Unsupported("Content-Type: must be application/x-protobuf (SDK 0.25.0 or newer)")
-    try:
-        body = await read_body(request, backends.config.gateway.max_body_bytes)
-    except OversizeBody as error:
-        await _use_up_seq(backends, tenant, error.head, error)
-        raise
-    try:
-        message = await off_loop_if_large(len(body), parse_forward_backward, body)
-    except Unreadable as error:
-        refused = await _use_up_seq(backends, tenant, body[:HEAD_BYTES], error)
-        if refused is None:
-            raise
-        return refused
-    if message.seq_id < 1:
-        raise Unreadable("seq_id: must be from 1 to 2147483647")
-    run = await backends.working_run(tenant, message.model_id, message.seq_id)
-    problem: LuthierError | None = None
-    try:
-        limits = backends.limits_of(run.facts)
-        await off_loop_if_large(len(body), check_forward_backward, message, limits)
-    except BadRequest as error:
-        problem = error
-    return await submit(
-        backends,
-        tenant,
-        message.model_id,
-        message.seq_id,
-        kind=Kind.FORWARD if message.forward_only else Kind.FORWARD_BACKWARD,
-        body=body,
-        digest=digest_of(body),
-        base_model=run.base_model,
-        problem=problem,
-    )
-
-
 async def optim_step(request: web.Request) -> web.Response:
     return await _submit_json(request, OptimStep, Kind.OPTIM_STEP)
 
@@ -146,16 +104,23 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
     return await _submit_json(request, SaveWeightsForSampler, Kind.SAVE_WEIGHTS_FOR_SAMPLER)
 
 
+async def save_weights_external(request: web.Request) -> web.Response:
+    return await _submit_json(request, SaveWeightsExternal, Kind.SAVE_WEIGHTS_EXTERNAL)
+
+
 async def load_weights(request: web.Request) -> web.Response:
     """Into a run as an ordinary op, or as the creation of a new run from a checkpoint."""
     backends, tenant = request.app[BACKENDS], request[TENANT]
-    value = read_object(await read_body(request, MAX_JSON_BODY))
-    if "model_id" in value and value["model_id"] is not None:
+    value = await read_training_body(request, MAX_JSON_BODY, read_object, Kind.LOAD_WEIGHTS)
+    if isinstance(value, web.Response):
+        return value
+    if value.get("model_id") is not None:
         return await _load_into_run(backends, tenant, value)
     try:
         wanted = check(LoadWeights, value)
         wanted.refuse_unsupported()
-        source = await backends.registry.resolve(tenant, wanted.path)
+        access = await backends.access_tenant(wanted.weights_access_token)
+        source = await backends.registry.resolve(tenant, wanted.path, access_tenant=access)
         run = await backends.registry.create_run(
             tenant,
             session_id=wanted.session_id or "",
@@ -163,6 +128,7 @@ async def load_weights(request: web.Request) -> web.Response:
             base_model=wanted.base_model,
             user_metadata=_as_strings(wanted.user_metadata),
             source_path=wanted.path,
+            access_tenant=access,
         )
     except (BadRequest, NotFound) as error:
         run_id = await _run_id_of(backends, tenant, value)
@@ -185,7 +151,8 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
     try:
         wanted = check(LoadWeights, value)
         wanted.refuse_unsupported()
-        source = await backends.registry.resolve(tenant, wanted.path)
+        access = await backends.access_tenant(wanted.weights_access_token)
+        source = await backends.registry.resolve(tenant, wanted.path, access_tenant=access)
         # The log names the checkpoint by its manifest, so replay loads the same bytes even if the
         # name has been given to another checkpoint since.
         body = orjson.dumps(
@@ -212,7 +179,9 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
 
 async def _submit_json(request: web.Request, model: type[WireModel], kind: Kind) -> web.Response:
     backends, tenant = request.app[BACKENDS], request[TENANT]
-    value = read_object(await read_body(request, MAX_JSON_BODY))
+    value = await read_training_body(request, MAX_JSON_BODY, read_object, kind)
+    if isinstance(value, web.Response):
+        return value
     run_id, seq = ids_of(value)
     run = await backends.working_run(tenant, run_id, seq)
     problem: LuthierError | None = None
@@ -280,28 +249,3 @@ async def _run_id_of(backends: Backends, tenant: str, value: dict[str, Any]) -> 
         raise InvalidField("session_id must be a string and model_seq_id an integer from 0")
     await backends.registry.get_session(tenant, session_id)
     return f"{session_id}:train:{index}"
-
-
-async def _use_up_seq(
-    backends: Backends, tenant: str, head: bytes, problem: LuthierError
-) -> web.Response | None:
-    """Leave a failed op at the seq of a body that cannot be read, or the run would wait for it.
-
-    None if not even the ids at its head can be read.
-    """
-    ids = read_ids(head)
-    if ids is None:
-        return None
-    run_id, seq = ids
-    run = await backends.working_run(tenant, run_id, seq)
-    return await submit(
-        backends,
-        tenant,
-        run_id,
-        seq,
-        kind=Kind.FORWARD_BACKWARD,
-        body=b"",
-        digest=digest_of(head),
-        base_model=run.base_model,
-        problem=problem,
-    )

@@ -32,10 +32,12 @@ class AttentionContext(Protocol):
         *,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """query [H, T, Dh], key and value [Hkv, T, Dh], rotated -> [T, H, Dh].
 
         `window`: a token sees itself and the window - 1 tokens before it; None is no limit.
+        `softcap`: scores become softcap * tanh(score / softcap), as Gemma 2 has it.
         """
 
 
@@ -54,17 +56,28 @@ class PackedAttention:
         *,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         if len(self.lengths) == 1:
-            return _causal(query, key, value, scale, window).transpose(0, 1)
+            return _causal(query, key, value, scale, window, softcap).transpose(0, 1)
         packed = (torch.split(x, self.lengths, dim=1) for x in (query, key, value))
-        parts = [_causal(q, k, v, scale, window) for q, k, v in zip(*packed, strict=True)]
+        parts = [_causal(q, k, v, scale, window, softcap) for q, k, v in zip(*packed, strict=True)]
         return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+def _causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     """One sequence: [H, T, Dh] and twice [Hkv, T, Dh] -> [H, T, Dh]."""
     num_tokens = query.shape[1]
+    if softcap is not None:
+        seen = _window_mask(num_tokens, window or num_tokens, query.device)
+        return capped_attention(query, key, value, seen, scale=scale, softcap=softcap)
     windowed = window is not None and num_tokens > window
     out: Tensor = F.scaled_dot_product_attention(
         query[None],
@@ -76,6 +89,22 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
         enable_gqa=len(query) != len(key),
     )
     return out[0]
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, *, scale: float, softcap: float
+) -> Tensor:
+    """[..., H, Q, Dh] and twice [..., Hkv, L, Dh] -> [..., H, Q, Dh]; `seen` broadcasts to [Q, L].
+
+    Written out, because torch's attention caps no scores; it holds [H, Q, L] in memory.
+    """
+    group = query.shape[-3] // key.shape[-3]
+    key, value = (x.repeat_interleave(group, dim=-3) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(value.dtype) @ value
 
 
 def _window_mask(num_tokens: int, window: int | None, device: torch.device) -> Tensor:
@@ -96,15 +125,23 @@ def _attention_function(
     attention: AttentionContext,
     scaling: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' calling convention: query [1, H, T, Dh] -> ([1, T, H, Dh], no weights)."""
     # Silently computing something else than the model means is worse than refusing it.
-    for name in ("softcap", "s_aux"):
-        if extra.get(name) is not None:
-            raise Unsupported(f"attention with {name}, which this base model uses")
+    if extra.get("s_aux") is not None:
+        raise Unsupported("attention with s_aux, which this base model uses")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    out = attention.attend(layer, query[0], key[0], value[0], scale=scaling, window=sliding_window)
+    out = attention.attend(
+        layer,
+        query[0],
+        key[0],
+        value[0],
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
     return out[None], None
 
 

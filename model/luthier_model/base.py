@@ -6,7 +6,7 @@ Dimensions: T packed tokens, D hidden size, M rows whose logits are wanted, V vo
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,14 +14,23 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
 from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAttention
-from luthier_model.lora import TARGETS, MultiLoRALinear, Routing, Segment
+from luthier_model.experts import MultiLoRAExperts, is_fused_experts
+from luthier_model.lora import (
+    TARGETS,
+    LoraShape,
+    MultiLoRALinear,
+    Routing,
+    Segment,
+    widened,
+)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +68,15 @@ class BaseModel:
         self.facts = facts
         self.module = module
         self.routing = routing
-        self.lora_shapes = {
-            part.name: (part.linear.in_features, part.linear.out_features)
-            for part in module.modules()
-            if isinstance(part, MultiLoRALinear)
-        }
-        """Module name -> features (in, out), in the model's order."""
+        config = module.config.get_text_config()
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.lora_shapes: dict[str, LoraShape] = {}
+        """What an adapter can be on, in the model's order, by name as in named_parameters()."""
+        for part in module.modules():
+            if isinstance(part, MultiLoRALinear):
+                self.lora_shapes[part.name] = (part.linear.in_features, part.linear.out_features)
+            elif isinstance(part, MultiLoRAExperts):
+                self.lora_shapes |= part.shapes
 
     @property
     def device(self) -> torch.device:
@@ -76,15 +88,26 @@ class BaseModel:
         dtype: torch.dtype = self.module.dtype
         return dtype
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of adapters, logits, losses and gradients: float32, but float64 on a float64 model."""
+        return torch.promote_types(self.dtype, torch.float32)
+
     def hidden(
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
         attention: AttentionContext,
         segments: Sequence[Segment],
+        *,
+        recompute: bool = False,
     ) -> Tensor:
-        """Hidden states [T, D] after the final norm, of int64 tokens[T] at positions[T]."""
-        with self.routing.use(segments):
+        """Hidden states [T, D] after the final norm, of int64 tokens[T] at positions[T].
+
+        With `recompute`, what a backward holds on to is one [T, D] per layer; the numbers are the
+        same bit for bit, and it costs a second forward.
+        """
+        with self.routing.use(segments, recompute=recompute):
             out: Tensor = self.module.base_model(
                 input_ids=tokens_T[None],
                 position_ids=positions_T[None],
@@ -94,10 +117,12 @@ class BaseModel:
         return out[0]
 
     def logits(self, hidden_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """float32 logits [M, V]; `segments` count the rows of hidden_MD."""
+        """Logits [M, V] in `compute_dtype`; `segments` count the rows of hidden_MD."""
         with self.routing.use(segments):
             out: Tensor = self.module.get_output_embeddings()(hidden_MD)
-        return out.float()
+        if (cap := self._logit_cap) is not None:
+            out = cap * torch.tanh(out / cap)
+        return widened(out)
 
 
 def load_base_model(
@@ -105,8 +130,9 @@ def load_base_model(
 ) -> BaseModel:
     """The model in the Hugging Face folder `path`, frozen, served to clients as `name`.
 
-    dtype is float32, bfloat16 or auto (bfloat16 on CUDA, float32 elsewhere). Only safetensors are
-    read and no code of the folder is run. ConfigError says in one line what is wrong with it.
+    dtype is float32, bfloat16, auto (bfloat16 on CUDA, float32 elsewhere) or, to measure the others
+    against, float64. Only safetensors are read and no code of the folder is run. ConfigError says
+    in one line what is wrong with it.
     """
     _check_folder(Path(path))
     if dtype == "auto":
@@ -131,6 +157,7 @@ def load_base_model(
     module.eval().requires_grad_(False).to(device)
     routing = Routing()
     _wrap_linears(module, routing)
+    _make_recomputable(module, routing)
     model = BaseModel(_facts(name, str(path), module), module, routing)
     _check_logits(model)
     return model
@@ -151,6 +178,33 @@ def _wrap_linears(module: nn.Module, routing: Routing) -> None:
         parent, _, last = name.rpartition(".")
         if isinstance(part, nn.Linear) and last in wanted:
             setattr(module.get_submodule(parent), last, MultiLoRALinear(part, name, routing))
+        elif is_fused_experts(part):
+            setattr(module.get_submodule(parent), last, MultiLoRAExperts(part, name, routing))
+
+
+def _make_recomputable(module: Any, routing: Routing) -> None:
+    for layer in module.base_model.layers:
+        layer.forward = _recomputable(layer.forward, routing)
+
+
+def _recomputable(forward: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
+    """A layer's forward that is a checkpoint while `routing` says so.
+
+    transformers' own checkpointing would compute again outside the routing: without adapters.
+    """
+
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        if not (routing.recompute and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        segments = routing.segments
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with routing.use(segments):
+                return forward(*args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputing
 
 
 @torch.no_grad()
@@ -166,7 +220,7 @@ def _check_logits(model: BaseModel) -> None:
     except Unsupported as error:
         raise ConfigError(f"model {model.facts.name}: {error.detail}") from error
     theirs = model.module(input_ids=tokens_T[None], use_cache=False, attention=attention).logits[0]
-    if not torch.allclose(ours, theirs.float(), rtol=1e-3, atol=1e-3):
+    if not torch.allclose(ours, widened(theirs), rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"model {model.facts.name}: {model.facts.architecture} changes its logits after lm_head"
         )

@@ -23,8 +23,9 @@ def token_logprobs(
 ) -> Tensor:
     """Log-probability in nats of each target under the model at temperature 1.
 
-    int64 targets [T] or [T, K] -> float32 of the same shape. Logits of at most `chunk_tokens` rows
-    exist at once; with gradients on and several chunks, backward computes each chunk again.
+    int64 targets [T] or [T, K] -> the same shape in the model's compute_dtype. Logits of at most
+    `chunk_tokens` rows exist at once; with gradients on and several chunks, backward computes each
+    chunk again.
     """
     targets_TK = targets_T if targets_T.dim() == 2 else targets_T[:, None]
     if len(hidden_TD) <= chunk_tokens:

@@ -1,8 +1,8 @@
 """LoRA for many tenants on one frozen model: each packed row gets its own adapter's delta.
 
-delta = (LORA_ALPHA / rank) B A x, computed in float32 whatever the base model's dtype.
+delta = (LORA_ALPHA / rank) B A x, computed in float32 even on a bfloat16 model.
 
-Dimensions: T packed tokens, D features in, E features out, R rank.
+Dimensions: T packed tokens, D features in, E features out, R rank, X experts of a layer.
 """
 
 import hashlib
@@ -21,10 +21,14 @@ LORA_ALPHA = 32.0
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "train_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "train_mlp": ("gate_proj", "up_proj", "down_proj"),
+    "train_mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
     "train_unembed": ("lm_head",),
 }
-"""Last part of the module names that each switch of a LoraSpec trains."""
+"""Last part of the module names that each switch of a LoraSpec trains. gate_up_proj is how
+transformers stores what gate and up of all experts of a layer have in common: one tensor."""
+
+LoraShape = tuple[int, ...]
+"""Features (D, E) of a linear module, or (X, D, E) of the experts of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,12 @@ class LoraSpec:
 
 @dataclass(slots=True)
 class LoraPair:
-    """The two factors of one module's delta, float32."""
+    """The two factors of one module's delta, float32 (float64 on a float64 model)."""
 
     a: Tensor
-    """[R, D]"""
+    """[R, D], or [X, R, D] for experts: a delta for each, all of the spec's rank."""
     b: Tensor
-    """[E, R]"""
+    """[E, R], or [X, E, R]"""
 
 
 @dataclass(slots=True)
@@ -81,14 +85,17 @@ class Routing:
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
+        self.recompute = False
+        """Whether each layer drops its activations and computes them again in the backward."""
 
     @contextmanager
-    def use(self, segments: Sequence[Segment]) -> Iterator[None]:
-        before, self.segments = self.segments, segments
+    def use(self, segments: Sequence[Segment], *, recompute: bool = False) -> Iterator[None]:
+        before = self.segments, self.recompute
+        self.segments, self.recompute = segments, recompute
         try:
             yield
         finally:
-            self.segments = before
+            self.segments, self.recompute = before
 
 
 class MultiLoRALinear(nn.Module):
@@ -111,9 +118,15 @@ class MultiLoRALinear(nn.Module):
         segments = self.routing.segments
         if not any(s.adapter is not None and self.name in s.adapter.pairs for s in segments):
             return base
-        x_TD = x.reshape(-1, x.shape[-1]).float()
-        base_TE = base.reshape(-1, base.shape[-1]).float()
-        return add_deltas_loop(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
+        x_TD = widened(x.reshape(-1, x.shape[-1]))
+        base_TE = widened(base.reshape(-1, base.shape[-1]))
+        add_deltas = add_deltas_loop if torch.is_grad_enabled() else add_deltas_in_place
+        return add_deltas(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that deltas and logits are computed in: float32, or float64 if x has it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def add_deltas_loop(
@@ -137,6 +150,37 @@ def _add_delta(base_TE: Tensor, x_TD: Tensor, adapter: LoraAdapter | None, name:
     return torch.addmm(base_TE, x_TD @ pair.a.T, pair.b.T, alpha=adapter.scale)
 
 
+MIN_ROWS = 4
+"""Matrix products of fewer rows take other code paths, whose sums differ in their last bits."""
+
+
+def add_deltas_in_place(
+    base_TE: Tensor, x_TD: Tensor, segments: Sequence[Segment], name: str
+) -> Tensor:
+    """Twin of add_deltas_loop that overwrites base_TE, for inference.
+
+    A row's bits do not depend on how many rows share its adapter: a segment of fewer than MIN_ROWS
+    is computed together with rows beside it, whose results are dropped.
+    """
+    num_rows = len(x_TD)
+    lengths = [segment.stop - segment.start for segment in segments]
+    rows = zip(segments, torch.split(base_TE, lengths), torch.split(x_TD, lengths), strict=True)
+    for segment, base, x in rows:
+        length = segment.stop - segment.start
+        adapter = segment.adapter
+        pair = None if adapter is None else adapter.pairs.get(name)
+        if adapter is None or pair is None:
+            continue
+        if length >= MIN_ROWS or length == num_rows:
+            base.addmm_(x @ pair.a.T, pair.b.T, alpha=adapter.scale)
+        else:
+            first = max(0, min(segment.start, num_rows - MIN_ROWS))
+            beside = slice(first, first + MIN_ROWS)
+            delta = _add_delta(base_TE[beside], x_TD[beside], adapter, name)
+            base.copy_(delta[segment.start - first : segment.stop - first])
+    return base_TE
+
+
 def target_modules(names: Iterable[str], spec: LoraSpec) -> list[str]:
     """Those of the model's linear modules that `spec` trains, in the model's order.
 
@@ -153,20 +197,28 @@ def target_modules(names: Iterable[str], spec: LoraSpec) -> list[str]:
     return [name for name, last in last_parts.items() if last in wanted]
 
 
+def factor_shapes(shape: LoraShape, rank: int) -> tuple[LoraShape, LoraShape]:
+    """Shapes of A and B for a module of that shape."""
+    *experts, num_in, num_out = shape
+    return (*experts, rank, num_in), (*experts, num_out, rank)
+
+
 def init_adapter(
-    spec: LoraSpec, modules: Mapping[str, tuple[int, int]], device: torch.device | str
+    spec: LoraSpec, modules: Mapping[str, LoraShape], device: torch.device | str
 ) -> LoraAdapter:
-    """A new adapter on `modules` (name -> features in, out): A uniform as PEFT's, B zero."""
+    """A new adapter on `modules`: A uniform as PEFT's, B zero."""
     pairs = {}
-    for name, (num_in, num_out) in modules.items():
-        a = _initial_a(spec, name, num_in).to(device)
-        pairs[name] = LoraPair(a=a, b=torch.zeros(num_out, spec.rank, device=device))
+    for name, shape in modules.items():
+        a_shape, b_shape = factor_shapes(shape, spec.rank)
+        a = _initial_a(spec, name, a_shape).to(device)
+        pairs[name] = LoraPair(a=a, b=torch.zeros(b_shape, device=device))
     return LoraAdapter(spec=spec, pairs=pairs)
 
 
-def _initial_a(spec: LoraSpec, name: str, num_in: int) -> Tensor:
+def _initial_a(spec: LoraSpec, name: str, shape: LoraShape) -> Tensor:
     """Drawn on the CPU by a generator of its own: device, order and neighbours do not matter."""
     digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    a_RD = torch.empty(spec.rank, num_in, dtype=torch.float32)
-    return nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5), generator=generator)
+    # Experts under one another: the bound depends on the number of features in alone.
+    a_RD = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=torch.float32)
+    return nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5), generator=generator).view(shape)

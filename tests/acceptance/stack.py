@@ -62,6 +62,7 @@ class Stack:
 
     def __init__(self, data: Path, model: Path, *options: str) -> None:
         self.data = data
+        self.model = model
         self._argv = [
             *(sys.executable, "-m", "luthier.cli", "up", "--data", str(data)),
             *("--model", f"{BASE_MODEL}={model}", *options),
@@ -114,12 +115,14 @@ class Stack:
         up = psutil.Process(self._process.pid)
         return [up, *up.children(recursive=True)]
 
-    def kill(self, part: str) -> None:
-        """SIGKILL to one part; returns once the supervisor has noticed."""
-        pid = self._pid(part)
-        assert pid is not None, f"{part} does not run"
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: self._pid(part) != pid, f"end of {part}", timeout_s=ANSWER_S)
+    def kill(self, *parts: str, sent: signal.Signals = signal.SIGKILL) -> None:
+        """A signal to some parts at once; returns when the supervisor has noticed their ends."""
+        pids = {part: self._pid(part) for part in parts}
+        for part, pid in pids.items():
+            assert pid is not None, f"{part} does not run"
+            os.kill(pid, sent)
+        for part, pid in pids.items():
+            wait_until(lambda: self._pid(part) != pid, f"end of {part}", timeout_s=ANSWER_S)  # noqa: B023
 
     def num_restarts(self, part: str) -> int:
         return int(self._status(part)["restarts"])

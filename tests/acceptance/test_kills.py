@@ -1,5 +1,6 @@
 """SIGKILL to each part of a stack while the quickstart and samplers use it."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,30 @@ def test_steps_sent_ahead_survive_one_kill_after_the_other(
                 stack.kill(kills[index])
         stack.wait_ready()
         assert results == expected
+
+
+def test_the_sdk_survives_a_restart_of_redis_and_of_the_gateway_in_mid_run(
+    stack: Stack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data, num_steps, num_ahead = make_data(tokenizer), 30, 3
+    restarts = {8: signal.SIGTERM, 18: signal.SIGKILL}
+    parts = ("valkey", "gateway")
+    before = [stack.num_restarts(part) for part in parts]
+    with stack.service(stack.api_key) as service:
+        expected = train(create_run(service), data, num_steps)
+        run = create_run(service)
+        steps, results = [], []
+        for index in range(num_steps):
+            # With both away, the SDK posts the next steps and polls for the ones before.
+            steps.append(submit_step(run, data))
+            if index in restarts:
+                stack.kill(*parts, sent=restarts[index])
+            if index >= num_ahead:
+                results.append(steps[index - num_ahead].result())
+        results += [step.result() for step in steps[-num_ahead:]]
+        stack.wait_ready()
+    assert results == expected
+    assert [stack.num_restarts(part) for part in parts] == [number + 2 for number in before]
 
 
 def test_samples_under_way_outlive_the_sampler(stack: Stack) -> None:

@@ -53,12 +53,15 @@ class Api:
         *,
         content_type: str = "application/json",
         headers: Mapping[str, str] | None = None,
+        allow_redirects: bool = True,
     ) -> Answer:
         given = {**self._headers, **(headers or {})}
         if body is not None:
             given["Content-Type"] = content_type
         url = path if path.startswith("http") else f"{self.url}/api/v1/{path}"
-        async with self._http.request(method, url, data=body, headers=given) as response:
+        async with self._http.request(
+            method, url, data=body, headers=given, allow_redirects=allow_redirects
+        ) as response:
             answer = Answer(response.status, response.headers, await response.read())
         _check_error(answer)
         return answer

@@ -1,16 +1,23 @@
 """Who may call what: keys, tenants kept apart, and errors that say what was wrong."""
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
 import pytest
 from aiohttp import web
 from tests.contract.gateway_client import Api, Run, datum
+from tests.contract.gateway_stack import KEYS, GatewayStack
 
-from luthier_gateway.app import OPEN_PATHS, routes
+from luthier_gateway.app import OPEN_PATHS, needs_key, routes
 
 ABSENT_SESSION = "0" * 32
 GUARDED = [
     (route.method, route.path.replace(":weights|sampler_weights|external_weights", ""))
     for route in routes()
-    if isinstance(route, web.RouteDef) and route.path not in OPEN_PATHS
+    if isinstance(route, web.RouteDef) and needs_key(route.path)
 ]
 
 
@@ -191,3 +198,37 @@ async def test_a_session_id_is_no_run_id(api: Api):
     session = await api.session()
     assert (await api.post("optim_step", {"model_id": session, "seq_id": 1})).status == 404
     assert (await api.post("get_info", {"model_id": session})).status == 404
+
+
+async def test_a_tenant_with_too_many_requests_under_way_is_refused_and_others_are_not(
+    second_gateway: Callable[..., Any], gateway_stack: GatewayStack, http: aiohttp.ClientSession
+):
+    gateway = replace(
+        gateway_stack.config.gateway, tenant_requests_at_once=1, tenant_requests_waiting=0
+    )
+    api = await second_gateway(gateway=gateway)
+    run = await api.run()
+    done, go_on = await run.step(), asyncio.Event()
+    await api.outcome(done)
+    url, mine = f"{api.url}/api/v1/create_session", {"X-API-Key": KEYS["ann"]}
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield b'{"tags": [], '
+        await go_on.wait()
+        yield b'"sdk_version": "0.38.0"}'
+
+    async def post() -> int:
+        async with http.post(url, data=slow_body(), headers=mine) as response:
+            return response.status
+
+    under_way = asyncio.create_task(post())
+    for _ in range(1000):  # until the body's head has arrived
+        if (refused := await api.get("get_server_capabilities")).status != 200:
+            break
+    assert refused.status == 429
+    assert int(refused.headers["Retry-After"]) > 0
+    assert (await api.poll(done)).status == 200
+    assert (await Api(http, api.url, KEYS["bob"]).get("get_server_capabilities")).status == 200
+    go_on.set()
+    assert await under_way == 200
+    assert (await api.get("get_server_capabilities")).status == 200

@@ -139,6 +139,51 @@ async def test_a_bomb_is_stopped_at_the_limit_and_its_seq_is_used_up(
     await assert_goes_on(api, run)
 
 
+async def test_a_frame_that_needs_a_large_window_is_a_422(api: Api):
+    run = await api.run()
+    body = run.message(datum()).SerializeToString()
+    for window_log, status in ((27, 422), (23, 200)):
+        # Of unknown size, so that the frame names the window and not its length.
+        packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: window_log})
+        packed = packer.compress(body) + packer.flush()
+        assert (await run.post_bytes(packed, Content_Encoding="zstd")).status == status
+
+
+async def test_a_body_that_is_large_only_while_it_is_compressed_is_a_413(api: Api):
+    run = await api.run()
+    size = 17 * 1024 * 1024
+    skipped = (0x184D2A50).to_bytes(4, "little") + size.to_bytes(4, "little") + bytes(size)
+    body = zstd.compress(run.message(datum()).SerializeToString()) + skipped
+    answer = await api.call(
+        "POST",
+        "forward_backward",
+        io.BytesIO(body),
+        content_type=PROTOBUF,
+        headers={"Content-Encoding": "zstd"},
+    )
+    assert answer.status == 413
+    assert "compressed" in answer.detail
+    await api.failure(f"{run.run_id}:1")
+    await assert_goes_on(api, run)
+
+
+async def test_members_one_after_the_other_are_one_body_but_not_too_many(api: Api):
+    run = await api.run()
+    body = run.message(datum()).SerializeToString()
+    for pack, encoding in ((zstd.compress, "zstd"), (gzip.compress, "gzip")):
+        packed = pack(body[:20]) + pack(body[20:])
+        assert (await run.post_bytes(packed, Content_Encoding=encoding)).status == 200
+        many = pack(b"") * 2000 + pack(body)
+        assert (await run.post_bytes(many, Content_Encoding=encoding)).status == 422
+
+
+async def test_an_encoding_that_is_not_known_is_named(api: Api):
+    answer = await (await api.run()).post_bytes(b"x", Content_Encoding="br")
+    assert answer.status == 400
+    assert "'br'" in answer.detail
+    assert "zstd" in answer.detail
+
+
 @pytest.mark.parametrize("encoding", ["zstd", "gzip", "deflate"])
 async def test_a_body_that_is_not_compressed_as_it_says_is_a_422(api: Api, encoding: str):
     run = await api.run()

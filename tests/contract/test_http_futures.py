@@ -102,17 +102,6 @@ async def test_a_training_result_is_protobuf_and_everything_else_json(api: Api):
     assert list(types.values()) == [PROTOBUF] + ["application/json"] * 3
 
 
-async def test_a_client_that_takes_no_protobuf_is_told_what_it_needs(api: Api):
-    run = await api.run()
-    request_id = await run.forward_backward()
-    await api.training_output(request_id)
-    answer = await api.poll(request_id, accept="application/json")
-    assert answer.status == 400
-    assert PROTOBUF in answer.detail
-    both = await api.poll(request_id, accept=f"{PROTOBUF}, application/json")
-    assert both.headers["Content-Type"] == PROTOBUF
-
-
 @pytest.mark.parametrize("metadata_only", [True, False, None])
 async def test_asking_for_metadata_only_may_bring_the_result(api: Api, metadata_only: bool | None):
     run = await api.run()

@@ -96,6 +96,40 @@ async def test_top_k_logprobs_come_where_they_are_asked_for(api: Api):
     assert ids[::3] == best
 
 
+async def test_chosen_tokens_are_scored_along_the_prompt(api: Api):
+    sampler = await api.sampler()
+    rows = len(PROMPT) - 1
+    targets = {"data": [token for token in PROMPT[1:] for _ in "ab"], "shape": [rows, 2]}
+    ends, columns = [0] * rows + [1], [7]
+    sparse = {"sparse_crow_indices": ends, "sparse_col_indices": columns}
+    common = {"sampling_params": {"max_tokens": 1, "seed": 1}, "prompt_logprobs": True}
+    dense_answer, sparse_answer = [
+        await sampler.sample(PROMPT, target_prompt_logprobs={**tensor, "dtype": "int64"}, **common)
+        for tensor in (targets, {"data": [PROMPT[-1]], "shape": [rows, 9], **sparse})
+    ]
+    expected = floats_of(dense_answer.prompt_logprobs)[1:]
+    found = floats_of(dense_answer.target_prompt_logprobs.dense)
+    assert found[::2] == found[1::2] == pytest.approx(expected, abs=1e-6)
+    csr = sparse_answer.target_prompt_logprobs.sparse_csr
+    assert floats_of(csr.values) == pytest.approx(expected[-1:], abs=1e-6)
+
+
+async def test_the_last_logprobs_and_other_tokens_of_the_prompt_come_if_asked_for(api: Api):
+    sampler = await api.sampler()
+    response = await sampler.sample(
+        PROMPT,
+        sampling_params={"max_tokens": 1, "seed": 1},
+        prompt_logprobs=True,
+        prompt_logprobs_last_n=2,
+        prompt_alt_tokens_k=3,
+    )
+    missing = [math.isnan(number) for number in floats_of(response.prompt_logprobs)]
+    assert missing == [True] * (len(PROMPT) - 2) + [False] * 2
+    alternatives = response.prompt_alt_tokens
+    assert list(alternatives.tokens.shape) == [len(PROMPT) - 1, 3]
+    assert len(floats_of(alternatives.logprobs.dense)) == 3 * (len(PROMPT) - 1)
+
+
 async def test_a_large_prompt_takes_the_way_through_the_store(api: Api):
     sampler = await api.sampler()
     stop = ["x" * 200] * 100
@@ -300,11 +334,17 @@ BAD_SAMPLES: dict[str, tuple[list[int], dict[str, Any], str, str]] = {
         "chunk of type 'image'",
         "encoded_text",
     ),
-    "what is not supported": (
-        [1],
-        {"prompt_alt_tokens_k": 2},
-        "prompt_alt_tokens_k",
-        "leave it out",
+    "more last logprobs than the prompt has": (
+        [1, 2],
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 2},
+        "prompt_logprobs_last_n: 2",
+        "from 1 to 1",
+    ),
+    "targets of another prompt": (
+        [1, 2],
+        {"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [2, 1]}},
+        "target_prompt_logprobs.shape",
+        "[1, K]",
     ),
 }
 
@@ -361,3 +401,39 @@ async def test_many_samples_at_once_are_all_answered(api: Api, gateway_stack: Ga
     ids = [await sampler.send(seq_id=seq, num_samples=seq % 3 + 1) for seq in range(40)]
     for seq, request_id in enumerate(ids):
         assert len((await api.samples(request_id)).sequences) == seq % 3 + 1
+
+
+# --- handles of one session -----------------------------------------------------------------------
+
+
+async def test_each_handle_that_joins_has_a_number_of_its_own_and_a_retry_the_same(api: Api):
+    session_id = (await api.sampler()).session_id
+    wanted = {"sampling_session_id": session_id}
+
+    async def join(**headers: str) -> int:
+        return int(
+            (await api.post("join_sampling_session", wanted, **headers)).json()["client_counter"]
+        )
+
+    first = await join(X_Idempotency_Key="a")
+    others = [await join(), await join(X_Idempotency_Key="b")]
+    assert await join(X_Idempotency_Key="a") == first == 1
+    assert len({first, *others, await join()}) == 4
+    assert min(others) > first
+
+
+async def test_samples_of_another_handle_do_not_collide(api: Api):
+    sampler = await api.sampler()
+    wanted = {"sampling_session_id": sampler.session_id}
+    clone = (await api.post("join_sampling_session", wanted)).json()["client_counter"]
+    ids = [await sampler.send([1], seq_id=0), await sampler.send([2], seq_id=clone * 10**9)]
+    assert len(set(ids)) == 2
+    for request_id in ids:
+        await api.samples(request_id)
+
+
+async def test_a_session_that_is_not_there_or_not_mine_cannot_be_joined(api: Api, stranger: Api):
+    session_id = (await api.sampler()).session_id
+    for client, name in ((api, f"{ABSENT_SESSION}:sample:0"), (stranger, session_id)):
+        answer = await client.post("join_sampling_session", {"sampling_session_id": name})
+        assert answer.status == 404

@@ -25,6 +25,10 @@ NEEDS = {
     "sample_join_sampling_session": "join_sampling_session",
     "custom_loss_server_side": "create_custom_loss",
     "pjwt_auth_enabled": "auth/token",
+    "create_model_via_load_weights": "load_weights",
+    "proto_write_fwdbwd": "forward_backward",
+    "fwd_via_fwdbwd": "forward_backward",
+    "proto_compress_fwdbwd": "forward_backward",
 }
 """Switch of the client -> the endpoint that it then calls."""
 

@@ -224,7 +224,7 @@ async def test_many_requests_at_once_are_executed_in_their_order(api: Api):
 # --- bad requests fail their future, and the run goes on ------------------------------------------
 
 BAD_DATA: dict[str, tuple[list[wire_pb2.Datum], dict[str, Any], str, str]] = {
-    "unknown loss": ([datum()], {"loss_fn": "ppo"}, "loss_fn: 'ppo'", "cross_entropy"),
+    "unknown loss": ([datum()], {"loss_fn": "mse"}, "loss_fn: 'mse'", "cross_entropy"),
     "empty batch": ([], {}, "data: empty", "at least one datum"),
     "too many datums": ([datum()] * 9, {}, "data: 9 datums", "at most 8"),
     "missing target_tokens": (
@@ -432,13 +432,6 @@ async def test_a_protobuf_request_without_a_seq_id_is_refused(api: Api):
     answer = await run.post_message(message)
     assert answer.status == 422
     assert "seq_id" in answer.detail
-
-
-async def test_json_is_no_forward_backward_any_more(api: Api):
-    run = await api.run()
-    answer = await run.post("forward_backward", forward_backward_input={"data": []})
-    assert answer.status == 400
-    assert "application/x-protobuf" in answer.detail
 
 
 # --- incomplete and non-finite gradients ----------------------------------------------------------

@@ -53,6 +53,20 @@ async def test_an_op_above_a_gap_is_accepted_and_waits(run):
     assert await run.is_parked(RUN, 3)
 
 
+async def test_an_accepted_op_is_never_missed_while_its_gap_is_being_filled(run):
+    for seq in range(1, 100, 2):
+        await admit(run, op(seq + 1))
+        standing, _ = await asyncio.gather(run.standing(RUN, seq + 1), admit(run, op(seq)))
+        assert standing.is_accepted
+
+
+async def test_a_committed_op_always_shows_its_outcome(run):
+    for seq in range(1, 50):
+        await admit(run, op(seq))
+        standing, _ = await asyncio.gather(run.standing(RUN, seq), run.commit(RUN, 1, seq, DONE))
+        assert (standing.outcome is not None) or not standing.is_committed
+
+
 async def test_a_repeated_post_is_a_duplicate_in_the_log_above_a_gap_and_after_commit(run):
     await admit(run, op(1))
     await admit(run, op(3))
@@ -163,7 +177,7 @@ async def test_failures_are_remembered_for_replay(run):
     await admit(run, op(2))
     await run.commit(RUN, 1, 1, Outcome.failure("no", "user"))
     await run.commit(RUN, 1, 2, DONE)
-    assert await run.failed_seqs(RUN) == {1}
+    assert (await run.recorded(RUN)).failed == {1}
 
 
 async def fail(run: Oplog, *seqs: int) -> None:
@@ -372,7 +386,7 @@ async def test_a_gap_that_is_given_up_fails_what_waits_above_it(run):
     assert await run.fail_range(RUN, 1, range(2, 4), never) == "ALREADY"
     outcomes = [await run.training_outcome(RUN, seq) for seq in (2, 3)]
     assert all(outcome is not None and outcome.failed for outcome in outcomes)
-    assert await run.failed_seqs(RUN) == {2, 3}
+    assert (await run.recorded(RUN)).failed == {2, 3}
     assert await admit(run, op(4)) == "DEAD"
     assert await admit(run, op(3)) == "DUP"
 

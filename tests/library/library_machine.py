@@ -256,7 +256,7 @@ class LibraryMachine(RuleBasedStateMachine):
         begin_next: bool,
     ) -> None:
         epoch, seq = self.run.epoch + epoch_error, self.run.committed + 1 + seq_error
-        call = {"gradient": gradient, "begin_next": begin_next}
+        call = {"gradient": gradient, "digest": f"after {seq}", "begin_next": begin_next}
         attempt = self.both("commit", self.run_id, epoch, seq, OUTCOMES[outcome], **call)
         if attempt.status == "OK":
             self.promises.note_commit(self.run_id, epoch)
@@ -332,7 +332,7 @@ class LibraryMachine(RuleBasedStateMachine):
     @rule(cursor=st.integers(0, 6))
     def read(self, cursor: int) -> None:
         self.both("header", self.run_id)
-        self.both("failed_seqs", self.run_id)
+        self.both("recorded", self.run_id)
         self.both("read_log", {self.run_id: cursor})
         self.both("is_parked", self.run_id, cursor)
         self.both("admitted_at", self.run_id, cursor)

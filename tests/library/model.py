@@ -12,7 +12,7 @@ from itertools import count
 from typing import Self
 
 from luthier_core.config import LimitsConfig
-from luthier_core.oplog import READ_AHEAD, Admission, Attempt, Completion, RunHeader
+from luthier_core.oplog import READ_AHEAD, Admission, Attempt, Completion, Recorded, RunHeader
 from luthier_core.ops import Gradient, Op, Outcome, SamplingJob, clone_of
 
 NUM_DIGEST_CHARS = 32
@@ -45,6 +45,8 @@ class Run:
     admissions: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     """seq -> digest, payload bytes and time in ms, from its admission until it is trimmed."""
     failed: set[int] = field(default_factory=set)
+    digests: dict[int, str] = field(default_factory=dict)
+    """seq -> that of the state after it"""
     untold: set[int] = field(default_factory=set)
     """Seqs whose gradient is missing, and the client does not know."""
     attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Run:
             "parked",
             "admissions",
             "failed",
+            "digests",
             "untold",
             "attempts",
             "deaths",
@@ -229,6 +232,7 @@ class Model:
         outcome: Outcome,
         *,
         gradient: Gradient = Gradient.KEPT,
+        digest: str = "",
         begin_next: bool = False,
     ) -> Attempt:
         run = self._held(run_id, epoch)
@@ -237,6 +241,8 @@ class Model:
             return Attempt(refused)
         self._store(run_id, run, seq, outcome)
         self._note_gradient(run, seq, gradient)
+        if digest:
+            run.digests[seq] = digest
         if begin_next and seq < run.admitted:
             return run.note_attempt(seq + 1, epoch)
         return Attempt("OK")
@@ -271,7 +277,7 @@ class Model:
             return "FENCED"
         if seq > run.committed:
             return "ORDER"
-        for per_seq in (run.log, run.admissions):
+        for per_seq in (run.log, run.admissions, run.digests):
             for old in [s for s in per_seq if s <= seq]:
                 del per_seq[old]
         run.failed = {s for s in run.failed if s > seq}
@@ -350,8 +356,9 @@ class Model:
     def is_parked(self, run_id: str, seq: int) -> bool:
         return run_id in self.runs and seq in self.runs[run_id].parked
 
-    def failed_seqs(self, run_id: str) -> frozenset[int]:
-        return frozenset(self.runs[run_id].failed if run_id in self.runs else ())
+    def recorded(self, run_id: str) -> Recorded:
+        run = self.runs.get(run_id)
+        return Recorded(frozenset(run.failed), dict(run.digests)) if run else Recorded()
 
     def read_log(self, cursors: Mapping[str, int]) -> dict[str, list[Op]]:
         found = {}

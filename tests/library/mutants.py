@@ -52,8 +52,9 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "commit: out of order": (NOT_NEXT, "if seq > num(h[2])"),
     "commit: a second outcome overwrites the first": (
         "return { 'ALREADY' }",
-        "redis.call('HSET', keys[2], unpack(rest(args, 7))) return { 'ALREADY' }",
+        "redis.call('HSET', keys[2], unpack(rest(args, 8))) return { 'ALREADY' }",
     ),
+    "commit: the state's digest is not kept": ("args[7] ~= ''", "false"),
     "commit: begins what is not admitted": (
         "next_seq == seq + 1 and next_seq <= num(h[2])",
         "true",
@@ -87,7 +88,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     # --- snapshots and the end of a run
     "trim: what is not committed": ("seq > num(h[2])", "false"),
     "trim: one entry too many": ("entry_id(seq + 1)", "entry_id(seq + 2)"),
-    "trim: fields stay": ("redis.call('HDEL', header, 'd:' .. s, 'x:' .. s)", ""),
+    "trim: fields stay": ("redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 's:' .. s)", ""),
     "ffwd: goes back": ("seq <= committed", "false"),
     "ffwd: parked ops stay": ("tonumber(s) <= seq", "false"),
     "ffwd: bytes stay": ("forget_pending(header, s)", ""),

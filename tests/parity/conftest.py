@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from luthier_core.proto import wire_pb2
 
@@ -27,12 +36,22 @@ Datum = tuple[list[int], list[int], list[float]]
 """tokens, target_tokens, weights"""
 
 
-@pytest.fixture(scope="session", params=["qwen3-tied", "llama-untied"])
+@pytest.fixture(
+    scope="session", params=["qwen3-tied", "llama-untied", "qwen2-biased", "mistral-windowed"]
+)
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     torch.manual_seed(20)
     if request.param == "qwen3-tied":
         model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True))
+    elif request.param == "qwen2-biased":
+        shape = {**_SHAPE, "initializer_range": 0.06}
+        model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False))
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    elif request.param == "mistral-windowed":
+        model = MistralForCausalLM(MistralConfig(**_SHAPE, head_dim=16, sliding_window=20))
     else:
         model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=False))
     folder = tmp_path_factory.mktemp(request.param)

@@ -33,4 +33,6 @@ def test_logprobs_and_gradients_do_not_depend_on_the_chunks(
     rows = targets if num_targets else targets[:, None]
     expected = model.logits(hidden_TD, segments).log_softmax(-1).gather(1, rows).view(shape)
     torch.testing.assert_close(logprobs, expected)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), leaves))
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    # The largest are around 100.
+    torch.testing.assert_close(gradients, wanted, rtol=1e-5, atol=1e-4)

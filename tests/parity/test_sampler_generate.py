@@ -9,11 +9,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from luthier_core.config import SamplerConfig
+from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter
+from luthier_model.packed_linear import pack_linears
 from luthier_model.peft_io import adapter_files, adapter_from_files
 from luthier_sampler import runner
 from luthier_sampler.engine import Engine
@@ -25,7 +27,16 @@ PROMPT_LENGTHS = (1, 5, 16, 31, 60)
 
 @pytest.fixture(scope="module")
 def model(model_folder: Path) -> BaseModel:
+    """As the sampler loads it."""
     torch.set_num_threads(1)
+    model = load_base_model("tiny", model_folder)
+    pack_linears(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def trainer_model(model_folder: Path) -> BaseModel:
+    """As the trainer loads it."""
     return load_base_model("tiny", model_folder)
 
 
@@ -114,7 +125,7 @@ def generate(reference: torch.nn.Module, prompt: list[int]) -> tuple[list[int], 
 
 @pytest.mark.parametrize("adapter", ["", "lora"])
 def test_prompt_logprobs_are_those_of_the_trainers_forward(
-    model, lora_files, prompts, adapter, monkeypatch
+    model, trainer_model, lora_files, prompts, adapter, monkeypatch
 ):
     monkeypatch.setattr(runner, "SCORE_CHUNK_TOKENS", 7)  # Several in one prefill chunk.
     engine = small_engine(model)
@@ -133,7 +144,7 @@ def test_prompt_logprobs_are_those_of_the_trainers_forward(
         for i, prompt in enumerate(prompts)
     ]
     loaded = adapter_from_files(lora_files, model.lora_shapes, "cpu") if adapter else None
-    expected = packed_logprobs(model, prompts, loaded)
+    expected = packed_logprobs(trainer_model, prompts, loaded)
     deviation = 0.0
     for prompt, wanted, response in zip(prompts, expected, answers(engine, specs), strict=True):
         got = np.frombuffer(response.prompt_logprobs, "<f4")
@@ -178,3 +189,64 @@ def check_topk(prompt: list[int], scores: np.ndarray, table: wire_pb2.TopkLogpro
             assert score == row[row_ids.tolist().index(token)]
         else:
             assert score <= row[-1]
+
+
+def test_every_way_to_score_a_prompt_gives_the_trainers_logprobs(
+    model, trainer_model, prompts, monkeypatch
+):
+    monkeypatch.setattr(runner, "SCORE_CHUNK_TOKENS", 7)
+    prompt = prompts[-1]
+    expected = packed_table(trainer_model, prompt)
+    random = np.random.default_rng(3)
+    cells = random.integers(-1, model.facts.vocab_size, (len(prompt) - 1, 2))
+    csr = {"sparse_crow_indices": [0] * 40 + [3] * 20, "sparse_col_indices": [0, 1, 2]}
+    tensors = [
+        {"data": cells.ravel().tolist(), "dtype": "int64", "shape": [len(prompt) - 1, 2]},
+        {"data": [7, -1, 9], "dtype": "int64", "shape": [len(prompt) - 1, 3], **csr},
+    ]
+    specs = [
+        SampleRequest(
+            request_id=str(i),
+            prompt=prompt,
+            max_tokens=1,
+            temperature=2.0,
+            seed=3,
+            prompt_logprobs=True,
+            prompt_logprobs_last_n=n,
+            prompt_alt_tokens_k=2,
+            target_prompt_logprobs=PromptTargets.parse(tensor, len(prompt)),
+        )
+        for i, (tensor, n) in enumerate(zip(tensors, (4, 59), strict=True))
+    ]
+    dense, sparse = answers(small_engine(model), specs)
+    got = np.frombuffer(dense.prompt_logprobs, "<f4")
+    assert np.isnan(got[:-4]).all()
+    wanted = expected[np.arange(59), prompt[1:]]
+    np.testing.assert_allclose(got[-4:], wanted[-4:], rtol=0, atol=1e-5)
+    got = np.frombuffer(sparse.prompt_logprobs, "<f4")
+    np.testing.assert_allclose(got[1:], wanted, rtol=0, atol=1e-5)
+    scored = np.frombuffer(dense.target_prompt_logprobs.dense, "<f4").reshape(cells.shape)
+    wanted = np.where(cells < 0, 0, np.take_along_axis(expected, np.maximum(cells, 0), 1))
+    np.testing.assert_allclose(scored, wanted, rtol=0, atol=1e-5)
+    assert list(sparse.target_prompt_logprobs.shape) == [59, 3]
+    values = np.frombuffer(sparse.target_prompt_logprobs.sparse_csr.values, "<f4")
+    np.testing.assert_allclose(values, [expected[39, 7], 0, expected[39, 9]], rtol=0, atol=1e-5)
+    for response in (dense, sparse):
+        alternatives = response.prompt_alt_tokens
+        assert list(alternatives.tokens.shape) == list(alternatives.logprobs.shape) == [59, 2]
+        tokens = np.frombuffer(alternatives.tokens.dense, "<i8").reshape(59, 2)
+        wanted = np.take_along_axis(expected, tokens, 1)
+        got = np.frombuffer(alternatives.logprobs.dense, "<f4").reshape(59, 2)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+    assert dense.prompt_alt_tokens == sparse.prompt_alt_tokens
+
+
+def packed_table(model: BaseModel, prompt: list[int]) -> np.ndarray:
+    """[len(prompt) - 1, V]: every token's logprob at each position after the first."""
+    targets = torch.arange(model.facts.vocab_size).expand(len(prompt), -1)
+    tokens_T, positions_T = torch.tensor(prompt), torch.arange(len(prompt))
+    segments = [Segment(0, len(prompt), None)]
+    with torch.no_grad():
+        hidden_TD = model.hidden(tokens_T, positions_T, PackedAttention([len(prompt)]), segments)
+        table = token_logprobs(model, hidden_TD, targets, segments, chunk_tokens=len(prompt))
+    return table[:-1].numpy()

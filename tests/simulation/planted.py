@@ -4,7 +4,7 @@
 protocol: planted again, so that they stay found. Product code knows of neither.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from luthier_core import protocol
 from luthier_core.config import LimitsConfig
 from luthier_core.oplog import Admission, Attempt
 from luthier_core.ops import Op, Outcome
-from luthier_core.owner import Action
+from luthier_core.owner import Action, FoldState
 from luthier_core.protocol import (
     MAX_DEATHS,
     PROBATION,
@@ -163,13 +163,11 @@ class UnconditionalHead(ObjectStore):
 # --- the protocol ---------------------------------------------------------------------------------
 
 
-def trim_before_cas(
-    tenure: Tenure, seq: int, copy: Any, missing: Iterable[int] = ()
-) -> Steps[None]:
-    yield PutSnapshot(tenure.run_id, SnapshotRef(seq, tenure.epoch), copy, tuple(missing))
+def trim_before_cas(tenure: Tenure, seq: int, copy: Any, state: FoldState) -> Steps[None]:
+    yield PutSnapshot(tenure.run_id, SnapshotRef(seq, tenure.epoch), copy, state)
     if tenure.sound is not None:
         tenure.check((yield Trim(tenure.run_id, tenure.epoch, tenure.sound.seq)))
-    yield from protocol.store_snapshot(tenure, seq, copy, missing)
+    yield from protocol.store_snapshot(tenure, seq, copy, state)
 
 
 def publish_on_replay(run_id: str, name: str) -> Steps[Tenure | None]:

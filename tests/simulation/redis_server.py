@@ -79,8 +79,10 @@ class Redis:
             self.oracle.begun(run_id, seq, epoch)
         return attempt
 
-    def commit(self, run_id: str, epoch: int, seq: int, outcome: Any, gradient: Gradient) -> Any:
-        attempt = self.model.commit(run_id, epoch, seq, outcome, gradient=gradient)
+    def commit(
+        self, run_id: str, epoch: int, seq: int, outcome: Any, gradient: Gradient, digest: str
+    ) -> Any:
+        attempt = self.model.commit(run_id, epoch, seq, outcome, gradient=gradient, digest=digest)
         if attempt.status == "OK":
             self.oracle.committed(run_id, range(seq, seq + 1), epoch, outcome, self.model)
             self.hint(run_id)

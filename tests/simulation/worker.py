@@ -32,7 +32,7 @@ from tests.simulation.world import (
 from luthier_core import protocol
 from luthier_core.oplog import RunHeader
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
-from luthier_core.owner import Action, Step
+from luthier_core.owner import Action, FoldState, Step, changes_state
 from luthier_core.protocol import Executed, Left, SnapshotRef, Steps, Tenure
 
 SWEEP_S = 1.0
@@ -63,8 +63,8 @@ class Held:
     tenure: Tenure | None = None
     state: State = field(default_factory=State)
     executed: deque[tuple[Step, Executed]] = field(default_factory=deque)
-    copied: tuple[int, State, tuple[int, ...]] | None = None
-    """A copy of the state that waits for its seq's commit: seq, state, missing gradients."""
+    copied: tuple[int, State, FoldState] | None = None
+    """A copy of the state that waits for its seq's commit: seq, state, and what goes with it."""
     num_ops_since_copy: int = 0
     idle_since: float = 0.0
     sight: RunHeader | None = None
@@ -221,7 +221,7 @@ class Worker:
         boundary = step.op.kind is Kind.OPTIM_STEP or self.world.chance(0.1)
         if due and boundary and step.publish:
             copy = yield from self._perform(held, protocol.CopyState(held.run_id))
-            held.copied = (step.op.seq, copy, tenure.owner.missing)
+            held.copied = (step.op.seq, copy, tenure.owner.state)
             held.num_ops_since_copy = 0
             self.world.notify(held.work)
 
@@ -255,8 +255,8 @@ class Worker:
             if held.copied is None or held.copied[0] > tenure.committed:
                 yield Wait(held.work, 1.0)
                 continue
-            seq, copy, missing = held.copied
-            yield from self.drive(held, self.rules.store_snapshot(tenure, seq, copy, missing))
+            seq, copy, state = held.copied
+            yield from self.drive(held, self.rules.store_snapshot(tenure, seq, copy, state))
             held.copied = None
             self.world.seen["snapshot"] += 1
 
@@ -277,23 +277,22 @@ class Worker:
                 return (yield from self._restore(held, ref))
             case protocol.FastForward(run_id, epoch, seq):
                 return (yield from self._redis(held, "ffwd", run_id, epoch, seq))
-            case protocol.ReadFailed(run_id):
-                return (yield from self._redis(held, "failed_seqs", run_id))
+            case protocol.ReadRecorded(run_id):
+                return (yield from self._redis(held, "recorded", run_id))
             case protocol.Begin(run_id, epoch, seq):
                 return (yield from self._redis(held, "begin", run_id, epoch, seq))
             case protocol.Execute(step):
                 return (yield from self._run(held, step))
             case protocol.Finish(step, rest):
                 return (yield from self._finish(held, step, rest))
-            case protocol.Commit(run_id, epoch, seq, outcome, gradient):
-                return (
-                    yield from self._redis(held, "commit", run_id, epoch, seq, outcome, gradient)
-                )
+            case protocol.Commit(run_id, epoch, seq, outcome, gradient, digest):
+                args = (run_id, epoch, seq, outcome, gradient, digest)
+                return (yield from self._redis(held, "commit", *args))
             case protocol.CopyState():
                 return held.state
-            case protocol.PutSnapshot(run_id, ref, copy, missing):
+            case protocol.PutSnapshot(run_id, ref, copy, state):
                 key = snapshot_key(run_id, ref.seq, ref.epoch)
-                return (yield from self._store("put", key, (copy, missing)))
+                return (yield from self._store("put", key, (copy, state)))
             case protocol.Trim(run_id, epoch, seq):
                 return (yield from self._redis(held, "trim", run_id, epoch, seq))
             case protocol.FailRange(run_id, epoch, seqs, outcome):
@@ -303,12 +302,12 @@ class Worker:
     def _restore(self, held: Held, ref: SnapshotRef | None) -> Coroutine[Any]:
         if ref is None:
             held.state = State()
-            return ()
+            return FoldState()
         stored = yield from self._store("get", snapshot_key(held.run_id, ref.seq, ref.epoch))
         if stored is None:
             return None
-        held.state, missing = stored
-        return missing
+        held.state, state = stored
+        return state
 
     def _run(self, held: Held, step: Step) -> Coroutine[Executed]:
         op = step.op
@@ -331,7 +330,8 @@ class Worker:
             return Executed(Outcome.failure("the engine refuses it", "user"))
         held.state = held.state.applied(op.kind, op.digest)
         result = held.state.result(op.digest, large=fields.large_result)
-        return Executed(rest=(held.state, result))
+        checksum = held.state.digest if changes_state(step) else ""
+        return Executed(rest=(held.state, result), checksum=checksum)
 
     def _finish(self, held: Held, step: Step, rest: Any) -> Coroutine[Outcome]:
         assert held.tenure is not None

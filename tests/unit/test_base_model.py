@@ -9,8 +9,8 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -126,10 +126,10 @@ def test_truncated_weights_are_refused_in_one_line(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("architecture", "config", "reason"),
     [
-        (Gemma2ForCausalLM, Gemma2Config(**SHAPE), "attention with softcap"),
+        (GptOssForCausalLM, GptOssConfig(**SHAPE, num_local_experts=2), "attention with s_aux"),
         (CohereForCausalLM, CohereConfig(**SHAPE, logit_scale=0.5), "changes its logits"),
     ],
-    ids=["gemma2", "cohere"],
+    ids=["gpt-oss", "cohere"],
 )
 def test_a_model_that_does_more_than_we_compute_is_refused(
     architecture: type[PreTrainedModel], config: PretrainedConfig, reason: str, tmp_path: Path

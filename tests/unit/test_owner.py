@@ -2,8 +2,9 @@
 
 import pytest
 
+from luthier_core.oplog import Recorded
 from luthier_core.ops import Body, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, Diverged, Owner
+from luthier_core.owner import Action, Diverged, FoldState, Owner
 
 OK = Outcome(state="completed")
 FAILED = Outcome.failure("broken", "server")
@@ -66,7 +67,7 @@ def test_committed_ops_are_replayed_without_publishing_and_saves_are_skipped():
 
 
 def test_replay_follows_the_recorded_failure_instead_of_trying_again():
-    owner = Owner("r", 2, committed=2, failed={1, 2})
+    owner = Owner("r", 2, committed=2, recorded=Recorded(frozenset({1, 2})))
     owner.feed(log(FB, STEP))
     assert drive(owner)[1:] == [
         (1, Action.NOTHING, False, True),
@@ -136,6 +137,36 @@ def test_a_rejected_request_fails_with_its_message_and_counts_as_a_missing_gradi
 
 
 def test_a_replay_knows_of_the_incomplete_gradient_as_the_first_run_did():
-    owner = Owner("r", 2, committed=1, failed={1})
+    owner = Owner("r", 2, committed=1, recorded=Recorded(frozenset({1})))
     owner.feed(log(FB, STEP))
     assert drive(owner)[2] == (2, Action.CLEAR_GRADIENT, True, True)
+
+
+def history(owner: Owner, checksums: dict[int, str]) -> dict[int, str]:
+    """seq -> digest after it, when executing leaves these checksums."""
+    digests = {}
+    while step := owner.next_step():
+        owner.ended(step.outcome or OK, checksums.get(step.op.seq, ""))
+        digests[step.op.seq] = owner.state.digest
+    return digests
+
+
+def test_a_replay_that_leaves_another_state_is_noticed_at_its_first_op():
+    states = {0: "a", 1: "b", 2: "c"}
+    recorded = Recorded(digests=history(new(log(FB, STEP)), states))
+    same = Owner("r", 2, committed=2, recorded=recorded)
+    same.feed(log(FB, STEP))
+    assert history(same, states) == recorded.digests
+    other = Owner("r", 2, committed=2, recorded=recorded)
+    other.feed(log(FB, STEP))
+    with pytest.raises(Diverged, match="seq 1"):
+        history(other, {**states, 1: "B"})
+
+
+def test_a_replay_from_a_snapshot_goes_on_with_its_digest():
+    states = {0: "a", 1: "b", 2: "c"}
+    digests = history(new(log(FB, STEP)), states)
+    state = FoldState(digest=digests[1])
+    owner = Owner("r", 2, 2, Recorded(digests=digests), state_seq=1, state=state)
+    owner.feed(log(FB, STEP)[2:])
+    assert history(owner, states) == {2: digests[2]}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from luthier_core.losses import LOSSES
 from luthier_core.proto import wire_pb2
 from luthier_trainer.packing import Example, decode_datum, decode_tensor, micro_batches, pack
 
@@ -55,11 +56,44 @@ def test_the_chunks_of_a_datum_are_one_sequence() -> None:
     datum = wire_pb2.Datum(
         model_input=chunks, loss_fn_inputs={"target_tokens": targets, "weights": targets}
     )
-    decoded = decode_datum(datum, ["weights"])
+    decoded = decode_datum(datum, LOSSES["cross_entropy"], {})
     assert decoded.tokens.tolist() == [1, 2, 3]
     # Weights that a client sent as integers count like any others.
     assert decoded.loss_inputs["weights"].dtype == np.float32
     assert decoded.loss_inputs["weights"].tolist() == [2, 3, 4]
+
+
+def policy_datum(**floats: list[float]) -> wire_pb2.Datum:
+    """Three tokens, of which the first is a prompt's."""
+    text = wire_pb2.EncodedTextChunk(tokens=np.array([1, 2, 3], "<i4").tobytes())
+    given = {"logprobs": [0.0, -1.0, 0.0], "advantages": [0.0, 0.0, 2.0], **floats}
+    inputs = {
+        name: wire_pb2.Tensor(dense=np.array(values, "<f4").tobytes(), dtype=wire_pb2.DTYPE_FLOAT32)
+        for name, values in given.items()
+    }
+    targets = wire_pb2.Tensor(
+        dense=np.array([2, 3, 4], "<i8").tobytes(), dtype=wire_pb2.DTYPE_INT64
+    )
+    return wire_pb2.Datum(
+        model_input=[wire_pb2.Chunk(encoded_text=text)],
+        loss_fn_inputs={"target_tokens": targets, **inputs},
+    )
+
+
+def test_a_setting_holds_at_every_target_unless_the_datum_brings_its_own() -> None:
+    config = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    own = policy_datum(clip_high_threshold=[1.0, 2.0, 3.0])
+    data = [decode_datum(datum, LOSSES["ppo"], config) for datum in (policy_datum(), own)]
+    packed = pack(data, torch.device("cpu"), torch.float64).loss_inputs_TK
+    assert packed["clip_low_threshold"][:, 0].tolist() == [0.8] * 6
+    assert packed["clip_high_threshold"][:, 0].tolist() == [1.2] * 3 + [1.0, 2.0, 3.0]
+
+
+def test_the_ratio_of_a_sequence_is_over_what_is_not_padding_unless_masked() -> None:
+    default = decode_datum(policy_datum(), LOSSES["gspo"], {})
+    masked = decode_datum(policy_datum(sequence_ratio_mask=[1, 0, 1]), LOSSES["gspo"], {})
+    assert default.loss_inputs["sequence_ratio_mask"].tolist() == [0, 1, 1]
+    assert masked.loss_inputs["sequence_ratio_mask"].tolist() == [1, 0, 1]
 
 
 def test_a_sparse_tensor_is_zero_where_nothing_was_sent() -> None:

@@ -41,7 +41,11 @@ def test_an_adapter_survives_its_files_bit_for_bit(adapter: LoraAdapter, files: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_alpha": 16}, "lora_alpha = 16, only 32.0"),
+        ({"lora_alpha": 0}, "lora_alpha = 0 is not a positive number"),
+        ({"lora_alpha": "16"}, "lora_alpha = '16' is not a positive number"),
+        ({"peft_type": "LOHA"}, "peft_type = 'LOHA', only 'LORA'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa', only True"),
         ({"use_dora": True}, "use_dora = True, only False"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"r": 0}, "r = 0 is not a positive integer"),

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from luthier_core.oplog import Attempt
+from luthier_core.oplog import Attempt, Recorded
 from luthier_core.ops import Body, Kind, Op, Outcome
-from luthier_core.owner import Owner
+from luthier_core.owner import FoldState, Owner
 from luthier_core.protocol import (
     COMMIT_DEPTH,
     PROBATION,
@@ -46,7 +46,7 @@ def played(steps: Steps[Any], answers: Iterable[Any]) -> tuple[list[Effect], Any
 def taken_over(restored: list[Any]) -> Tenure:
     """A run of nine committed ops with two snapshots; `restored` answers each Restore."""
     head = Head(1, "w/1", NEWER, OLDER)
-    answers = [(head, "a"), "b", (8, 8), *restored, frozenset()]
+    answers = [(head, "a"), "b", (8, 8), *restored, Recorded()]
     _, tenure = played(take_over("r", "w/2"), answers)
     return tenure
 
@@ -88,12 +88,14 @@ def test_a_take_over_is_given_up_when_redis_was_away_in_the_midst():
 
 
 def test_the_log_is_trimmed_up_to_the_snapshot_before():
-    effects, _ = played(store_snapshot(taken_over([()]), 8, None), [None, "c", "OK"])
+    effects, _ = played(
+        store_snapshot(taken_over([FoldState()]), 8, None, FoldState()), [None, "c", "OK"]
+    )
     assert effects[-1] == Trim("r", 2, NEWER.seq)
 
 
 def test_a_damaged_snapshot_is_not_kept_as_the_one_to_fall_back_on():
-    tenure = taken_over([None, ()])
-    effects, _ = played(store_snapshot(tenure, 8, None), [None, "c", "OK"])
+    tenure = taken_over([None, FoldState()])
+    effects, _ = played(store_snapshot(tenure, 8, None, FoldState()), [None, "c", "OK"])
     assert (tenure.head.snap, tenure.head.prev_snap) == (SnapshotRef(8, 2), OLDER)
     assert effects[-1] == Trim("r", 2, OLDER.seq)

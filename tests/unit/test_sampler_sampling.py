@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from luthier_sampler.sampling import draw, most_likely, sample, truncate, uniform
-from luthier_sampler.sequence import FILLER_LOGPROB, FILLER_TOKEN, SampleRequest
+from luthier_sampler.drawing import argmax, draw, truncate, truncate_by_sort
+from luthier_sampler.sampling import sample, uniform
+from luthier_sampler.scores import FILLER_LOGPROB, FILLER_TOKEN, most_likely
+from luthier_sampler.sequence import SampleRequest
 
 VOCAB_SIZE = 50
 PARAMETERS = [
@@ -64,7 +66,7 @@ def test_frequencies_are_the_model_probabilities():
     logits = torch.tensor([[2.0, 0.0, -1.0, -torch.inf, 1.0]])
     num_draws = 20_000
     numbers = torch.tensor([[uniform(7, position)] for position in range(num_draws)])
-    tokens = draw(logits.log_softmax(-1).expand(num_draws, -1), numbers.double())
+    tokens = draw(logits.log_softmax(-1), numbers.double().T)[0]
     frequencies = tokens.bincount(minlength=5) / num_draws
     expected = logits.softmax(-1)[0]
     print(f"largest deviation of a frequency: {(frequencies - expected).abs().max():.4f}")
@@ -83,20 +85,40 @@ def test_uniform_numbers_depend_on_seed_and_position_only():
 def test_the_largest_uniform_number_never_draws_an_impossible_token():
     logprobs = torch.full((1, 8), -torch.inf)
     logprobs[0, 2] = logprobs[0, 5] = math.log(0.05)
-    assert draw(logprobs, torch.tensor([[1 - 2**-52]], dtype=torch.float64)).tolist() == [5]
-    assert draw(logprobs, torch.zeros(1, 1, dtype=torch.float64)).tolist() == [2]
+    assert draw(logprobs, torch.tensor([[1 - 2**-52]], dtype=torch.float64)).tolist() == [[5]]
+    assert draw(logprobs, torch.zeros(1, 1, dtype=torch.float64)).tolist() == [[2]]
 
 
 def test_of_equally_likely_tokens_top_k_keeps_the_lowest_ids():
-    kept = truncate(torch.zeros(1, 6).log_softmax(-1), [spec(top_k=2)])
+    kept = truncate(torch.zeros(1, 6).log_softmax(-1), [2], [1.0])
     assert kept.isfinite().tolist() == [[True, True, False, False, False, False]]
+
+
+def test_a_vocabulary_is_truncated_by_few_candidates_as_by_sorting():
+    random = np.random.default_rng(1)
+    parameters = [(0, 0.9), (50, 1.0), (20, 0.5), (-1, 0.9999), (1, 1.0), (400, 0.99), (-1, 1.0)]
+    spread = [8.0, 2.0, 2.0, 0.1, 2.0, 1.0, 1.0]
+    logits = random.normal(0, 1, (len(parameters), 5000)) * np.array(spread)[:, None]
+    # Rounded rows have equals everywhere, also where the kept ones end.
+    for logits_BV in (torch.tensor(logits).float(), torch.tensor(logits.round(1)).float()):
+        rows = logits_BV.log_softmax(-1), *zip(*parameters, strict=True)
+        fast, slow = truncate(*rows), truncate_by_sort(*rows)
+        assert torch.equal(fast.isfinite(), slow.isfinite())
+        assert torch.equal(fast[fast.isfinite()], slow[slow.isfinite()])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 128, 300])
+def test_the_greedy_token_is_the_first_of_the_highest(vocab_size):
+    random = np.random.default_rng(2)
+    scores = torch.tensor(random.integers(0, 9, (40, vocab_size))).float()
+    assert argmax(scores).tolist() == scores.numpy().argmax(-1).tolist()
 
 
 def test_top_p_counts_what_top_k_left():
     logprobs = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     # Of the two that top_k leaves the first holds 0.57 of the probability, in the whole only 0.4.
-    assert truncate(logprobs, [spec(top_k=2, top_p=0.5)]).isfinite().sum() == 1
-    assert truncate(logprobs, [spec(top_p=0.5)]).isfinite().sum() == 2
+    assert truncate(logprobs, [2], [0.5]).isfinite().sum() == 1
+    assert truncate(logprobs, [-1], [0.5]).isfinite().sum() == 2
 
 
 @pytest.mark.parametrize("tempered", [False, True])

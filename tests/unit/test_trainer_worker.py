@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,15 +27,19 @@ from luthier_core.futures import FutureId, Futures
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, Oplog, RunHeader
 from luthier_core.ops import Body, Kind, Op, Outcome, Refusal, digest_of
+from luthier_core.owner import FoldState, Step
 from luthier_core.proto import wire_pb2
-from luthier_core.protocol import Head
+from luthier_core.protocol import STATE_LOST, Head, SnapshotRef
 from luthier_core.records import LoraConfig, RunRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_trainer import worker
+from luthier_trainer.adapters import RunState
 from luthier_trainer.engine import Engine
-from luthier_trainer.execution import Executor
+from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.optim import AdamParams
+from luthier_trainer.snapshots import Snapshots, Spent
+from luthier_trainer.stored_snapshots import StoredSnapshots
 from luthier_trainer.worker import Worker
 
 TENANT, MODEL = "ann", "tiny"
@@ -106,18 +110,22 @@ class Client:
 
     oplog: Oplog
     futures: Futures
+    blobs: DiskBlobs
     next_seq: dict[str, int] = field(default_factory=dict)
+    tenants: dict[str, str] = field(default_factory=dict)
+    """Run -> whose it is, if not TENANT's."""
 
     async def create(self, run_id: str, *, seed: int = 1, source: Any = None) -> None:
         record = RunRecord(
             run_id=run_id,
-            tenant=TENANT,
+            tenant=self.tenants.get(run_id, TENANT),
             session_id=run_id.partition(":")[0],
             base_model=MODEL,
             lora=LoraConfig(rank=2, seed=seed),
             optimizer_config={"type": "adamw"},
             created_at=datetime.now(UTC),
         )
+        await self.blobs.put(keys.run_record(TENANT, run_id), record.to_bytes())
         body = json.dumps({"run": record.model_dump(mode="json"), "source": source}).encode()
         await self.send(run_id, Kind.CREATE_MODEL, Body.of(body))
 
@@ -129,7 +137,10 @@ class Client:
         op = Op(run_id=run_id, seq=seq, kind=kind, digest=digest, body=body)
         header = {"base_model": MODEL, "facts": "{}"}
         admission = await self.oplog.admit(
-            op, tenant=TENANT, limits=LimitsConfig(), header=None if seq else header
+            op,
+            tenant=self.tenants.get(run_id, TENANT),
+            limits=LimitsConfig(),
+            header=None if seq else header,
         )
         assert admission.status == "OK"
         if not admission.owner:
@@ -191,6 +202,14 @@ class Trainer:
         """As if Redis had been restarted since the run's HEAD was read."""
         self.worker._runs[run_id].effects.server = "0" * 40
 
+    def has_stored(self, seq: int) -> bool:
+        """Whether the snapshot after op seq of run A is the newest, and none is under way."""
+        run = self.worker._runs.get(A)
+        if run is None or run.snapshotter is None or run.snapshotter.busy:
+            return False
+        newest = run.tenure.head.snap
+        return newest is not None and newest.seq == seq
+
     def epoch_of(self, run_id: str) -> int:
         """Under which the worker owns the run; 0 if it does not."""
         run = self.worker._runs.get(run_id)
@@ -207,6 +226,24 @@ class Trainer:
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
         await self.lease.release()
+
+
+@dataclass
+class Calls:
+    """Of one engine: what it was asked to execute."""
+
+    names: list[str] = field(default_factory=list)
+
+    def watch(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("create", "forward_backward", "optim_step", "load", "take_state"):
+            monkeypatch.setattr(engine, name, self._noting(name, getattr(engine, name)))
+
+    def _noting(self, name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.names.append(name)
+            return whole(*args, **kwargs)
+
+        return call
 
 
 @dataclass
@@ -233,12 +270,21 @@ async def rig(
     trainers: list[Trainer] = []
     executors: list[Executor] = []
 
-    async def start(name: str, *, first_cycle: int = 0, **config: Any) -> Trainer:
+    async def start(
+        name: str,
+        *,
+        first_cycle: int = 0,
+        watch: Calls | None = None,
+        snapshots: Snapshots | None = None,
+        **config: Any,
+    ) -> Trainer:
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
         await lease.take()
         executor = Executor(new_engine(), blobs, oplog)
         executors.append(executor)
+        if watch is not None:
+            watch.watch(executor.engine, monkeypatch)
         stopping = asyncio.Event()
         running = Worker(
             base_model=MODEL,
@@ -248,6 +294,7 @@ async def rig(
             blobs=blobs,
             executor=executor,
             first_cycle=first_cycle,
+            snapshots=snapshots or StoredSnapshots(executor, blobs, settings),
         )
         task = asyncio.create_task(running.run(stopping))
         trainers.append(Trainer(executor.engine, lease, stopping, task, running))
@@ -257,7 +304,7 @@ async def rig(
     try:
         plain = new_engine()
         yield Rig(
-            client=Client(oplog, futures),
+            client=Client(oplog, futures, blobs),
             blobs=blobs,
             start=start,
             reference=lambda *args, **kwargs: reference(plain, *args, **kwargs),
@@ -452,6 +499,150 @@ async def test_an_op_behind_an_unexpected_error_is_executed_after_the_rebuild(
     assert trainer.engine.run_digest(A) == expected
 
 
+# --- snapshots ------------------------------------------------------------------------------------
+
+
+async def stored(rig: Rig) -> list[str]:
+    """The snapshots of run A in the store, as seq-epoch."""
+    prefix = f"{keys.run_prefix(TENANT, A)}snap/"
+    found = [info.key async for info in rig.blobs.list(prefix)]
+    return sorted(key.split("/")[-2] for key in found if key.endswith("manifest.json"))
+
+
+async def steps(
+    rig: Rig, trainer: Trainer, numbers: Iterable[int], *, stored_at: Iterable[int] = ()
+) -> None:
+    """Optimizer steps, each over one datum; after the seqs `stored_at` a snapshot is awaited."""
+    for number in numbers:
+        await rig.client.forward_backward(A, gradient(number))
+        seq = await rig.client.step(A)
+        await rig.client.completed(A)
+        if seq in stored_at:
+            await until(lambda seq=seq: trainer.has_stored(seq))
+
+
+def ops_of(numbers: Iterable[int]) -> list[bytes | None]:
+    return [op for number in numbers for op in (gradient(number), None)]
+
+
+async def test_after_a_drain_nothing_is_replayed(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await steps(rig, first, range(3))
+    await rig.client.forward_backward(A, gradient(3))  # the gradient goes with it
+    await rig.client.completed(A)
+    await first.stop()
+    assert await stored(rig) == ["7-1"]
+    calls = Calls()
+    second = await rig.start("t1", watch=calls)
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert calls.names == ["take_state", "create", "optim_step"]
+    assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(4)))
+
+
+async def test_a_kill_costs_the_ops_since_the_last_snapshot(rig: Rig):
+    first = await rig.start("t0", snapshot_max_ops=4)
+    await rig.client.create(A)
+    await steps(rig, first, range(5), stored_at=(4, 8))
+    assert await stored(rig) == ["4-1", "8-1"]
+    await first.die()
+    calls = Calls()
+    second = await rig.start("t1", watch=calls)
+    await steps(rig, second, [5])
+    assert calls.names == ["take_state", "create", *["forward_backward", "optim_step"] * 2]
+    assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(6)))
+
+
+async def test_two_snapshots_are_kept_and_the_log_from_the_older_on(rig: Rig, oplog: Oplog):
+    trainer = await rig.start("t0", snapshot_max_ops=2)
+    await rig.client.create(A)
+    for number in range(4):
+        await steps(rig, trainer, [number], stored_at=[2 * number + 2])
+        seqs = [2 * number, 2 * (number + 1)] if number else [2]
+        assert await stored(rig) == [f"{seq}-1" for seq in seqs]
+    assert (await oplog.read_log({A: 0}))[A][0].seq == 7
+
+
+async def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(rig: Rig):
+    first = await rig.start("t0", snapshot_max_ops=2)
+    await rig.client.create(A)
+    await steps(rig, first, range(3), stored_at=(2, 4, 6))
+    assert await stored(rig) == ["4-1", "6-1"]
+    await first.die()
+    await damage(rig, "6-1")
+    second = await rig.start("t1")
+    await steps(rig, second, [3])
+    assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(4)))
+
+
+async def damage(rig: Rig, snapshot: str) -> None:
+    key = f"{keys.run_prefix(TENANT, A)}snap/{snapshot}/state.safetensors"
+    data = bytearray(await rig.blobs.get(key))
+    data[-1] ^= 1
+    await rig.blobs.put(key, bytes(data))
+
+
+async def test_a_run_whose_snapshots_are_all_damaged_says_so_and_disturbs_no_other(rig: Rig):
+    first = await rig.start("t0", snapshot_max_ops=2)
+    await rig.client.create(A)
+    await steps(rig, first, range(3), stored_at=(2, 4, 6))
+    assert await stored(rig) == ["4-1", "6-1"]
+    await first.die()
+    await damage(rig, "4-1")
+    await damage(rig, "6-1")
+    await rig.start("t1")
+    seq = await rig.client.step(A)
+    assert await rig.client.failed(A, seq) == (
+        "server",
+        STATE_LOST,
+    )
+    await rig.client.create(B)
+    await rig.client.completed(B)
+
+
+async def test_a_run_that_cannot_be_taken_over_keeps_no_other_waiting(rig: Rig):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    await first.stop()
+    await rig.blobs.delete(keys.run_record(TENANT, A))
+    await rig.client.step(A)
+    await rig.start("t1")
+    await rig.client.create(B)
+    await rig.client.completed(B)
+
+
+async def test_a_replay_that_computes_other_bits_fails_the_run_and_never_goes_on_silently(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await steps(rig, first, range(2))
+    await first.die()
+    # As on another machine, which rounds otherwise.
+    whole = RunState.checksum
+    monkeypatch.setattr(RunState, "checksum", lambda state: whole(state) + "0")
+    await rig.start("t1")
+    seq = await rig.client.step(A)
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert "left another state than it did before" in message
+
+
+async def test_a_run_that_made_room_comes_back_without_a_replay(rig: Rig):
+    calls = Calls()
+    trainer = await rig.start("t0", max_runs=1, watch=calls)
+    await rig.client.create(A)
+    await steps(rig, trainer, range(2))
+    await rig.client.create(B)
+    await rig.client.completed(B)
+    calls.names.clear()
+    await steps(rig, trainer, [2])
+    assert calls.names == ["take_state", "create", "forward_backward", "optim_step"]
+    assert trainer.engine.run_digest(A) == rig.reference(A, *ops_of(range(3)))
+
+
 # --- gaps, and a Redis that went back -------------------------------------------------------------
 
 
@@ -549,7 +740,7 @@ async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
     await rig.client.create(A)
     await rig.client.forward_backward(A, gradient(1))
     await rig.client.completed(A)
-    await first.stop()
+    await first.die()
     second = await rig.start("t1")
     break_once(second.engine, "forward_backward", monkeypatch)  # in the replay
     seq = await rig.client.forward_backward(A, gradient(2))
@@ -559,6 +750,56 @@ async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
     await rig.client.create(B)
     await rig.client.forward_backward(B, gradient(1))
     await rig.client.completed(B)
+
+
+class FailingSnapshots:
+    """Its only copy, of seq 1, cannot be stored: which is found when `fail` is set."""
+
+    def __init__(self) -> None:
+        self.fail = asyncio.Event()
+
+    def due(self, spent: Spent, step: Step) -> bool:
+        return step.op.seq == 1
+
+    async def copy(self, run_id: str) -> str:
+        return "state"
+
+    async def put(self, run: RunContext, ref: SnapshotRef, copy: str, state: FoldState) -> None:
+        await self.fail.wait()
+        raise Unavailable("the store")
+
+    async def restore(self, run: RunContext, ref: SnapshotRef) -> None:
+        raise AssertionError("there is no snapshot")
+
+    async def delete(self, run: RunContext, ref: SnapshotRef) -> None:
+        raise AssertionError("there is no snapshot")
+
+
+async def test_a_run_that_is_let_go_in_the_midst_of_a_commit_holds_up_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    snapshots, committing = FailingSnapshots(), asyncio.Event()
+    commit = Oplog.commit
+
+    async def held_once(
+        oplog: Oplog, run_id: str, epoch: int, seq: int, *rest: Any, **named: Any
+    ) -> Any:
+        if (epoch, seq) == (1, 2):
+            committing.set()
+            await asyncio.Event().wait()
+        return await commit(oplog, run_id, epoch, seq, *rest, **named)
+
+    monkeypatch.setattr(Oplog, "commit", held_once)
+    trainer = await rig.start("t0", snapshots=snapshots)
+    await rig.client.create(A)
+    for number in range(4):
+        await rig.client.forward_backward(A, gradient(number))
+    await committing.wait()
+    snapshots.fail.set()
+    await rig.client.completed(A)
+    expected = rig.reference(A, *(gradient(number) for number in range(4)))
+    assert trainer.engine.run_digest(A) == expected
+    assert (await rig.client.header(A)).epoch == 2
 
 
 # --- takeover and replay --------------------------------------------------------------------------
@@ -611,6 +852,38 @@ async def test_what_was_queued_when_a_worker_died_is_executed_by_the_next(
     await rig.client.completed(A)
     expected = rig.reference(A, *(gradient(number) for number in range(3)))
     assert second.engine.run_digest(A) == expected
+
+
+async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = await rig.start("t0")
+    rig.client.tenants[B] = "bob"
+    for run_id in (A, B):
+        await rig.client.create(run_id)
+        await rig.client.completed(run_id)
+    executed: list[str] = []
+    may_go_on = threading.Semaphore(0)
+    whole = trainer.engine.forward_backward
+
+    def slow(run_id: str, *args: Any, **kwargs: Any) -> bytes:
+        executed.append(run_id)
+        may_go_on.acquire(timeout=30)
+        return whole(run_id, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.engine, "forward_backward", slow)
+    owned = trainer.worker._runs
+    for number in range(8):
+        await rig.client.forward_backward(A, gradient(number))
+    await until(lambda: owned[A].owner.num_queued == 8)
+    may_go_on.release()
+    await until(lambda: len(executed) == 2)  # the first of a share of seven
+    await rig.client.forward_backward(B, gradient(0))
+    await until(lambda: owned[B].owner.num_queued == 1)
+    may_go_on.release(8)
+    for run_id in (A, B):
+        await rig.client.completed(run_id)
+    assert executed == [A, A, B, A, A, A, A, A, A]
 
 
 async def test_a_worker_whose_run_was_taken_over_publishes_nothing_and_drops_it(
@@ -691,7 +964,7 @@ async def test_a_replay_follows_the_failures_that_were_recorded(rig: Rig):
     infinite = await rig.client.step(A)  # fails: not finite
     known = await rig.client.refused(A)
     await rig.client.failed(A, known)
-    for seq in await rig.client.oplog.failed_seqs(A):  # as a client that awaits every result
+    for seq in (await rig.client.oplog.recorded(A)).failed:  # as a client that awaits every result
         await rig.client.oplog.told(A, seq)
     await rig.client.forward_backward(A, gradient(3))
     await rig.client.step(A)  # obeyed: the client knows
@@ -725,7 +998,7 @@ async def test_a_replay_saves_nothing_again(rig: Rig):
     saved = json.loads(await rig.client.completed(A, await rig.client.save(A, "x")))
     assert saved["path"] == f"tinker://{A}/weights/x"
     before = [info async for info in rig.blobs.list(keys.run_prefix(TENANT, A))]
-    await first.stop()
+    await first.die()
     await rig.start("t1")
     await rig.client.step(A)
     await rig.client.completed(A)

@@ -15,6 +15,7 @@ from luthier_core.errors import BadRequest, InvalidField, Unreadable, Unsupporte
 from luthier_core.proto import wire_pb2
 from luthier_core.types import Sample, check
 from luthier_core.validation import (
+    MAX_SCORE_CELLS,
     MAX_TARGET_CELLS,
     ModelLimits,
     check_forward_backward,
@@ -77,6 +78,16 @@ def request(
     return wire_pb2.ForwardBackwardRequest(model_id="r", seq_id=1, loss_fn=loss_fn, data=data)
 
 
+def policy_datum(**inputs: wire_pb2.Tensor | None) -> wire_pb2.Datum:
+    """A good datum for the policy losses; an input that is None is left out."""
+    given = {
+        "weights": None,
+        "logprobs": tensor([0, -1, -2], FLOAT),
+        "advantages": tensor([0, 1, -1], FLOAT),
+    }
+    return datum(**{**given, **inputs})
+
+
 def of_length(length: int) -> wire_pb2.Datum:
     return datum(
         [1] * length, target_tokens=tensor([1] * length), weights=tensor([1] * length, FLOAT)
@@ -108,12 +119,71 @@ GOOD_REQUESTS = {
         )
     ),
     "an input that no loss knows": request(datum(mask=tensor([1], wire_pb2.DTYPE_BFLOAT16))),
+    **{
+        name: request(policy_datum(), loss_fn=name)
+        for name in ("importance_sampling", "ppo", "cispo", "dro", "gspo")
+    },
+    "thresholds by token in one datum": request(
+        policy_datum(clip_high_threshold=tensor([1, 2, 3], FLOAT)), policy_datum(), loss_fn="ppo"
+    ),
+    "a mask of the ratio": request(
+        policy_datum(sequence_ratio_mask=tensor([0, 1, 1], FLOAT)), loss_fn="gspo"
+    ),
+    "a policy loss with two targets per position": request(
+        policy_datum(
+            target_tokens=tensor([2, 3, 4, 5, 6, 7], shape=(3, 2)),
+            logprobs=tensor([-1] * 6, FLOAT, (3, 2)),
+            advantages=tensor([1] * 6, FLOAT, (3, 2)),
+        ),
+        policy_datum(),
+        loss_fn="dro",
+    ),
+    "settings": wire_pb2.ForwardBackwardRequest(
+        loss_fn="cispo", data=[policy_datum()], loss_fn_config={"clip_high_threshold": 2.0}
+    ),
     "the last token id": request(datum([66, 0, 66], target_tokens=tensor([66, 0, 66]))),
 }
 
 REFUSALS = {
-    "unknown loss": (request(datum(), loss_fn="ppo"), "loss_fn: 'ppo'", "cross_entropy"),
+    "unknown loss": (request(datum(), loss_fn="mse"), "loss_fn: 'mse'", "cross_entropy"),
     "no loss": (request(datum(), loss_fn=""), "loss_fn", "cross_entropy"),
+    "a loss whose formula is a secret": (
+        request(datum(), loss_fn="stable_reinforce"),
+        "loss_fn: 'stable_reinforce'",
+        "importance_sampling",
+    ),
+    "a setting that the loss does not have": (
+        wire_pb2.ForwardBackwardRequest(
+            loss_fn="ppo", data=[policy_datum()], loss_fn_config={"clip_range": 0.2}
+        ),
+        "loss_fn_config.clip_range",
+        "['clip_high_threshold', 'clip_low_threshold']",
+    ),
+    "missing logprobs": (
+        request(policy_datum(logprobs=None), loss_fn="ppo"),
+        "data[0].loss_fn_inputs.logprobs: missing",
+        "['target_tokens', 'logprobs', 'advantages']",
+    ),
+    "missing advantages": (
+        request(policy_datum(advantages=None), loss_fn="gspo"),
+        "data[0].loss_fn_inputs.advantages: missing",
+        "['target_tokens', 'logprobs', 'advantages']",
+    ),
+    "too few thresholds": (
+        request(policy_datum(clip_low_threshold=tensor([1, 1], FLOAT)), loss_fn="cispo"),
+        "data[0].loss_fn_inputs.clip_low_threshold: shape [2]",
+        "[3] or [3, K]",
+    ),
+    "a negative threshold": (
+        request(policy_datum(clip_low_threshold=tensor([0, 1, -1], FLOAT)), loss_fn="cispo"),
+        "data[0].loss_fn_inputs.clip_low_threshold",
+        "at least 0",
+    ),
+    "a mask of the ratio that weighs": (
+        request(policy_datum(sequence_ratio_mask=tensor([0, 0.5, 1], FLOAT)), loss_fn="gspo"),
+        "data[0].loss_fn_inputs.sequence_ratio_mask",
+        "0 or 1",
+    ),
     "empty batch": (request(), "data: empty", "at least one datum"),
     "too many datums": (request(*[of_length(1)] * 5), "data: 5 datums", "at most 4"),
     "too many tokens": (request(*[of_length(14)] * 3), "data: 42 tokens", "at most 40"),
@@ -336,7 +406,7 @@ def test_a_good_request_passes_and_its_tokens_are_counted(name: str):
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_names_the_field_and_what_is_allowed(name: str):
     message, field, allowed = REFUSALS[name]
-    with pytest.raises(InvalidField) as refused:
+    with pytest.raises((InvalidField, Unsupported)) as refused:
         check_forward_backward(message, LIMITS)
     sentence = refused.value.message
     assert field in sentence
@@ -498,6 +568,22 @@ def test_every_good_request_can_be_executed(engine: Engine, name: str):
 # --- sampling requests ----------------------------------------------------------------------------
 
 
+def targets(**changes: Any) -> dict[str, Any]:
+    """A request's target_prompt_logprobs with those parts changed."""
+    return {"target_prompt_logprobs": {**TARGETS, **changes}}
+
+
+TARGETS = {"data": [1, -1, 66, 0], "dtype": "int64", "shape": [2, 2]}
+SPARSE_TARGETS = {
+    "data": [1, 66],
+    "dtype": "int64",
+    "shape": [2, 5],
+    "sparse_crow_indices": [0, 0, 2],
+    "sparse_col_indices": [0, 4],
+}
+LARGE_TARGETS = targets(data=[-1] * 11 * 400_000, shape=[11, 400_000])
+
+
 def sample(**fields: Any) -> Sample:
     """A good request with those fields changed; a dotted name reaches into sampling_params."""
     params = {"max_tokens": 4, **fields.pop("sampling_params", {})}
@@ -523,10 +609,25 @@ def sample(**fields: Any) -> Sample:
         {"sampling_params": {"stop": []}},
         {"sampling_params": {"stop": ["a", "b"]}},
         {"sampling_params": {"stop": [0, 66]}},
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 2},
+        {"prompt_alt_tokens_k": 100},
+        {"target_prompt_logprobs": TARGETS},
+        {"target_prompt_logprobs": {**TARGETS, "data": [], "shape": [2, 0]}},
+        {"target_prompt_logprobs": SPARSE_TARGETS},
+        {"tokens": [1], "target_prompt_logprobs": {**TARGETS, "data": [], "shape": [0, 4]}},
     ],
 )
 def test_a_good_sampling_request_passes(wanted: dict[str, Any]):
     check_sample(sample(**wanted), LIMITS)
+
+
+def test_the_top_tokens_of_all_that_a_request_may_sample_are_limited():
+    wide = replace(LIMITS, max_context_tokens=10_000)
+    check_sample(sample(topk_sample_logprobs=60, num_samples=8), wide)
+    for params in ({"max_tokens": None}, {"max_tokens": 9_000}):
+        wanted = sample(topk_sample_logprobs=60, num_samples=8, sampling_params=params)
+        with pytest.raises(BadRequest, match=r"topk_sample_logprobs: 60.*set max_tokens"):
+            check_sample(wanted, wide)
 
 
 @pytest.mark.parametrize(
@@ -542,6 +643,32 @@ def test_a_good_sampling_request_passes(wanted: dict[str, Any]):
         ({"sampling_params": {"stop": [67]}}, "sampling_params.stop: token id 67", "0 to 66"),
         ({"sampling_params": {"stop": ""}}, "sampling_params.stop", "must not be empty"),
         ({"sampling_params": {"stop": ["a", ""]}}, "sampling_params.stop", "must not be empty"),
+        ({"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n", "needs prompt_logprobs"),
+        (
+            {"prompt_logprobs": True, "prompt_logprobs_last_n": 3},
+            "prompt_logprobs_last_n: 3",
+            "from 1 to 2",
+        ),
+        ({"tokens": [1] * 12, **LARGE_TARGETS}, "values for the prompt", f"{MAX_SCORE_CELLS}"),
+        (targets(dtype="float32"), "target_prompt_logprobs.dtype", "int64"),
+        (targets(data=[1.0] * 4), "target_prompt_logprobs.data", "integers"),
+        (targets(data=[2**70] * 4), "target_prompt_logprobs.data", "int64"),
+        (targets(data=[1, 2, 3, 67]), "target_prompt_logprobs.data: token id 67", "0 to 66"),
+        (targets(data=[1, 2, 3, -2]), "target_prompt_logprobs.data: token id -2", "0 to 66"),
+        (targets(data=[1]), "target_prompt_logprobs.data: 1 values", "[2, 2]"),
+        (targets(shape=None), "target_prompt_logprobs.shape", "[2, K]"),
+        (targets(shape=[3, 2]), "target_prompt_logprobs.shape", "[2, K]"),
+        (targets(sparse_crow_indices=[0, 1, 4]), "sparse_col_indices", "integers"),
+        (
+            {"target_prompt_logprobs": {**SPARSE_TARGETS, "sparse_col_indices": [0, 5]}},
+            "target_prompt_logprobs: CSR",
+            "[2, 5]",
+        ),
+        (
+            {"target_prompt_logprobs": {**SPARSE_TARGETS, "sparse_crow_indices": [0, 3, 2]}},
+            "target_prompt_logprobs: CSR",
+            "[2, 5]",
+        ),
     ],
 )
 def test_a_refused_sampling_request_names_the_field_and_what_is_allowed(

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from luthier_core.config import ModelConfig, SamplerConfig
 from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import load_base_model
+from luthier_model.packed_linear import pack_linears
 from luthier_sampler.engine import Engine
 from luthier_sampler.worker import Worker
 
@@ -34,6 +35,7 @@ async def _work(parts: WorkerParts) -> None:
 def _load(wanted: ModelConfig, settings: SamplerConfig) -> Engine:
     torch.set_num_threads(settings.num_threads)
     model = load_base_model(wanted.name, wanted.path, dtype=wanted.dtype)
+    pack_linears(model)
     tokenizer = AutoTokenizer.from_pretrained(wanted.path, local_files_only=True)
     return Engine(model, tokenizer, settings)
 

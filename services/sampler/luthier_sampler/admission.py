@@ -38,6 +38,10 @@ def check(spec: SampleRequest, limits: Limits) -> None:
     _in_range("num_samples", spec.num_samples, 1)
     _in_range("max_tokens", spec.max_tokens if spec.max_tokens is not None else 1, 1)
     _in_range("topk_prompt_logprobs", spec.topk_prompt_logprobs, 0, MAX_TOPK_LOGPROBS)
+    _in_range("prompt_alt_tokens_k", spec.prompt_alt_tokens_k, 0, MAX_TOPK_LOGPROBS)
+    if spec.prompt_logprobs_last_n is not None:
+        last = len(spec.prompt) - 1
+        _in_range("prompt_logprobs_last_n", spec.prompt_logprobs_last_n, 1, last)
     _in_range("topk_sample_logprobs", spec.topk_sample_logprobs, 0, MAX_TOPK_LOGPROBS)
     if not (math.isfinite(spec.temperature) and spec.temperature >= 0):
         raise InvalidField(f"temperature={spec.temperature}: must be a finite number from 0")

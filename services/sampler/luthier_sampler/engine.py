@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from luthier_core.config import SamplerConfig
 from luthier_core.errors import BadRequest, Category, ConfigError, LuthierError
@@ -20,8 +21,9 @@ from luthier_sampler.admission import Limits, check
 from luthier_sampler.kv_cache import BlockManager
 from luthier_sampler.response import response_bytes
 from luthier_sampler.runner import Runner
-from luthier_sampler.sampling import Tokenizer, most_likely, sample, stop_reason, uniform
+from luthier_sampler.sampling import Tokenizer, sample, stop_reason, uniform
 from luthier_sampler.scheduler import Scheduler
+from luthier_sampler.scores import most_likely
 from luthier_sampler.sequence import Chunk, Request, SampleRequest
 from luthier_sampler.sequence import Sequence as SampledSequence
 
@@ -81,7 +83,9 @@ class Engine:
             self._blocks, max_running=config.max_running, max_step_tokens=config.max_step_tokens
         )
         self._runner = Runner(model, cache)
-        self._adapters = AdapterCache(config.max_adapters)
+        self._adapters = AdapterCache(
+            config.max_adapters, host_bytes=config.host_adapter_bytes, device=model.device
+        )
         self._requests: dict[str, Request] = {}
         self._num_arrivals = self._num_steps = 0
         self._num_computed_tokens = self._num_sampled_tokens = 0
@@ -118,7 +122,7 @@ class Engine:
         )
         self._num_arrivals += 1
         self._requests[spec.request_id] = request
-        # The other samples join when the prompt is in the cache, where they find most of it.
+        # The other samples join when the prompt is in the cache, and share it.
         self._scheduler.add(request.sequences[0])
 
     def cancel(self, request_id: str) -> None:
@@ -176,16 +180,17 @@ class Engine:
             log.exception("a step failed, and %d requests with it", len(requests))
             return [self._fail(request, error) for request in requests]
         failed = [self._fail(r, _not_finite(r)) for r in dict.fromkeys(diverged)]
-        return failed + self._collect(chunks)
+        return failed + self._collect()
 
     def _advance(self, chunks: Sequence[Chunk]) -> list[Request]:
         """Run the model and give the next token to each sequence whose tokens are all computed.
 
         Returns the requests whose logits are not finite numbers.
         """
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         logits_BV = self._runner.run(chunks)
         self._scheduler.commit(chunks)
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        sequences, logits_BV = self._join_siblings(sequences, logits_BV)
         self._num_computed_tokens += sum(chunk.num_tokens for chunk in chunks)
         if not sequences:
             return []
@@ -200,21 +205,44 @@ class Engine:
             sequences, tokens_B.tolist(), logprobs_B.tolist(), strict=True
         ):
             self._append(sequence, token, logprob)
-        finite_B = logits_BV.amax(-1).isfinite().tolist()
+        # One number that is not finite makes every logprob of its row NaN.
+        finite_B = logprobs_B.isfinite().tolist()
         return [s.request for s, finite in zip(sequences, finite_B, strict=True) if not finite]
 
-    def _append(self, sequence: SampledSequence, token: int, logprob: float) -> None:
-        if sequence.index == 0 and sequence.num_new_tokens == 0:
+    def _join_siblings(
+        self, sequences: list[SampledSequence], logits_BV: Tensor
+    ) -> tuple[list[SampledSequence], Tensor]:
+        """With the other samples of prompts that are now computed: they share logits and blocks.
+
+        Those that find no room wait, and find most of the prompt in the cache.
+        """
+        joined, rows = list(sequences), list(range(len(sequences)))
+        copies: list[tuple[int, int]] = []
+        for row, sequence in enumerate(sequences):
+            if sequence.index or sequence.num_new_tokens:
+                continue
             for sibling in sequence.request.sequences[1:]:
-                self._scheduler.add(sibling)
+                forked = self._scheduler.fork(sequence, sibling)
+                if forked is None:
+                    self._scheduler.add(sibling)
+                    continue
+                copies += forked
+                joined.append(sibling)
+                rows.append(row)
+        if len(joined) == len(sequences):
+            return sequences, logits_BV
+        self._runner.copy_blocks(copies)
+        return joined, logits_BV[torch.tensor(rows, device=logits_BV.device)]
+
+    def _append(self, sequence: SampledSequence, token: int, logprob: float) -> None:
         sequence.tokens.append(token)
         sequence.logprobs.append(logprob)
         sequence.stop_reason = stop_reason(sequence, self._tokenizer)
         self._num_sampled_tokens += 1
 
-    def _collect(self, chunks: Sequence[Chunk]) -> list[Finished]:
+    def _collect(self) -> list[Finished]:
         """Let go of the sequences that ended, and answer the requests whose last one this was."""
-        ended = [chunk.sequence for chunk in chunks if chunk.sequence.stop_reason]
+        ended = [sequence for sequence in self._scheduler.running if sequence.stop_reason]
         for sequence in ended:
             self._scheduler.remove(sequence)
         finished = []

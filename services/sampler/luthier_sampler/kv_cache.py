@@ -57,6 +57,14 @@ class BlockManager:
             table.append(block)
         return len(table) * self.block_tokens
 
+    def hold(self, table: list[int], blocks: Sequence[int]) -> None:
+        """Fill the empty `table` with blocks that another sequence owns too."""
+        assert not table
+        for block in blocks:
+            assert self._num_owners[block] > 0
+            self._num_owners[block] += 1
+        table.extend(blocks)
+
     def publish(self, block: int, key: bytes) -> None:
         """The block is full and computed: whoever has the same key may share it from now on."""
         assert self._num_owners[block] > 0

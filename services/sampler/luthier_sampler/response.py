@@ -6,20 +6,26 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from luthier_core.proto import wire_pb2
-from luthier_sampler.sequence import Request, Sequence, TopkTable
+from luthier_sampler.scores import PromptScores, TopkTable
+from luthier_sampler.sequence import Request, Sequence
 
 
 def response_bytes(request: Request) -> bytes:
     """SampleResponse: sequences in the order of their seeds, prompt logprobs where asked for."""
-    spec = request.spec
+    spec, scores = request.spec, request.scores
     response = wire_pb2.SampleResponse(
         sequences=[_sequence(sequence) for sequence in request.sequences],
         prompt_cache_hit_tokens=request.num_cached_tokens or 0,
     )
     if spec.prompt_logprobs:
-        response.prompt_logprobs = _float32(request.prompt_logprobs)
+        response.prompt_logprobs = _float32(scores.logprobs)
     if spec.topk_prompt_logprobs:
-        response.topk_prompt_logprobs.CopyFrom(_table([request.prompt_topk]))
+        response.topk_prompt_logprobs.CopyFrom(_table([scores.topk]))
+    if spec.target_prompt_logprobs is not None:
+        targets = spec.target_prompt_logprobs.tensor(scores.target_logprobs)
+        response.target_prompt_logprobs.CopyFrom(targets)
+    if spec.prompt_alt_tokens_k:
+        response.prompt_alt_tokens.CopyFrom(_alt_tokens(scores))
     return response.SerializeToString()
 
 
@@ -41,6 +47,19 @@ def _table(tables: Seq[TopkTable]) -> wire_pb2.TopkLogprobs:
         logprobs=_float32(np.concatenate([table.logprobs for table in tables])),
         k=k,
         length=length,
+    )
+
+
+def _alt_tokens(scores: PromptScores) -> wire_pb2.PromptAltTokens:
+    """Draws for the prompt positions after the first."""
+    tokens, logprobs = scores.alt_tokens[1:], scores.alt_logprobs[1:]
+    return wire_pb2.PromptAltTokens(
+        tokens=wire_pb2.Tensor(
+            dense=tokens.astype("<i8").tobytes(), dtype=wire_pb2.DTYPE_INT64, shape=tokens.shape
+        ),
+        logprobs=wire_pb2.Tensor(
+            dense=_float32(logprobs), dtype=wire_pb2.DTYPE_FLOAT32, shape=logprobs.shape
+        ),
     )
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from luthier_model.base import BaseModel
 from luthier_model.lora import Segment
-from luthier_model.paged import KvCache, PagedAttention, Span
-from luthier_sampler.sampling import most_likely
+from luthier_model.paged import ROW_MULTIPLE, KvCache, PagedAttention, Span
 from luthier_sampler.sequence import Chunk
 
 SCORE_CHUNK_TOKENS = 128
@@ -34,14 +34,20 @@ class Runner:
         hidden_TD = self._hidden(chunks)
         stops = np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()
         for chunk, stop in zip(chunks, stops, strict=True):
-            if chunk.sequence.needs_scores:
+            if chunk.sequence.computes_scores:
                 self._score_prompt(chunk, hidden_TD[stop - chunk.num_tokens : stop])
         sampling = [
             (chunk, stop - 1) for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples
         ]
-        rows_B = self._tensor([row for _, row in sampling])
+        rows = [row for _, row in sampling]
         segments = _segments((chunk, 1) for chunk, _ in sampling)
-        return self.model.logits(hidden_TD[rows_B], segments)
+        return self._logits(hidden_TD[self._tensor(rows)], segments)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """(source, target) pairs of KV-cache blocks."""
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            self.cache.copy_blocks(sources, targets)
 
     def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         tokens: list[int] = []
@@ -50,29 +56,45 @@ class Runner:
             tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
         spans = [Span(c.num_tokens, c.stop, c.sequence.block_table) for c in chunks]
+        num_padding = -len(tokens) % ROW_MULTIPLE
         return self.model.hidden(
-            self._tensor(tokens),
-            self._tensor(positions),
+            self._tensor(tokens + [0] * num_padding),
+            self._tensor(positions + [0] * num_padding),
             PagedAttention(self.cache, spans),
-            _segments((chunk, chunk.num_tokens) for chunk in chunks),
+            _padded(_segments((chunk, chunk.num_tokens) for chunk in chunks)),
         )
 
+    def _logits(self, hidden_MD: Tensor, segments: list[Segment]) -> Tensor:
+        if not segments:
+            return hidden_MD.new_empty(0, self.model.facts.vocab_size, dtype=torch.float32)
+        num_padding = -len(hidden_MD) % ROW_MULTIPLE
+        padded_MD = F.pad(hidden_MD, (0, 0, 0, num_padding))
+        return self.model.logits(padded_MD, _padded(segments))[: len(hidden_MD)]
+
     def _score_prompt(self, chunk: Chunk, hidden_TD: Tensor) -> None:
-        """Raw logprobs of the prompt tokens that the chunk's rows predict, each the next one."""
+        """What the request wants to know of the positions that the chunk's rows predict."""
         request = chunk.sequence.request
-        first, stop = chunk.start + 1, min(chunk.stop + 1, len(request.prompt))
+        if request.scores.first is None:
+            return
+        first = max(chunk.start + 1, request.scores.first)
+        stop = min(chunk.stop + 1, len(request.prompt))
         for start in range(first, stop, SCORE_CHUNK_TOKENS):
-            targets_T = self._tensor(request.prompt[start : min(start + SCORE_CHUNK_TOKENS, stop)])
-            rows_TD = hidden_TD[start - first :][: len(targets_T)]
-            logits_TV = self.model.logits(rows_TD, [Segment(0, len(rows_TD), request.adapter)])
-            logprobs_TV = logits_TV.log_softmax(-1)
-            scores_T = logprobs_TV.gather(1, targets_T[:, None])[:, 0]
-            request.prompt_logprobs[start : start + len(scores_T)] = scores_T.cpu().numpy()
-            if k := request.spec.topk_prompt_logprobs:
-                request.prompt_topk.put(start, most_likely(logprobs_TV, k))
+            num_rows = min(SCORE_CHUNK_TOKENS, stop - start)
+            rows_TD = hidden_TD[start - 1 - chunk.start :][:num_rows]
+            logits_TV = self._logits(rows_TD, [Segment(0, num_rows, request.adapter)])
+            request.scores.put(start, logits_TV, request.prompt)
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+
+
+def _padded(segments: list[Segment]) -> list[Segment]:
+    """The segments of a multiple of ROW_MULTIPLE rows: padding belongs to the last one."""
+    last = segments[-1]
+    return [
+        *segments[:-1],
+        Segment(last.start, last.stop + -last.stop % ROW_MULTIPLE, last.adapter),
+    ]
 
 
 def _segments(rows: Iterable[tuple[Chunk, int]]) -> list[Segment]:

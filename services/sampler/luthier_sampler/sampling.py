@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from luthier_sampler.sequence import SampleRequest, Sequence, TopkTable
+from luthier_sampler.drawing import argmax, draw, truncate
+from luthier_sampler.sequence import SampleRequest, Sequence
 
 
 def uniform(seed: int, position: int) -> float:
@@ -34,61 +35,21 @@ def sample(
     the raw model; `tempered`: after temperature, before top_k and top_p (at temperature 0 raw).
     """
     raw_BV = logits_BV.log_softmax(-1)
-    if all(spec.temperature == 0 for spec in specs):
-        return logits_BV.argmax(-1), raw_BV
+    temperatures = [spec.temperature for spec in specs]
+    if not any(temperatures):
+        return argmax(logits_BV), raw_BV
     device = logits_BV.device
-    temperature_B1 = torch.tensor([[spec.temperature] for spec in specs], device=device)
-    greedy_B1 = temperature_B1 == 0
-    tempered_BV = (logits_BV / temperature_B1.masked_fill(greedy_B1, 1.0)).log_softmax(-1)
+    temperature_B1 = torch.tensor(temperatures, device=device)[:, None]
+    tempered_BV = raw_BV
+    if set(temperatures) - {0.0, 1.0}:
+        divisor_B1 = temperature_B1.masked_fill(temperature_B1 == 0, 1.0)
+        tempered_BV = (logits_BV / divisor_B1).log_softmax(-1)
+    kept_BV = truncate(tempered_BV, [s.top_k for s in specs], [s.top_p for s in specs])
     uniforms_B1 = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None]
-    drawn_B = draw(truncate(tempered_BV, specs), uniforms_B1)
-    tokens_B = torch.where(greedy_B1[:, 0], logits_BV.argmax(-1), drawn_B)
-    return tokens_B, torch.where(greedy_B1, raw_BV, tempered_BV) if tempered else raw_BV
-
-
-def draw(logprobs_BV: Tensor, uniforms_B1: Tensor) -> Tensor:
-    """The token at which each row's cumulated probability passes its uniform number, int64[B].
-
-    Logprobs need not be normalised; float64 uniforms[B, 1] in [0, 1).
-    """
-    cumulated_BV = logprobs_BV.double().exp().cumsum(-1)
-    # right: never a token of probability 0, where the cumulated probability stands still.
-    drawn_B1 = torch.searchsorted(cumulated_BV, uniforms_B1 * cumulated_BV[:, -1:], right=True)
-    return drawn_B1[:, 0].clamp_(max=logprobs_BV.shape[1] - 1)
-
-
-def truncate(logprobs_BV: Tensor, specs: Seq[SampleRequest]) -> Tensor:
-    """The logprobs with -inf for tokens outside top_k, then outside top_p of the rest.
-
-    top_p keeps the most likely tokens until they hold top_p of the probability, at least one. Of
-    equally likely tokens the lower ids come first. Only rows that ask for it are sorted.
-    """
-    rows = [row for row, spec in enumerate(specs) if spec.top_k > 0 or spec.top_p < 1]
-    if not rows:
-        return logprobs_BV
-    device, vocab_size = logprobs_BV.device, logprobs_BV.shape[1]
-    top_k = [[specs[row].top_k if specs[row].top_k > 0 else vocab_size] for row in rows]
-    top_p = [[specs[row].top_p] for row in rows]
-    rows_R = torch.tensor(rows, device=device)
-    sorted_RV, ids_RV = logprobs_BV[rows_R].sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(vocab_size, device=device)
-    sorted_RV = sorted_RV.masked_fill(rank_V >= torch.tensor(top_k, device=device), -torch.inf)
-    probs_RV = sorted_RV.double().softmax(-1)
-    before_RV = probs_RV.cumsum(-1) - probs_RV
-    outside_RV = before_RV >= torch.tensor(top_p, dtype=torch.float64, device=device)
-    outside_RV[:, 0] = False
-    kept_RV = torch.empty_like(sorted_RV)
-    kept_RV.scatter_(1, ids_RV, sorted_RV.masked_fill(outside_RV, -torch.inf))
-    return logprobs_BV.index_copy(0, rows_R, kept_RV)
-
-
-def most_likely(logprobs_BV: Tensor, k: int) -> TopkTable:
-    """The k most likely tokens of each row, most likely first; filler beyond the vocabulary."""
-    table = TopkTable.filler(len(logprobs_BV), k)
-    found = logprobs_BV.topk(min(k, logprobs_BV.shape[1]), dim=-1)
-    table.token_ids[:, : found.indices.shape[1]] = found.indices.cpu().numpy()
-    table.logprobs[:, : found.values.shape[1]] = found.values.cpu().numpy()
-    return table
+    tokens_B = draw(kept_BV, uniforms_B1)[:, 0]
+    if 0.0 in temperatures:
+        tokens_B = torch.where(temperature_B1[:, 0] == 0, argmax(logits_BV), tokens_B)
+    return tokens_B, tempered_BV if tempered else raw_BV
 
 
 class Tokenizer(Protocol):

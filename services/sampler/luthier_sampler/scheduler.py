@@ -27,6 +27,24 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
 
+    def fork(self, parent: Sequence, sibling: Sequence) -> list[tuple[int, int]] | None:
+        """Let a new sibling run on from where its parent is, with the same tokens.
+
+        It shares the parent's full blocks and gets a block of its own for the rest, returned as
+        (source, target) to be copied. None if there is no room: then add() it, and it waits.
+        """
+        blocks, full = self.blocks, parent.num_computed // self.blocks.block_tokens
+        num_own = len(parent.block_table) - full
+        # As for a newcomer, one spare block for each that runs.
+        if len(self.running) >= self.max_running or blocks.num_free < num_own + len(self.running):
+            return None
+        blocks.hold(sibling.block_table, parent.block_table[:full])
+        grown = blocks.grow(sibling.block_table, parent.num_computed)
+        assert grown
+        sibling.num_computed = parent.num_computed
+        insort(self.running, sibling, key=_order)
+        return list(zip(parent.block_table[full:], sibling.block_table[full:], strict=False))
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that finished, failed or was cancelled, and free its blocks."""
         for queue in (self.running, self.waiting):
@@ -52,16 +70,17 @@ class Scheduler:
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed = chunk.stop
-            num_full = chunk.stop // block_tokens
-            keys = sequence.block_keys(num_full, block_tokens)
-            for i in range(chunk.start // block_tokens, num_full):
-                self.blocks.publish(sequence.block_table[i], keys[i])
+            filled = range(chunk.start // block_tokens, chunk.stop // block_tokens)
+            if filled:
+                keys = sequence.block_keys(filled.stop, block_tokens)
+                for i in filled:
+                    self.blocks.publish(sequence.block_table[i], keys[i])
 
     def _continue_running(self) -> list[Chunk]:
         num_decoding = sum(sequence.num_to_compute == 1 for sequence in self.running)
         budget, chunks = self.max_step_tokens - num_decoding, []
-        for sequence in list(self.running):
-            if sequence not in self.running:
+        for index, sequence in enumerate(list(self.running)):
+            if index >= len(self.running):
                 break  # Preempted for an older one, and so are all that come after it.
             num_tokens = sequence.num_to_compute
             if num_tokens > 1:
@@ -87,11 +106,9 @@ class Scheduler:
     def _allocate_all(self, sequence: Sequence) -> bool:
         """Blocks for all its tokens, shared where they are known; False if there is no room."""
         request, blocks = sequence.request, self.blocks
-        if not sequence.needs_scores:
-            # The last token is computed in any case: its row predicts the next one.
-            num_blocks = (len(sequence.tokens) - 1) // blocks.block_tokens
-            keys = sequence.block_keys(num_blocks, blocks.block_tokens)
-            sequence.num_computed = blocks.share(sequence.block_table, keys)
+        num_blocks = sequence.num_sharable // blocks.block_tokens
+        keys = sequence.block_keys(num_blocks, blocks.block_tokens)
+        sequence.num_computed = blocks.share(sequence.block_table, keys)
         # One spare block for each that runs, or it would be preempted as soon as one of them grows.
         num_missing = blocks.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
         if num_missing + len(self.running) > blocks.num_free:

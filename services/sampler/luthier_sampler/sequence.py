@@ -7,10 +7,9 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier_core.prompt_targets import PromptTargets
 from luthier_model.lora import LoraAdapter
-
-FILLER_TOKEN, FILLER_LOGPROB = 0, -99999.0
-"""An unused cell of a TopkLogprobs table (wire protocol 4.3)."""
+from luthier_sampler.scores import PromptScores, TopkTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +38,16 @@ class SampleRequest:
     ignore_eos: bool = False
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    """Score only the last n prompt tokens; None is all but the first."""
+    target_prompt_logprobs: PromptTargets | None = None
+    prompt_alt_tokens_k: int = 0
+    """Draws per prompt position, with replacement, at `temperature`."""
     topk_sample_logprobs: int = 0
     adapter: str = ""
     """Key of a loaded adapter; empty is the base model."""
     cache_scope: str | None = None
     """Requests of one scope (a tenant) and adapter share prompt blocks; None: with no other."""
-
-
-@dataclass(slots=True)
-class TopkTable:
-    """Rows of a TopkLogprobs message: int32 ids and float32 logprobs, [length, k]."""
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-
-    @classmethod
-    def filler(cls, length: int, k: int) -> "TopkTable":
-        return cls(
-            np.full((length, k), FILLER_TOKEN, np.int32),
-            np.full((length, k), FILLER_LOGPROB, np.float32),
-        )
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def put(self, first: int, rows: "TopkTable") -> None:
-        """Replace the rows from `first` on."""
-        self.token_ids[first : first + len(rows)] = rows.token_ids
-        self.logprobs[first : first + len(rows)] = rows.logprobs
 
 
 class Request:
@@ -88,8 +69,7 @@ class Request:
         self.adapter = adapter
         self.stop_tokens = stop_tokens
         self.prompt: list[int] = np.asarray(spec.prompt, dtype=np.int64).tolist()
-        self.prompt_logprobs = np.full(len(self.prompt), np.nan, np.float32)
-        self.prompt_topk = TopkTable.filler(len(self.prompt), spec.topk_prompt_logprobs)
+        self.scores = PromptScores(spec, seed)
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the cache when its first sequence was admitted."""
         self.sequences = [Sequence(self, i, seed + i) for i in range(spec.num_samples)]
@@ -151,11 +131,18 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def needs_scores(self) -> bool:
-        """It computes its request's prompt logprobs, so its prompt cannot come from the cache."""
-        spec = self.request.spec
-        scored = spec.prompt_logprobs or spec.topk_prompt_logprobs > 0
-        return scored and self.index == 0 and self.num_new_tokens == 0
+    def computes_scores(self) -> bool:
+        """It has yet to compute what its request wants to know of the prompt."""
+        return self.index == 0 and self.num_new_tokens == 0
+
+    @property
+    def num_sharable(self) -> int:
+        """Its first tokens whose keys and values are all that is needed of them."""
+        # The last token is computed in any case: its row predicts the next one.
+        num_tokens = len(self.tokens) - 1
+        if self.computes_scores and self.request.scores.first is not None:
+            return min(num_tokens, self.request.scores.first - 1)
+        return num_tokens
 
     def block_keys(self, num_blocks: int, block_tokens: int) -> list[bytes]:
         """Keys of its first full blocks; each covers everything before it, so equal keys mean equal

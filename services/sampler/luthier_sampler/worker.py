@@ -8,10 +8,10 @@ jobs of one that stays away are claimed by the others.
 import asyncio
 import contextlib
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
@@ -22,6 +22,7 @@ from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import REDIS_ERRORS, Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
+from luthier_core.prompt_targets import PromptTargets
 from luthier_core.types import Sample
 from luthier_sampler.engine import Engine, Finished
 from luthier_sampler.sequence import SampleRequest
@@ -33,6 +34,8 @@ BLOCK_MS = 1000
 TOUCH_S = 10.0
 RETRY_S = 1.0
 DRAIN_S = 10.0
+CLAIM_AHEAD = 16
+"""Jobs claimed beyond those that can run, so that no step waits for Redis to fill a free place."""
 MAX_DELIVERIES = 3
 """A job that was claimed this often without an outcome is failed: it may be what kills us."""
 
@@ -63,7 +66,8 @@ class Worker:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._hints = Hints(oplog.redis, lambda channel, request_id: self._cancel(request_id))
-        self._adapter_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Of the versions that are being loaded; others go by themselves."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`, then finish what is running, for DRAIN_S at most."""
@@ -97,7 +101,7 @@ class Worker:
                     own = await self._oplog.claim_own(self._base_model, self._lease.name)
                     await self._start_again(group, own)
                     claimed_own = True
-                room = self._config.max_running - len(self._jobs)
+                room = self._config.max_running + CLAIM_AHEAD - len(self._jobs)
                 if room <= 0:
                     self._room.clear()
                     await self._room.wait()
@@ -118,7 +122,7 @@ class Worker:
                 if self._jobs:
                     entry_ids = [job.entry_id for job in self._jobs.values()]
                     await self._oplog.touch(self._base_model, self._lease.name, entry_ids)
-                room = self._config.max_running - len(self._jobs)
+                room = self._config.max_running + CLAIM_AHEAD - len(self._jobs)
                 if room > 0:
                     jobs = await self._oplog.claim_abandoned(
                         self._base_model,
@@ -150,7 +154,7 @@ class Worker:
         try:
             request = _request(job, Sample.model_validate_json(await self._body_of(job)))
             # One load for all who wait for the same adapter.
-            async with self._adapter_locks[job.weights]:
+            async with self._adapter_locks.setdefault(job.weights, asyncio.Lock()):
                 added = await self._on_engine(self._add, request, None)
                 if not added:
                     files = await outlasting_outage(lambda: read_files(self._blobs, job.weights))
@@ -249,10 +253,13 @@ def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
     """The engine's form of a sampling request."""
     params = wanted.sampling_params
     stop = params.stop
+    prompt, targets = tuple(wanted.prompt.to_ints()), None
+    if wanted.target_prompt_logprobs is not None:
+        targets = PromptTargets.parse(wanted.target_prompt_logprobs, len(prompt))
     listed: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
     return SampleRequest(
         request_id=job.request_id,
-        prompt=tuple(wanted.prompt.to_ints()),
+        prompt=prompt,
         num_samples=wanted.num_samples,
         max_tokens=params.max_tokens,
         temperature=params.temperature,
@@ -264,6 +271,9 @@ def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
         ignore_eos=stop == [],
         prompt_logprobs=wanted.prompt_logprobs,
         topk_prompt_logprobs=wanted.topk_prompt_logprobs,
+        prompt_logprobs_last_n=wanted.prompt_logprobs_last_n,
+        target_prompt_logprobs=targets,
+        prompt_alt_tokens_k=wanted.prompt_alt_tokens_k,
         topk_sample_logprobs=wanted.topk_sample_logprobs,
         adapter=job.weights,
         cache_scope=job.tenant,

@@ -10,9 +10,10 @@ from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import BaseModel, load_base_model
 from luthier_trainer.engine import Engine
 from luthier_trainer.execution import Executor
+from luthier_trainer.stored_snapshots import StoredSnapshots
 from luthier_trainer.worker import Worker
 
-CYCLES_PER_START = 1_000_000
+CYCLES_PER_START = 10**9
 """Clock cycles set aside for one start, so that their numbers grow over restarts."""
 
 
@@ -38,6 +39,7 @@ async def _work(parts: WorkerParts) -> None:
             oplog=parts.oplog,
             blobs=parts.blobs,
             executor=executor,
+            snapshots=StoredSnapshots(executor, parts.blobs, settings),
             first_cycle=await client.incrby(keys.clock_cycles(wanted.name), CYCLES_PER_START),
         )
         await worker.run(parts.stop)

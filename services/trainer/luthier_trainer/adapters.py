@@ -1,6 +1,6 @@
 """One run's state on the device: LoRA weights, summed gradient, Adam's moments.
 
-Weights and gradient each lie in one flat float32 buffer. The tensors that autograd sees are views,
+Weights and gradient each lie in one flat buffer, float32. The tensors that autograd sees are views,
 so that a backward adds up in place and the optimizer, a copy or a digest is one pass over memory.
 """
 
@@ -8,13 +8,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from luthier_core.errors import BadRequest
-from luthier_model.lora import LoraAdapter, LoraPair, LoraSpec
+from luthier_model.lora import LoraAdapter, LoraPair, LoraShape, LoraSpec, init_adapter
 from luthier_model.peft_io import adapter_files, adapter_from_files, tensor_bytes, tensors_from
 from luthier_trainer.optim import FlatAdamW
 
@@ -29,7 +29,7 @@ class _Slot:
     """Where one factor of one module lies in the flat buffers."""
 
     start: int
-    shape: tuple[int, int]
+    shape: LoraShape
 
     def view(self, flat: Tensor) -> Tensor:
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
@@ -38,13 +38,13 @@ class _Slot:
 class RunState:
     """What a training op reads and changes, for one run."""
 
-    def __init__(self, initial: LoraAdapter) -> None:
+    def __init__(self, initial: LoraAdapter, dtype: torch.dtype = torch.float32) -> None:
         self.spec: LoraSpec = initial.spec
         self._slots = _layout(initial)
         device = next(iter(initial.pairs.values())).a.device
         size = max(slot.start + math.prod(slot.shape) for slot in self._slots.values())
-        self.weights = nn.Parameter(torch.zeros(size, device=device))
-        self.gradient = torch.zeros(size, device=device)
+        self.weights = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
+        self.gradient = torch.zeros_like(self.weights.detach())
         self.weights.grad = self.gradient
         self.optimizer = FlatAdamW(self.weights)
         self.adapter = LoraAdapter(
@@ -85,20 +85,24 @@ class RunState:
     def restore(
         self,
         files: Mapping[str, bytes],
-        shapes: Mapping[str, tuple[int, int]],
+        shapes: Mapping[str, LoraShape],
         *,
         optimizer: bool,
     ) -> None:
         """Take over the weights in `files`, and moments and step, or else start these afresh.
 
-        Clears the gradient. BadRequest, with nothing changed, if rank, targets or files do not fit.
+        A module of a kind that the files train, but not this one, gets its initial weights: so an
+        adapter that others made on some modules can be trained on. Clears the gradient. BadRequest,
+        with nothing changed, if rank, targets or files do not fit.
         """
         loaded = adapter_from_files(files, shapes, self.weights.device)
-        if loaded.pairs.keys() != self.adapter.pairs.keys() or loaded.spec.rank != self.spec.rank:
+        if replace(loaded.spec, seed=self.spec.seed) != self.spec:
             raise BadRequest(
                 f"the checkpoint has {loaded.spec.describe()}; this run has {self.spec.describe()}"
             )
         saved = self._checked_moments(files) if optimizer else None
+        missing = {name: shapes[name] for name in self.adapter.pairs.keys() - loaded.pairs.keys()}
+        self._copy_weights(init_adapter(self.spec, missing, self.weights.device))
         self._copy_weights(loaded)
         self.clear_gradient()
         self.optimizer.reset(0 if saved is None else int(saved["step"]))
@@ -106,6 +110,42 @@ class RunState:
             for moment, flat in self.optimizer.moments.items():
                 for slot_name, slot in self._slots.items():
                     slot.view(flat).copy_(saved[f"{slot_name}.{moment}"])
+
+    def copy(self) -> dict[str, Tensor]:
+        """All that a training op reads and changes, in host memory; a gradient of 0 is left out."""
+        tensors = {"weights": self.weights.detach(), **self.optimizer.moments}
+        if bool(self.gradient.any()):
+            tensors["gradient"] = self.gradient
+        copied = {name: flat.to("cpu", copy=True) for name, flat in tensors.items()}
+        return copied | {"step": torch.tensor(self.optimizer.num_steps)}
+
+    def take(self, copied: Mapping[str, Tensor]) -> None:
+        """Become what `copy` gave; ValueError, with nothing changed, if that does not fit."""
+        names = {"weights", "step", *self.optimizer.moments}
+        if missing := names - copied.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        zero = torch.zeros_like(self.weights.detach())
+        flats = {**copied, "gradient": copied.get("gradient", zero)}
+        for name in ("weights", "gradient", *self.optimizer.moments):
+            if flats[name].shape != zero.shape:
+                raise ValueError(f"{name} has {flats[name].numel()} numbers, not {zero.numel()}")
+        with torch.no_grad():
+            self.weights.copy_(flats["weights"])
+        self.gradient.copy_(flats["gradient"])
+        self.optimizer.reset(int(flats["step"]))
+        for moment, flat in self.optimizer.moments.items():
+            flat.copy_(flats[moment])
+
+    def checksum(self) -> str:
+        """Over the bits of weights, gradient and moments, at memory speed; and the step.
+
+        Equal states have equal checksums; a flipped bit or another rounding anywhere changes it.
+        """
+        flats = (self.weights.detach(), self.gradient, *self.optimizer.moments.values())
+        sums = [_sum_of_bits(flat) for flat in flats]
+        return "-".join(
+            f"{value & 0xFFFFFFFFFFFFFFFF:x}" for value in (*sums, self.optimizer.num_steps)
+        )
 
     def digest(self) -> str:
         """sha256 over weights, moments, gradient and step: equal digests are equal states."""
@@ -141,13 +181,23 @@ class RunState:
         return saved
 
 
+_CHUNK = 1 << 20
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    """Sum of the 32-bit words of each chunk, and of the chunks in their order, modulo 2^64."""
+    total = 0
+    for words in torch.split(flat.view(torch.int32), _CHUNK):
+        total = (total * 0x9E3779B97F4A7C15 + int(words.sum(dtype=torch.int64).item())) % (1 << 64)
+    return total
+
+
 def _layout(adapter: LoraAdapter) -> dict[str, _Slot]:
     """Slots of all factors, in the adapter's order; a pure function of spec and model."""
     slots: dict[str, _Slot] = {}
     start = 0
     for name, pair in adapter.pairs.items():
         for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
-            rows, columns = tensor.shape
-            slots[f"{name}.{factor}"] = _Slot(start, (rows, columns))
+            slots[f"{name}.{factor}"] = _Slot(start, tuple(tensor.shape))
             start += -(-tensor.numel() // _ALIGN) * _ALIGN
     return slots

@@ -3,20 +3,23 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import LuthierError
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Outcome
-from luthier_core.owner import Action, Step
+from luthier_core.owner import Action, FoldState, Step, changes_state
 from luthier_core.protocol import (
     Acquire,
     Begin,
     CasHead,
     Commit,
+    CopyState,
     Effect,
     Execute,
     Executed,
@@ -24,26 +27,48 @@ from luthier_core.protocol import (
     FastForward,
     Finish,
     Head,
-    ReadFailed,
+    PutSnapshot,
     ReadHead,
+    ReadRecorded,
     Restore,
+    SnapshotRef,
     Tenure,
+    Trim,
     drive,
     recheck,
 )
 from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REDIS_RETRY_S = 1.0
 
+_POINTS: dict[type[Effect], str] = {
+    Acquire: "tr.acquire",
+    Restore: "tr.restore",
+    Begin: "tr.begin",
+    Commit: "tr.commit",
+    CopyState: "sn.copy",
+    PutSnapshot: "sn.upload",
+    Trim: "sn.trim",
+}
+"""Effect -> the failpoint before it; Execute and CasHead have two each."""
+
 
 class RunEffects:
     """The effects of one run under one tenure."""
 
     def __init__(
-        self, context: RunContext, oplog: Oplog, blobs: Blobs, executor: Executor, *, server: str
+        self,
+        context: RunContext,
+        oplog: Oplog,
+        blobs: Blobs,
+        executor: Executor,
+        snapshots: Snapshots | None,
+        *,
+        server: str,
     ) -> None:
         """`server`: Redis as it was before HEAD is read (Oplog.server_id)."""
         self.server = server
@@ -54,14 +79,19 @@ class RunEffects:
         """None while the run is being taken over."""
         self.state_is_unknown = False
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
+        self.execute_s = 0.0
+        """How long the last step was with the engine."""
         self._context = context
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._snapshots = snapshots
 
     async def perform(self, effect: Effect) -> Any:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
         oplog = self._oplog
+        if (point := _POINTS.get(type(effect))) is not None:
+            await failpoint(point)
         match effect:
             case Execute(step):
                 return await self._execute(step)
@@ -71,10 +101,13 @@ class RunEffects:
                 )
             case Finish(_, rest):
                 return await self._finish(rest)
-            case Commit(run_id, epoch, seq, outcome, gradient):
+            case Commit(run_id, epoch, seq, outcome, gradient, digest):
                 return await self._patiently(
                     lambda: oplog.commit(
-                        run_id, epoch, seq, outcome, gradient=gradient, server=self.server
+                        *(run_id, epoch, seq, outcome),
+                        gradient=gradient,
+                        digest=digest,
+                        server=self.server,
                     )
                 )
             case FailRange(run_id, epoch, seqs, outcome):
@@ -84,31 +117,57 @@ class RunEffects:
             case ReadHead(run_id):
                 return await self._read_head(run_id)
             case CasHead(run_id, head, etag):
+                if self.tenure is not None:
+                    await failpoint("sn.cas")
                 return await self._cas_head(run_id, head, etag)
             case Acquire(run_id, epoch, owner):
                 return await oplog.acquire(run_id, epoch, owner, server=self.server)
-            case ReadFailed(run_id):
-                return await oplog.failed_seqs(run_id)
+            case ReadRecorded(run_id):
+                return await oplog.recorded(run_id)
             case FastForward(run_id, epoch, seq):
                 return await oplog.ffwd(run_id, epoch, seq, server=self.server)
             case Restore(run_id, None):
                 await self._executor.on_engine(self._executor.engine.drop, run_id)
-                return ()
-        raise NotImplementedError(f"{type(effect).__name__}: snapshots come with crash safety")
+                return FoldState()
+            case Trim(run_id, epoch, seq):
+                return await self._patiently(
+                    lambda: oplog.trim(run_id, epoch, seq, server=self.server)
+                )
+        if self._snapshots is not None:
+            match effect:
+                case CopyState(run_id):
+                    return await self._snapshots.copy(run_id)
+                case PutSnapshot(_, ref, copy, state):
+                    return await self._snapshots.put(self._context, ref, copy, state)
+                case Restore(_, SnapshotRef() as ref):
+                    return await self._snapshots.restore(self._context, ref)
+        raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
     async def _execute(self, step: Step) -> Executed:
+        began = time.monotonic()
         try:
+            await failpoint("tr.exec" if step.publish else "tr.replay")
             if step.action is Action.CLEAR_GRADIENT:
                 engine = self._executor.engine
                 await self._executor.on_engine(engine.clear_gradient, self._context.run_id)
                 return Executed()
-            return Executed(rest=await self._executor.execute(self._context, step.op, self.cycle))
+            rest = await self._executor.execute(self._context, step.op, self.cycle)
+            if step.publish:
+                await failpoint("tr.mid")
+            return Executed(rest=rest, checksum=await self._checksum(step))
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))
         except Exception:
             log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, self._context.run_id)
             self.state_is_unknown = True
             return Executed(Outcome.failure("an internal error of the trainer", "server"))
+        finally:
+            self.execute_s = time.monotonic() - began
+
+    async def _checksum(self, step: Step) -> str:
+        if not changes_state(step):
+            return ""
+        return await self._executor.on_engine(self._executor.engine.checksum, self._context.run_id)
 
     async def _finish(self, rest: Callable[[], Awaitable[Outcome]]) -> Outcome:
         try:

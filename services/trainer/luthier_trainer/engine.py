@@ -11,13 +11,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from luthier_core.errors import NotFound
+from luthier_core.errors import BadRequest, NotFound
+from luthier_core.losses import loss_config, loss_spec
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter, target_modules
+from luthier_model.peft_io import tensor_bytes, tensors_from
 from luthier_trainer.adapters import RunState
+from luthier_trainer.loss_metrics import loss_metrics
 from luthier_trainer.losses import Loss, loss_named
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.packing import (
@@ -29,6 +32,17 @@ from luthier_trainer.packing import (
     pack,
     unpack,
 )
+
+
+class StateCopy:
+    """One run's state in host memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file; this takes a while, and needs no engine."""
+        return tensor_bytes(self._tensors)
 
 
 class Engine:
@@ -45,10 +59,13 @@ class Engine:
         logprob_chunk_tokens: int,
         num_threads: int,
         micro_batch_tokens: int = 4096,
+        recompute: bool | None = None,
     ) -> None:
         """`micro_batch_tokens`: tokens whose activations exist at once, at least one datum.
 
-        Another number adds up a gradient in another order, so a run's bits depend on it.
+        Another number adds up a gradient in another order, so a run's bits depend on it; they do
+        not depend on `recompute`, which trades a second forward for the layers' activations. None
+        is where it pays: on a GPU, where 4096 tokens of an 8 B model would hold tens of GB.
         """
         torch.set_num_threads(num_threads)
         torch.use_deterministic_algorithms(True)
@@ -57,13 +74,16 @@ class Engine:
         self._model = model
         self._chunk_tokens = logprob_chunk_tokens
         self._micro_batch_tokens = micro_batch_tokens
+        self._recompute = model.device.type == "cuda" if recompute is None else recompute
         self._runs: dict[str, RunState] = {}
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
         """A run in its initial state, instead of the one that has this id."""
         shapes = self._model.lora_shapes
         modules = {name: shapes[name] for name in target_modules(shapes, spec)}
-        self._runs[run_id] = RunState(init_adapter(spec, modules, self._model.device))
+        self._runs[run_id] = RunState(
+            init_adapter(spec, modules, self._model.device), self._model.compute_dtype
+        )
 
     def forward_backward(
         self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
@@ -75,8 +95,9 @@ class Engine:
         """
         run = self._run(run_id)
         message = wire_pb2.ForwardBackwardRequest.FromString(request)
-        loss = loss_named(message.loss_fn)
-        examples = [decode_datum(datum, loss.inputs) for datum in message.data]
+        loss, spec = loss_named(message.loss_fn), loss_spec(message.loss_fn)
+        config = loss_config(message)
+        examples = [decode_datum(datum, spec, config) for datum in message.data]
         logprobs: list[Array] = []
         total = 0.0
         with run.atomic_gradient() if backward else nullcontext(), torch.set_grad_enabled(backward):
@@ -90,6 +111,7 @@ class Engine:
             loss_fn_output_type="ArrayRecord",
             loss_fn_outputs=array_records(logprobs),
             metrics={
+                **loss_metrics(message.loss_fn, examples, logprobs),
                 "loss:sum": total,
                 "num_tokens:sum": float(sum(len(example.tokens) for example in examples)),
                 "clock_cycle:unique": float(clock_cycle),
@@ -124,6 +146,23 @@ class Engine:
         """
         self._run(run_id).restore(files, self._model.lora_shapes, optimizer=optimizer)
 
+    def copy_state(self, run_id: str) -> StateCopy:
+        """The whole state as it is now: later ops do not change the copy."""
+        return StateCopy(self._run(run_id).copy())
+
+    def take_state(self, run_id: str, spec: LoraSpec, data: bytes) -> None:
+        """Create the run in the state that a StateCopy has; ValueError if that does not fit."""
+        try:
+            copied = tensors_from({"state": data}, "state")
+        except BadRequest as error:
+            raise ValueError(str(error)) from None
+        self.create(run_id, spec)
+        self._run(run_id).take(copied)
+
+    def checksum(self, run_id: str) -> str:
+        """Of the whole state, cheap enough for every op: see RunState.checksum."""
+        return self._run(run_id).checksum()
+
     def drop(self, run_id: str) -> None:
         """Forget the run; nothing happens if it is not here."""
         self._runs.pop(run_id, None)
@@ -144,11 +183,13 @@ class Engine:
         self, run: RunState, examples: Sequence[Example], loss: Loss
     ) -> tuple[Tensor, Tensor]:
         """Logprobs [T, K] of the targets, and the loss, of one packed micro-batch."""
-        batch = pack(examples, self._model.device)
+        batch = pack(examples, self._model.device, self._model.compute_dtype)
         segments = [Segment(0, len(batch.tokens_T), run.adapter)]
         attention = PackedAttention(batch.lengths)
-        hidden_TD = self._model.hidden(batch.tokens_T, batch.positions_T, attention, segments)
+        hidden_TD = self._model.hidden(
+            batch.tokens_T, batch.positions_T, attention, segments, recompute=self._recompute
+        )
         logprobs_TK = token_logprobs(
             self._model, hidden_TD, batch.targets_TK, segments, chunk_tokens=self._chunk_tokens
         )
-        return logprobs_TK, loss.total(logprobs_TK, batch.loss_inputs_TK)
+        return logprobs_TK, loss(logprobs_TK, batch.loss_inputs_TK, batch.datum_T).sum()

@@ -11,10 +11,16 @@ from typing import Any, TypeVar
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, save_sampler
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
-from luthier_core.types import OptimStep, SaveWeights, SaveWeightsForSampler
+from luthier_core.types import (
+    OptimStep,
+    SaveWeights,
+    SaveWeightsExternal,
+    SaveWeightsForSampler,
+)
 from luthier_model.lora import LoraSpec
 from luthier_trainer.engine import Engine
 from luthier_trainer.optim import AdamParams
@@ -37,6 +43,18 @@ class RunContext:
     """Known once op 0 has been executed."""
 
 
+def lora_spec(record: RunRecord) -> LoraSpec:
+    """What a run trains, as the model knows it."""
+    lora = record.lora
+    return LoraSpec(
+        rank=lora.rank,
+        seed=lora.seed,
+        train_attn=lora.train_attn,
+        train_mlp=lora.train_mlp,
+        train_unembed=lora.train_unembed,
+    )
+
+
 class Executor:
     """The ops of all runs of one worker, one engine call at a time."""
 
@@ -52,6 +70,7 @@ class Executor:
             Kind.OPTIM_STEP: self._optim_step,
             Kind.SAVE_WEIGHTS: self._save_weights,
             Kind.SAVE_WEIGHTS_FOR_SAMPLER: self._save_weights_for_sampler,
+            Kind.SAVE_WEIGHTS_EXTERNAL: self._save_weights_external,
             Kind.LOAD_WEIGHTS: self._load_weights,
         }
 
@@ -73,15 +92,8 @@ class Executor:
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
-        lora, source = run.record.lora, body["source"]
-        spec = LoraSpec(
-            rank=lora.rank,
-            seed=lora.seed,
-            train_attn=lora.train_attn,
-            train_mlp=lora.train_mlp,
-            train_unembed=lora.train_unembed,
-        )
-        await self.on_engine(self.engine.create, run.run_id, spec)
+        source = body["source"]
+        await self.on_engine(self.engine.create, run.run_id, lora_spec(run.record))
         result = {"model_id": run.run_id, "type": "create_model"}
         if source is not None:
             await self._load(run, source)
@@ -108,7 +120,13 @@ class Executor:
         metrics = await self.on_engine(
             self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
         )
-        return _json_outcome({"metrics": {**metrics, "clock_cycle": float(cycle)}})
+        return _json_outcome(
+            {
+                "metrics": {**metrics, "clock_cycle": float(cycle)},
+                "learning_rates": [params.learning_rate],
+                "step_count": int(metrics["step"]),
+            }
+        )
 
     async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         source = json.loads(await self._payload(op))
@@ -131,7 +149,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "weights", wanted.path)
-            return _completed({"path": str(path), "type": "save_weights"})
+            return _saved(path, "save_weights")
 
         return finish
 
@@ -152,7 +170,25 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
-            return _completed({"path": str(path), "type": "save_weights_for_sampler"})
+            return _saved(path, "save_weights_for_sampler")
+
+        return finish
+
+    async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
+        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+
+        async def finish() -> Outcome:
+            saved = await self._save(
+                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+            )
+            return _completed(
+                {
+                    "path": saved.tinker_path,
+                    "size_bytes": saved.size_bytes,
+                    "type": "save_weights_external",
+                }
+            )
 
         return finish
 
@@ -217,8 +253,13 @@ class Executor:
         if len(output) <= INLINE_LIMIT:
             return Body.of(output)
         key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
+        await failpoint("tr.put_res")
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
+
+
+def _saved(path: TinkerPath, kind: str) -> Outcome:
+    return _completed({"path": str(path), "tinker_path": str(path), "type": kind})
 
 
 def _completed(result: dict[str, Any]) -> Outcome:

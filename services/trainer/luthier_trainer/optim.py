@@ -57,26 +57,40 @@ class FlatAdamW:
     def step(self, params: AdamParams) -> dict[str, float]:
         """One update from parameter.grad, which may be clipped in place; the step's metrics.
 
+        Norms are over the whole parameter: `grad_norm` before clipping, `update_norm` of what the
+        step, decay included, has added to the weights, `param_norm` of the weights after it.
         BadRequest, with nothing changed, if the norm of the gradient is not finite.
         """
+        smallest = torch.finfo(self.parameter.dtype).tiny
+        if params.eps < smallest:
+            # A moment of 0, as A has while B is 0, would make 0 / 0.
+            raise BadRequest(f"adam_params.eps: {params.eps}; must be at least {smallest:.2g}")
         gradient = self.parameter.grad
         assert gradient is not None
-        # float64: the squares of a gradient near 1e20 overflow float32 although it is finite.
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        norm = _norm(gradient)
         grad_norm = norm.item()
         if not math.isfinite(grad_norm):
             raise BadRequest(f"gradient norm is not finite ({grad_norm}): no update was made")
         if params.grad_clip_norm > 0:
-            nn.utils.clip_grads_with_norm_([self.parameter], params.grad_clip_norm, norm.float())
+            nn.utils.clip_grads_with_norm_([self.parameter], params.grad_clip_norm, norm)
         self._adamw.param_groups[0].update(
             lr=params.learning_rate,
             betas=(params.beta1, params.beta2),
             eps=params.eps,
             weight_decay=params.weight_decay,
         )
+        before = self.parameter.detach().clone()
         self._adamw.step()
         return {
             "grad_norm": grad_norm,
+            "param_norm": _norm(self.parameter.detach()).item(),
+            "update_norm": _norm(before.neg_().add_(self.parameter.detach())).item(),
             "learning_rate": params.learning_rate,
             "step": float(self.num_steps),
         }
+
+
+def _norm(flat: Tensor) -> Tensor:
+    """float64 scalar: the squares of numbers near 1e20 overflow float32 although they do not."""
+    norm: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    return norm

@@ -3,7 +3,7 @@
 Dimensions: T packed tokens, K targets per position (1 when a datum's targets are 1-D).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier_core.errors import BadRequest
+from luthier_core.losses import RATIO_MASK, LossSpec
 from luthier_core.proto import wire_pb2
 
 Array = np.ndarray[Any, Any]
@@ -27,7 +28,7 @@ class Example:
     targets: Array
     """int64 [T] or [T, K]"""
     loss_inputs: dict[str, Array]
-    """float32, each with the shape of `targets`."""
+    """Each with the shape of `targets`; float32, a setting float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +42,35 @@ class PackedBatch:
     """K is the largest of the batch; cells that a datum does not have are token 0 ..."""
     loss_inputs_TK: dict[str, Tensor]
     """... with loss input 0, so that they add nothing to a loss."""
+    datum_T: Tensor
+    """int64, each row's example as an index into `lengths`."""
 
 
-def decode_datum(datum: wire_pb2.Datum, input_names: Sequence[str]) -> Example:
-    """The example in `datum`, with the named loss inputs; BadRequest names what is missing."""
+def decode_datum(datum: wire_pb2.Datum, loss: LossSpec, config: Mapping[str, float]) -> Example:
+    """The example in `datum` with all that `loss` reads; BadRequest names what is missing.
+
+    A setting becomes an input too, the same at every target unless the datum brings its own.
+    """
     chunks = [_decode_chunk(chunk) for chunk in datum.model_input]
+    targets = _loss_input(datum, "target_tokens").astype(np.int64, copy=False)
+    inputs: dict[str, Array] = {
+        name: np.broadcast_to(np.float64(value), targets.shape) for name, value in config.items()
+    }
+    given = (*loss.inputs, *(name for name in loss.token_inputs if name in datum.loss_fn_inputs))
+    for name in given:
+        inputs[name] = _loss_input(datum, name).astype(np.float32, copy=False)
+    if RATIO_MASK in loss.token_inputs and RATIO_MASK not in inputs:
+        policy_target = is_policy_target(inputs["logprobs"], inputs["advantages"])
+        inputs[RATIO_MASK] = policy_target.astype(np.float32)
     return Example(
-        tokens=np.concatenate(chunks).astype(np.int64),
-        targets=_loss_input(datum, "target_tokens").astype(np.int64, copy=False),
-        loss_inputs={
-            name: _loss_input(datum, name).astype(np.float32, copy=False) for name in input_names
-        },
+        tokens=np.concatenate(chunks).astype(np.int64), targets=targets, loss_inputs=inputs
     )
+
+
+def is_policy_target(sampled_logprobs: Array, advantages: Array) -> Array:
+    """False where a client padded with a logprob and an advantage of 0, as at prompt positions."""
+    mask: Array = (sampled_logprobs != 0) | (advantages != 0)
+    return mask
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
@@ -72,7 +90,10 @@ def micro_batches(examples: Sequence[Example], max_tokens: int) -> Iterator[list
         yield group
 
 
-def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
+def pack(
+    examples: Sequence[Example], device: torch.device, dtype: torch.dtype = torch.float32
+) -> PackedBatch:
+    """The examples end to end; `dtype` is that of the loss inputs."""
     lengths = [len(example.tokens) for example in examples]
     names = examples[0].loss_inputs
     return PackedBatch(
@@ -81,9 +102,10 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
         lengths=lengths,
         targets_TK=_to_tensor(_stack([e.targets for e in examples]), device),
         loss_inputs_TK={
-            name: _to_tensor(_stack([e.loss_inputs[name] for e in examples]), device)
+            name: _to_tensor(_stack([e.loss_inputs[name] for e in examples]), device).to(dtype)
             for name in names
         },
+        datum_T=_to_tensor(np.repeat(np.arange(len(lengths)), lengths), device),
     )
 
 

@@ -1,8 +1,9 @@
 """Pure: which waiting ops make up the next clock cycle.
 
-Each run that has something waiting gets one share: its leading forward and forward_backward ops
-and the op that ends them, so that an optimizer step runs in the cycle of its gradients. The run
-served longest ago comes first, so that one with a deep queue does not keep the others waiting.
+A cycle is one share: of the tenant served longest ago that has something waiting, of its runs the
+one served longest ago, the leading forward and forward_backward ops and the op that ends them, so
+that an optimizer step runs in the cycle of its gradients. While another tenant waits a share is cut
+short. So neither many runs nor deep queues of one tenant keep the others waiting (reliability G13).
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ _GOES_ON = frozenset({Kind.FORWARD, Kind.FORWARD_BACKWARD})
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What waits at the head of one run."""
+    """What waits at the head of one run, if anything does."""
 
     run_id: str
+    tenant: str
     kinds: tuple[Kind, ...]
     last_cycle: int
     """The cycle that served this run last; -1 if none did."""
@@ -26,20 +28,34 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The first `num_ops` waiting ops of a run, one after the other."""
+    """The first waiting ops of a run, one after the other."""
 
     run_id: str
-    num_ops: int
+    tenant: str
+    kinds: tuple[Kind, ...]
+
+    def may_end_after(self, num_ops: int) -> bool:
+        """Whether it can be cut there; not before its last op if that is no gradient's."""
+        return num_ops < len(self.kinds) - 1 or self.kinds[-1] in _GOES_ON
 
 
-def plan(heads: Sequence[Head]) -> list[Share]:
-    """The shares of the next cycle, in the order in which they run."""
-    waiting = sorted((head for head in heads if head.kinds), key=lambda head: head.last_cycle)
-    return [Share(head.run_id, _share_of(head.kinds)) for head in waiting]
+def plan(heads: Sequence[Head]) -> Share | None:
+    """The next cycle; None if nothing waits.
+
+    `heads` has every run, those with nothing waiting too: they say when their tenant was served.
+    """
+    served: dict[str, int] = {}
+    for head in heads:
+        served[head.tenant] = max(served.get(head.tenant, -1), head.last_cycle)
+    waiting = [head for head in heads if head.kinds]
+    if not waiting:
+        return None
+    chosen = min(waiting, key=lambda head: (served[head.tenant], head.last_cycle))
+    return Share(chosen.run_id, chosen.tenant, _share_of(chosen.kinds))
 
 
-def _share_of(kinds: tuple[Kind, ...]) -> int:
+def _share_of(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
     for index, kind in enumerate(kinds[:MAX_OPS_PER_SHARE]):
         if kind not in _GOES_ON:
-            return index + 1
-    return min(len(kinds), MAX_OPS_PER_SHARE)
+            return kinds[: index + 1]
+    return kinds[:MAX_OPS_PER_SHARE]

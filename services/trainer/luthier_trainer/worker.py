@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
+from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
+from luthier_core.ops import Kind
 from luthier_core.owner import Diverged, Owner, Step
 from luthier_core.protocol import (
     COMMIT_DEPTH,
@@ -36,12 +38,14 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.planner import Head, plan
+from luthier_trainer.planner import Head, Share, plan
+from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
 DRAIN_S = 10.0
+TAKE_OVER_PAUSE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -49,6 +53,7 @@ class OwnedRun:
     """One run that this worker owns."""
 
     tenure: Tenure
+    tenant: str
     effects: RunEffects
     # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
     commits: asyncio.Queue[tuple[Step, Executed]] = field(
@@ -58,10 +63,18 @@ class OwnedRun:
     last_cycle: int = -1
     may_have_more: bool = False
     """The last read of the log was full, or left out for want of room."""
+    snapshotter: Snapshotter | None = None
+    paused: bool = False
+    """Nothing is executed for it: it is being let go."""
 
     @property
     def owner(self) -> Owner:
         return self.tenure.owner
+
+    @property
+    def waiting_kinds(self) -> tuple[Kind, ...]:
+        """Of the ops that could be executed now, next first."""
+        return () if self.paused else tuple(op.kind for op in self.owner.queued)
 
     @property
     def idle(self) -> bool:
@@ -81,6 +94,7 @@ class Worker:
         blobs: Blobs,
         executor: Executor,
         first_cycle: int,
+        snapshots: Snapshots | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base_model = base_model
@@ -89,6 +103,7 @@ class Worker:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._snapshots = snapshots
         self._cycles = itertools.count(first_cycle)
         self._clock = clock
         self._runs: dict[str, OwnedRun] = {}
@@ -96,6 +111,10 @@ class Worker:
         self._news = asyncio.Event()
         self._ready = asyncio.Event()
         self._unowned_since: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
+        """Runs that could not be taken over -> when to try again."""
+        self._executing = ""
+        """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -188,14 +207,17 @@ class Worker:
                 run.may_have_more = True
         if not cursors:
             return
+        await failpoint("tr.read")
         for run_id, ops in (await self._oplog.read_log(cursors)).items():
-            if (fed := self._runs.get(run_id)) is not None:
-                try:
-                    feed(fed.tenure, ops)
-                except Left as error:
-                    log.warning("leaving a run: %s", error)
-                    await self._forget(fed)
-                fed.may_have_more = len(ops) == READ_AHEAD
+            if (fed := self._runs.get(run_id)) is None:
+                continue
+            try:
+                feed(fed.tenure, ops)
+            except Left as error:
+                log.warning("leaving a run: %s", error)
+                await self._forget(fed)
+                continue
+            fed.may_have_more = len(ops) == READ_AHEAD
         self._ready.set()
 
     async def _adopt(self, headers: dict[str, RunHeader]) -> None:
@@ -213,7 +235,11 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
+            if run_id == self._executing:
+                continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
+                continue
+            if self._clock() < self._not_before.get(run_id, 0.0):
                 continue
             if header.pending or await self._is_overdue(run_id, header):
                 if len(self._runs) < self._config.max_runs or await self._make_room():
@@ -222,9 +248,9 @@ class Worker:
                 continue  # it stays listed: somebody has to give the gap up
             elif not header.owner or await self._oplog.release(run_id, header.epoch):
                 await self._oplog.retire_run(self._base_model, run_id)
-        self._unowned_since = {
-            run_id: since for run_id, since in self._unowned_since.items() if run_id in headers
-        }
+        for noted in (self._unowned_since, self._not_before):
+            for run_id in noted.keys() - headers.keys():
+                del noted[run_id]
 
     def _is_my_turn(self, run_id: str, trainers: list[str]) -> bool:
         """At once for the trainer that ranks first for this run, for others after a lease time."""
@@ -236,13 +262,27 @@ class Worker:
     async def _acquire(self, run_id: str, header: RunHeader) -> None:
         context = RunContext(run_id=run_id, tenant=header.tenant)
         server = await self._oplog.server_id(run_id)
-        effects = RunEffects(context, self._oplog, self._blobs, self._executor, server=server)
-        tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        effects = RunEffects(
+            context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
+        )
+        try:
+            tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
+        except REDIS_ERRORS:
+            raise
+        except Exception:
+            log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
+            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
+            return
         if tenure is None:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
-        run = OwnedRun(tenure, effects)
+        run = OwnedRun(tenure, header.tenant, effects)
+        if self._snapshots is not None:
+            run.snapshotter = Snapshotter(
+                *(tenure, self._snapshots, context, effects.perform),
+                leave=lambda: self._forget(run),
+            )
         run.committer = asyncio.create_task(self._commit_in_order(run))
         self._runs[run_id] = run
         await self._hints.subscribe(keys.run_new(run_id))
@@ -253,10 +293,18 @@ class Worker:
         """Release the run that has been idle longest; False if every run is busy."""
         for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
             run_id, epoch, server = run.tenure.run_id, run.tenure.epoch, run.effects.server
-            if run.idle and await self._oplog.release(run_id, epoch, server=server):
-                await self._oplog.retire_run(self._base_model, run_id)
-                await self._forget(run)
-                return True
+            if not run.idle:
+                continue
+            run.paused = True
+            try:
+                await self._settle(run)
+                if run.idle and await self._oplog.release(run_id, epoch, server=server):
+                    await self._oplog.retire_run(self._base_model, run_id)
+                    await self._forget(run)
+                    return True
+            finally:
+                run.paused = False
+                self._ready.set()
         return False
 
     async def _forget(self, run: OwnedRun) -> None:
@@ -269,6 +317,8 @@ class Worker:
         await self._executor.on_engine(self._executor.engine.drop, run_id)
         if run.committer is not None and run.committer is not asyncio.current_task():
             run.committer.cancel()
+        if run.snapshotter is not None:
+            run.snapshotter.cancel()
         # Nobody commits these any more; whoever waits for room or for the last of them goes on.
         while not run.commits.empty():
             run.commits.get_nowait()
@@ -280,23 +330,31 @@ class Worker:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while heads := self._heads():
-                cycle = next(self._cycles)
-                for share in plan(heads):
-                    for _ in range(share.num_ops):
-                        await self._run_step(share.run_id, cycle)
+            while share := plan(self._heads()):
+                await self._run_share(share, next(self._cycles))
+
+    async def _run_share(self, share: Share, cycle: int) -> None:
+        """Carry a share out; while another tenant waits, no more of it than must be."""
+        for num_ops in range(1, len(share.kinds) + 1):
+            self._executing = share.run_id
+            await self._run_step(share.run_id, cycle)
+            self._executing = ""
+            if share.may_end_after(num_ops) and self._others_wait(share.tenant):
+                return
 
     def _heads(self) -> list[Head]:
         return [
-            Head(run_id, tuple(op.kind for op in run.owner.queued), run.last_cycle)
+            Head(run_id, run.tenant, run.waiting_kinds, run.last_cycle)
             for run_id, run in self._runs.items()
-            if run.owner.num_queued
         ]
+
+    def _others_wait(self, tenant: str) -> bool:
+        return any(run.waiting_kinds for run in self._runs.values() if run.tenant != tenant)
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
         run = self._runs.get(run_id)
-        if run is None or not run.owner.num_queued:
+        if run is None or run.paused or not run.owner.num_queued:
             return
         run.last_cycle = run.effects.cycle = cycle
         if run.tenure.depth == 1:
@@ -316,6 +374,9 @@ class Worker:
             await run.commits.put(carried_out)
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
+        if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
+            await run.snapshotter.executed(carried_out[0], run.effects.execute_s)
+            run.snapshotter.store_if_committed()
         if run.effects.state_is_unknown:
             await run.commits.join()
             await self._forget(run)
@@ -337,20 +398,31 @@ class Worker:
                     error,
                     exc_info=not isinstance(error, Left),
                 )
-                run.commits.task_done()
                 await self._forget(run)
                 return
-            run.commits.task_done()
+            finally:
+                # Also when it is cancelled: who waits for the last commit must not wait for ever.
+                run.commits.task_done()
+            if run.snapshotter is not None:
+                run.snapshotter.store_if_committed()
 
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                await asyncio.gather(*(run.commits.join() for run in self._runs.values()))
+                await asyncio.gather(*(self._settle(run) for run in self._runs.values()))
         for run in list(self._runs.values()):
             if run.committer is not None:
                 run.committer.cancel()
+            if run.snapshotter is not None:
+                run.snapshotter.cancel()
         await self._lease.release()
+
+    async def _settle(self, run: OwnedRun) -> None:
+        """Commit what has been executed and store the state, so that nothing is replayed."""
+        await run.commits.join()
+        if run.snapshotter is not None:
+            await run.snapshotter.store_now()
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,75 @@
+"""The engine of the toy trainers, and of the oracle: a hash in place of weights.
+
+Any op that is missing, doubled or out of order changes every later result. It has the methods of
+the trainer's engine, so the real executor drives it; tests.simulation.toy says what the state is.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from tests.simulation.toy import State
+
+from luthier_core.ops import INLINE_LIMIT, Kind, digest_of
+from luthier_core.proto import wire_pb2
+
+LARGE_DATUM_TOKENS = 1200
+"""A forward_backward of this many tokens is too large for Redis, and so is its result."""
+
+
+class ToyEngine:
+    """States of runs by run id; KeyError for a run that is not here."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, State] = {}
+
+    def create(self, run_id: str, spec: Any) -> None:
+        self._apply(run_id, Kind.CREATE_MODEL, f"{spec.rank} {spec.seed}".encode(), State())
+
+    def forward_backward(
+        self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
+    ) -> bytes:
+        kind = Kind.FORWARD_BACKWARD if backward else Kind.FORWARD
+        state = self._apply(run_id, kind, request, self.states[run_id])
+        large = len(request) > INLINE_LIMIT
+        output = wire_pb2.ForwardBackwardOutput(
+            loss_fn_output_type=state.result(digest_of(request), large=large).decode(),
+            metrics={"clock_cycle:unique": float(clock_cycle)},
+        )
+        encoded: bytes = output.SerializeToString()
+        return encoded
+
+    def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
+        step = str(params.learning_rate).encode()
+        state = self._apply(run_id, Kind.OPTIM_STEP, step, self.states[run_id])
+        return {"state": float(int(state.digest[:12], 16))}
+
+    def clear_gradient(self, run_id: str) -> None:
+        self.states[run_id] = self.states[run_id].without_gradient()
+
+    def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
+        return {"state.json": json.dumps(asdict(self.states[run_id])).encode()}
+
+    def copy_state(self, run_id: str) -> "ToyCopy":
+        return ToyCopy(self.states[run_id])
+
+    def take_state(self, run_id: str, spec: Any, data: bytes) -> None:
+        self.states[run_id] = State(**json.loads(data))
+
+    def checksum(self, run_id: str) -> str:
+        return self.states[run_id].digest
+
+    def drop(self, run_id: str) -> None:
+        self.states.pop(run_id, None)
+
+    def _apply(self, run_id: str, kind: Kind, op: bytes, before: State) -> State:
+        self.states[run_id] = before.applied(kind, digest_of(op))
+        return self.states[run_id]
+
+
+class ToyCopy:
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self._state)).encode()
