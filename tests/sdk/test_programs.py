@@ -38,22 +38,12 @@ def run(program: str, stack: Stack, folder: Path, *, sdk: str) -> str:
     return ended.stdout
 
 
-COMING = {"losses": "policy losses", "publish": "publishing and archives"}
-"""Program -> what the server must have first."""
-RUNS = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=f"server: {COMING[name]}"))
-    if name in COMING
-    else name
-    for name in sorted(path.stem for path in PROGRAMS.glob("*.py"))
-]
-
-
-@pytest.mark.parametrize("program", RUNS)
+@pytest.mark.parametrize("program", sorted(path.stem for path in PROGRAMS.glob("*.py")))
 def test_a_program_of_the_documentation_runs(program: str, stack: Stack, tmp_path: Path) -> None:
     assert run(program, stack, tmp_path, sdk="luthier")
 
 
-@pytest.mark.parametrize("program", ["quickstart", "custom_loss", "save_load"])
+@pytest.mark.parametrize("program", ["quickstart", "custom_loss", "losses", "save_load"])
 def test_a_program_prints_what_it_prints_with_the_official_client(
     program: str, stack: Stack, tmp_path: Path
 ) -> None:
