@@ -40,7 +40,7 @@ class ToyEngine:
 
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         self._work()
-        return {}
+        return {"step": 1.0, "learning_rate": params.learning_rate}
 
     def clear_gradient(self, run_id: str) -> None:
         pass

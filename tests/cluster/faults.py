@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from tests.cluster.history import History
 from tests.cluster.processes import LEASE_S, Cluster, Part
 
@@ -163,6 +164,9 @@ class Injector:
         Either while the next owner has acquired a run and committed nothing, or when all its runs
         have gone on without it.
         """
+        async with _within(FIRE_S, f"{part.name} stops"):
+            while psutil.Process(part.pid).status() != psutil.STATUS_STOPPED:
+                await asyncio.sleep(LOOK_S)
         await self._unlock(part)
         mine = [
             (run_id, len(run.owners))
