@@ -214,7 +214,8 @@ class Transport:
 
 
 def _close_on(loop: asyncio.AbstractEventLoop, http: "aiohttp.ClientSession") -> None:
-    asyncio.run_coroutine_threadsafe(http.close(), loop)
+    if not http.closed and not loop.is_closed():
+        asyncio.run_coroutine_threadsafe(http.close(), loop)
 
 
 def _proxy_of(url: str) -> str | None:

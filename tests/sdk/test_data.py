@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
 import luthier
 from luthier import _loop, data, metrics, types, wire
+from luthier.polling import CompletionPoller
 from luthier.progress import StatusLine, progress
+from luthier.session import Session
+from luthier.settings import read_settings
 from luthier.window import Window
 
 
@@ -257,3 +262,24 @@ def test_errors_travel_between_processes() -> None:
     failed = copy.copy(luthier.RequestFailedError("why", "run:3", "user"))
     assert (failed.message, failed.request_id, failed.category) == ("why", "run:3", "user")
     assert copy.copy(luthier.NotFoundError("404: gone", 404)).status_code == 404
+
+
+async def test_a_completion_that_is_reported_before_its_id_is_known_is_kept() -> None:
+    reports = [[{"state": "finished", "request_id": "early"}], []]
+
+    async def retrieve_futures(request: web.Request) -> web.Response:
+        completions = reports.pop(0) if reports else []
+        return web.json_response({"completions": completions, "cursor": 2 - len(reports)})
+
+    app = web.Application()
+    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
+    async with TestServer(app) as server:
+        session = Session(read_settings(str(server.make_url("")), "tml-any"))
+        poller = CompletionPoller(session, "s:sample:0", 0)
+        with poller.expecting():
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):  # somebody else's sample drives the polling
+                    await poller.wait("other")
+            async with asyncio.timeout(5):
+                await poller.wait("early")
+        await session.close("success")

@@ -19,14 +19,10 @@ LossFnType = Literal[
 class StrictBase(BaseModel):
     """What a user builds: frozen, and a name that does not exist is an error at once."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), defer_build=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ResponseBase(BaseModel):
     """What a server answers: frozen, and fields that a newer server adds are left out."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="ignore", protected_namespaces=(), defer_build=True
-    )
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
