@@ -1,4 +1,4 @@
-"""Streams of the OpenAI API: the same as the whole answer, token by token, and ended with its client."""
+"""Streams of the OpenAI API: the whole answer, token by token, and ended with its client."""
 
 import asyncio
 import json
@@ -24,6 +24,10 @@ ENDLESS = {"prompt": ["ab", "cd", "ef", "gh"], "n": 32, "max_tokens": 60, "seed"
 async def client(gateway_stack: GatewayStack) -> AsyncIterator[openai.AsyncOpenAI]:
     async with connected(gateway_stack) as made:
         yield made
+
+
+async def rest_of(stream: openai.AsyncStream[Any]) -> list[Any]:
+    return [chunk async for chunk in stream]
 
 
 async def test_a_streamed_completion_is_the_whole_one(client: openai.AsyncOpenAI):
@@ -89,17 +93,17 @@ async def test_a_stream_without_a_seed_is_random_and_ends(client: openai.AsyncOp
     assert len(texts) == 2
 
 
-async def test_lost_hints_cost_nothing_but_smoothness(
-    client: openai.AsyncOpenAI, gateway_stack: GatewayStack, oplog_of_stack: Oplog
+async def test_tokens_behind_a_lost_hint_wait_for_the_outcome(
+    client: openai.AsyncOpenAI, oplog_of_stack: Oplog
 ):
-    """The gateway is sent a message that leaves tokens out, as if those before it had been lost."""
+    """Every choice is told tokens that do not follow those before, as if hints had been lost."""
     wanted = {"model": BASE_MODEL, "prompt": "abc", "seed": 9, "max_tokens": 50}
     whole = (await client.completions.create(**wanted, n=8)).choices
     texts = [""] * 8
     stream = await client.completions.create(**wanted, n=8, stream=True)
     async for chunk in stream:
         request_id = chunk.id.removeprefix("cmpl-")
-        lost = encode_partials([Partial(0, 49, [1], [-1.0], [])])
+        lost = encode_partials([Partial(i, 1000, [1], [-1.0], []) for i in range(8)])
         await oplog_of_stack.redis.spublish(keys.sampling_partials(request_id), lost)
         for choice in chunk.choices:
             texts[choice.index] += choice.text
@@ -111,15 +115,12 @@ async def test_tokens_that_are_not_the_outcomes_end_the_stream_with_an_error(
 ):
     """As if a sampler had told tokens and died, and another had drawn others."""
     stream = await client.completions.create(model=BASE_MODEL, **ENDLESS, stream=True)
-    told = False
+    session, _, seq = (await anext(stream)).id.removeprefix("cmpl-").rpartition(":")
+    wrong = encode_partials([Partial(31, 0, [1] * 55, [-1.0] * 55, [])])
+    last = keys.sampling_partials(f"{session}:{int(seq) + 3}")
+    await oplog_of_stack.redis.spublish(last, wrong)
     with pytest.raises(openai.APIError, match="came out differently"):
-        async for chunk in stream:
-            if not told:
-                session, _, seq = chunk.id.removeprefix("cmpl-").rpartition(":")
-                last = f"{session}:{int(seq) + 3}"
-                wrong = encode_partials([Partial(31, 0, [1] * 55, [-1.0] * 55, [])])
-                await oplog_of_stack.redis.spublish(keys.sampling_partials(last), wrong)
-                told = True
+        await rest_of(stream)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
@@ -137,9 +138,10 @@ async def test_a_client_that_goes_away_cancels_its_samples(
                 await asyncio.sleep(0)
         entries: Any = await redis.xrange(jobs)
         if stream:
-            await (await asking).content.readany()
-        else:
-            asking.cancel()
+            async with await asking as response:
+                await response.content.readany()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     async with asyncio.timeout(30):
         while await redis.xlen(jobs):
             await asyncio.sleep(0)
