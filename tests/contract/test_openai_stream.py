@@ -16,8 +16,9 @@ from luthier_core.oplog import Oplog
 from luthier_core.partials import Partial, encode_partials
 
 USER = {"role": "user", "content": "Hi"}
-ENDLESS = {"prompt": ["ab", "cd", "ef", "gh"], "n": 32, "max_tokens": 60, "seed": 1}
-"""Four requests with more sequences than run at once: seconds of work."""
+NUM_PROMPTS = 32
+ENDLESS = {"prompt": ["ab"] * NUM_PROMPTS, "n": 32, "max_tokens": 60, "seed": 1}
+"""Many times the sequences that run at once: seconds of work."""
 
 
 @pytest.fixture
@@ -114,7 +115,8 @@ async def test_tokens_that_are_not_the_outcomes_end_the_stream_with_an_error(
     client: openai.AsyncOpenAI, oplog_of_stack: Oplog
 ):
     """As if a sampler had told tokens and died, and another had drawn others."""
-    stream = await client.completions.create(model=BASE_MODEL, **ENDLESS, stream=True)
+    wanted = {**ENDLESS, "prompt": ["ab"] * 4}
+    stream = await client.completions.create(model=BASE_MODEL, **wanted, stream=True)
     session, _, seq = (await anext(stream)).id.removeprefix("cmpl-").rpartition(":")
     wrong = encode_partials([Partial(31, 0, [1] * 55, [-1.0] * 55, [])])
     last = keys.sampling_partials(f"{session}:{int(seq) + 3}")
@@ -134,9 +136,9 @@ async def test_a_client_that_goes_away_cancels_its_samples(
     async with aiohttp.ClientSession() as leaving:
         asking = asyncio.create_task(leaving.post(url, data=body, headers=headers))
         async with asyncio.timeout(30):
-            while await redis.xlen(jobs) < 4:
+            while await redis.xlen(jobs) < NUM_PROMPTS // 2:
                 await asyncio.sleep(0)
-        entries: Any = await redis.xrange(jobs)
+        _, last = (await redis.xrevrange(jobs, count=1))[0]
         if stream:
             async with await asking as response:
                 await response.content.readany()
@@ -145,8 +147,7 @@ async def test_a_client_that_goes_away_cancels_its_samples(
     async with asyncio.timeout(30):
         while await redis.xlen(jobs):
             await asyncio.sleep(0)
-    for _, fields in entries:
-        outcome = keys.sampling_outcome(fields[b"session"].decode(), fields[b"seq"].decode())
-        assert await redis.hget(outcome, "state") == b"cancelled"
+    outcome = keys.sampling_outcome(last[b"session"].decode(), last[b"seq"].decode())
+    assert await redis.hget(outcome, "state") == b"cancelled"
     # There is room again: what comes later is not held up.
     assert len((await (await api.sampler()).sample([1, 2, 3])).sequences) == 1
