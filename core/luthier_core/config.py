@@ -285,5 +285,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
     if config.gateway.tenant_requests_at_once < 1:
         raise ConfigError("gateway.tenant_requests_at_once: must be 1 or more")
+    if not 0 <= config.gateway.key_cache_s <= 60:
+        raise ConfigError("gateway.key_cache_s: a revoked key may work for 60 s at most")
     if config.gateway.poll_hold_s > 40:
         raise ConfigError("gateway.poll_hold_s: the SDK gives up after 45 s, so at most 40")

@@ -144,6 +144,11 @@ def index_rows(tenant: str, what: str) -> str:
     return f"{{t:{tenant}}}:row:{what}"
 
 
+def audit_head(tenant: str) -> str:
+    """`number sha256` of the last audit entry: what a cut at the chain's end is noticed by."""
+    return f"{{t:{tenant}}}:audit"
+
+
 # --- object store ---------------------------------------------------------------------------------
 
 
@@ -226,3 +231,20 @@ def sample_result(tenant: str, sampling_session_id: str, seq: int | str) -> str:
 def api_key_record(key_hmac: str) -> str:
     """Tenant and scopes of one API key, named by the HMAC of the key under the server secret."""
     return f"keys/{key_hmac}.json"
+
+
+def org_record(org_id: str) -> str:
+    return f"orgs/{org_id}.json"
+
+
+def project_record(tenant: str, project_id: str) -> str:
+    return f"t/{tenant}/projects/{project_id}.json"
+
+
+def user_record(tenant: str, user_id: str) -> str:
+    return f"t/{tenant}/users/{user_id}.json"
+
+
+def audit_entry(tenant: str, number: int) -> str:
+    """One event, create-if-absent; numbers are dense from 0."""
+    return f"t/{tenant}/audit/{number:012}.json"

@@ -11,6 +11,7 @@ from aiohttp.typedefs import Handler
 from redis.exceptions import OutOfMemoryError
 
 from luthier_core.blobs import open_blobs
+from luthier_core.caller import CALLER
 from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, TooManyRequests, Unavailable
 from luthier_core.futures import Futures
@@ -18,6 +19,8 @@ from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import (
+    access,
+    admin,
     checkpoints,
     files,
     forward_backward,
@@ -75,6 +78,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/cancel_future", futures.cancel_future),
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         *_bookkeeping_routes(),
+        *admin.routes(f"{API}/admin"),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -106,7 +110,7 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.delete(f"{API}/auth/apikey/me", rest.revoke_own_key),
         web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),
         web.post(f"{API}/auth/token", rest.refuse_key_exchange),
-        web.get(f"{API}/audit", rest.refuse_audit),
+        web.get(f"{API}/audit", rest.get_audit),
         web.get(f"{API}/billing/usage/events", rest.refuse_billing),
         web.get(f"{API}/billing/usage/checkpoints/current", rest.refuse_billing),
     ]
@@ -125,6 +129,7 @@ def build_app(config: Config) -> web.Application:
         handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
+    access.check_rules(route for route in routes() if needs_key(route.path))
     description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
     # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
     app[openapi.DESCRIPTION] = json.dumps(description).encode()
@@ -205,11 +210,15 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     And an SDK that this server can serve, which its user is told before anything else. Polls aside,
     a tenant's requests take turns.
     """
+    CALLER.set(None)  # this task is the connection's: each of its requests sets its own
     if not needs_key(request.path):
         return await handler(request)
     refuse_too_old(request)
     backends = request.app[BACKENDS]
-    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    caller = await backends.auth.caller(request.headers.get("X-API-Key"))
+    access.check(request, caller)
+    tenant = request[TENANT] = caller.tenant
+    CALLER.set(caller)
     if request.path in POLLS:
         return await handler(request)
     async with backends.turns.of(tenant):

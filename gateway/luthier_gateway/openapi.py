@@ -11,8 +11,9 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from luthier_core import answers, rest_types, types
+from luthier_core import admin_types, answers, rest_types, types
 from luthier_gateway import (
+    admin,
     checkpoints,
     files,
     forward_backward,
@@ -38,6 +39,11 @@ _QUERY: dict[str, dict[str, Any]] = {
     "offset": {"type": "integer", "minimum": 0, "maximum": 2**31},
     "access_scope": {"type": "string", "enum": list(rest.ACCESS_SCOPES)},
     "project_id": {"type": "string"},
+    "event_type": {
+        "type": "string",
+        "enum": ["all", "checkpoints", "projects", "teams", "organizations"],
+    },
+    "day": {"type": "string", "format": "date"},
 }
 _PAGE = ("limit", "offset")
 
@@ -120,9 +126,22 @@ OPERATIONS: dict[Handler, Operation] = {
     rest.get_own_key: Operation(answer=answers.OwnKey),
     rest.revoke_own_key: Operation(),
     rest.refuse_trace_export: Operation(answer=None),
-    rest.refuse_audit: Operation(answer=None),
+    rest.get_audit: Operation(answer=admin_types.AuditEntries, query=("event_type", "day")),
     rest.refuse_billing: Operation(answer=None),
     rest.refuse_key_exchange: Operation(answer=None),
+    admin.list_orgs: Operation(answer=admin_types.Orgs),
+    admin.create_org: Operation(admin_types.CreateOrg, admin_types.Org),
+    admin.get_org: Operation(answer=admin_types.Org),
+    admin.update_org: Operation(admin_types.UpdateOrg, admin_types.Org),
+    admin.list_projects: Operation(answer=admin_types.Projects),
+    admin.create_project: Operation(admin_types.CreateProject, admin_types.Project),
+    admin.list_users: Operation(answer=admin_types.Users),
+    admin.create_user: Operation(admin_types.CreateUser, admin_types.User),
+    admin.delete_user: Operation(answer="any"),
+    admin.list_keys: Operation(answer=admin_types.Keys),
+    admin.create_key: Operation(admin_types.CreateKey, admin_types.NewKey),
+    admin.revoke_key: Operation(answer=admin_types.Key),
+    admin.check_audit: Operation(answer=admin_types.AuditCheck),
 }
 
 

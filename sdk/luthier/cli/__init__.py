@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from luthier import __version__
+from luthier.cli import admin
 
 SERVER_MODULES = ("psutil", "redis", "minio", "torch", "transformers", "peft", "safetensors")
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(admin.app, name="admin")
 
 DataOption = Annotated[
     Path | None,

@@ -24,10 +24,13 @@ from luthier_core.errors import (
 )
 from luthier_core.oplog import REDIS_ERRORS, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
-from luthier_registry import checkpoint_calls
+from luthier_registry import admin_calls, checkpoint_calls
+from luthier_registry.audit import Audit
+from luthier_registry.audited import TENANT_OF_EVENT, record_event
 from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
+from luthier_registry.identity import Identities
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -40,12 +43,16 @@ from luthier_registry.requests import (
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
 from luthier_registry.web_io import (
+    AUDIT,
     CHECKPOINTS,
     COPIES,
+    IDENTITIES,
     SESSIONS,
     STORE,
+    actor_of,
     json_of,
     page_of,
+    project_of,
     tenant_of,
 )
 
@@ -57,7 +64,7 @@ OPEN_PATHS = frozenset({"/livez", "/readyz"})
 def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
     """The application; its connections open when it starts and close when it stops."""
     app = web.Application(
-        middlewares=[answer_errors, _authenticate(service_token(config.secret()))],
+        middlewares=[answer_errors, _authenticate(service_token(config.secret())), record_event],
         client_max_size=MAX_BODY_BYTES,
     )
     app.add_routes(
@@ -77,6 +84,7 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             web.get("/runs", list_runs),
             web.get("/runs/{run}", get_run),
             *checkpoint_calls.routes(),
+            *admin_calls.routes(),
             web.post("/samplers", create_sampler),
             web.get("/samplers/{sampler}", get_sampler),
         ]
@@ -93,6 +101,8 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[CHECKPOINTS] = checkpoints
             sessions = Sessions(blobs, client, config.secret(), clock=now)
             app[SESSIONS] = sessions
+            app[IDENTITIES] = Identities(blobs, client, config.secret(), clock=now)
+            app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
             yield
@@ -162,16 +172,25 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 async def get_key(request: web.Request) -> web.Response:
-    return json_of(await request.app[STORE].api_key(request.match_info["key"]))
+    return json_of(await request.app[IDENTITIES].identity(request.match_info["key"]))
 
 
 async def revoke_key(request: web.Request) -> web.Response:
-    return json_of(await request.app[STORE].revoke_key(request.match_info["key"]))
+    record = await request.app[IDENTITIES].revoke(request.match_info["key"])
+    request[TENANT_OF_EVENT] = record.tenant
+    return json_of(record)
 
 
 async def create_session(request: web.Request) -> web.Response:
     wanted = parse(CreateSession, await request.read())
-    return json_of(await request.app[SESSIONS].create(tenant_of(request), wanted))
+    return json_of(
+        await request.app[SESSIONS].create(
+            tenant_of(request),
+            wanted,
+            key_id=actor_of(request),
+            key_project=project_of(request),
+        )
+    )
 
 
 async def list_sessions(request: web.Request) -> web.Response:
@@ -206,7 +225,10 @@ async def set_project(request: web.Request) -> web.Response:
     wanted = parse(SetProject, await request.read())
     return json_of(
         await request.app[SESSIONS].set_project(
-            tenant_of(request), request.match_info["session"], wanted.project_id
+            tenant_of(request),
+            request.match_info["session"],
+            wanted.project_id,
+            key_project=project_of(request),
         )
     )
 

@@ -1,4 +1,4 @@
-"""Training runs, sampling sessions and API keys.
+"""Training runs and sampling sessions.
 
 Every method names the tenant it works for. What is foreign and what is absent raise one NotFound.
 """
@@ -16,7 +16,6 @@ from luthier_core.checkpoints import TinkerPath, save_sampler
 from luthier_core.config import Config
 from luthier_core.errors import BadRequest, InvalidField, NotFound, Unsupported
 from luthier_core.records import (
-    ApiKeyRecord,
     CheckpointRecord,
     LoraConfig,
     RunRecord,
@@ -25,7 +24,6 @@ from luthier_core.records import (
 )
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.record_store import (
-    KEY_HMAC,
     RUN_ID,
     SAMPLER_ID,
     SESSION_ID,
@@ -38,7 +36,7 @@ from luthier_registry.sessions import Sessions
 
 
 class Store(RecordStore):
-    """Runs, sampling sessions and API keys of one deployment."""
+    """Runs and sampling sessions of one deployment."""
 
     def __init__(
         self,
@@ -59,25 +57,6 @@ class Store(RecordStore):
         """Raises what Redis or the object store raise when they are away."""
         await self._redis.execute_command("PING")  # type: ignore[no-untyped-call]
         await self._blobs.head(keys.GENERATION)
-
-    async def api_key(self, key_hmac: str) -> ApiKeyRecord:
-        """What the key may do; NotFound also once it is revoked."""
-        check_id(KEY_HMAC, key_hmac, "key")
-        record = await self._read(ApiKeyRecord, keys.api_key_record(key_hmac), "key")
-        if record.revoked_at is not None:
-            raise NotFound("key")
-        return record
-
-    async def revoke_key(self, key_hmac: str) -> ApiKeyRecord:
-        """End a key for good."""
-        await self.api_key(key_hmac)
-        ending = {"revoked_at": self._clock()}
-        return await self._update(
-            ApiKeyRecord,
-            keys.api_key_record(key_hmac),
-            "key",
-            lambda now: now.model_copy(update=ending) if now.revoked_at is None else now,
-        )
 
     # --- training runs ----------------------------------------------------------------------------
 
