@@ -117,3 +117,26 @@ class AuditCheck(AdminAnswer):
     num_entries: int
     intact: bool
     broken_at: int | None
+
+
+class UsageEvents(AdminAnswer):
+    data: list[dict[str, Any]]
+    sessions: dict[str, dict[str, Any]]
+    cost_data_through: str
+
+
+class StoredCheckpoints(AdminAnswer):
+    effective_rate_usd_per_gigabyte_month: float | None
+    data: list[dict[str, Any]]
+
+
+class RunMetrics(AdminAnswer):
+    run_id: str
+    entries: list[dict[str, Any]]
+    """seq, state, kind and metrics; of a failure the error."""
+    last_seq: int
+    """Ask on with `after` = this."""
+
+
+class Jobs(AdminAnswer):
+    jobs: list[dict[str, Any]]

@@ -3,6 +3,7 @@
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from luthier_core.errors import LuthierError
 from luthier_core.records import NO_LIMITS, Limits
 
 
@@ -23,4 +24,6 @@ class Caller:
         return "operator" in self.scopes
 
 
+REFUSAL: ContextVar[LuthierError | None] = ContextVar("refusal", default=None)
+"""Why the caller may start nothing more of this sort. A repeat of what was accepted is answered."""
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)

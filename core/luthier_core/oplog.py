@@ -658,7 +658,10 @@ class Oplog:
         """Store the outcome of a job unless one is stored, and take the job off. OK | ALREADY."""
         reply = await self._call(
             "settle",
-            _sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
+            [
+                *_sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
+                keys.sampling_usage(keys.sampling_shard(job.sampling_session_id)),
+            ],
             [
                 *(job.seq, job.clone, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
                 *_flat(outcome.fields()),

@@ -87,7 +87,7 @@ class SessionRecord(Record):
         """What a search looks at (wire protocol 8.4), in the record's own terms."""
         kept = ("session_id", "created_at", "project_id", "display_name", "user_metadata")
         return self.model_dump(
-            mode="json", include={*kept, "status", "finish_reason", "finish_detail"}
+            mode="json", include={*kept, "key_id", "status", "finish_reason", "finish_detail"}
         )
 
 

@@ -15,7 +15,7 @@ import orjson
 
 from luthier_core import errors
 from luthier_core.auth import service_token
-from luthier_core.caller import CALLER
+from luthier_core.caller import CALLER, REFUSAL
 from luthier_core.config import Config
 from luthier_core.errors import BodyTooLarge, ConfigError, LuthierError, NotFound, Unavailable
 from luthier_core.records import (
@@ -172,6 +172,8 @@ class RegistryClient:
         }
         if lora_config is not None:
             body["lora_config"] = lora_config
+        if refusal := REFUSAL.get():
+            body["refusal"] = refusal.detail
         return await self._record(RunRecord, "POST", "/runs", tenant, body)
 
     async def describe_run(

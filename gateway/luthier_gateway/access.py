@@ -22,6 +22,7 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    usage,
 )
 
 ANY: frozenset[str] = frozenset()
@@ -76,7 +77,9 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     rest.get_session: READ,
     rest.refuse_trace_export: READ,
     rest.get_audit: READ | ADMIN,
-    rest.refuse_billing: READ,
+    usage.usage_events: READ | ADMIN,
+    usage.stored_checkpoints: READ | ADMIN,
+    usage.run_metrics: READ,
     checkpoints.copy_weights: TRAIN,
     checkpoints.delete_checkpoint: TRAIN,
     checkpoints.publish_checkpoint: TRAIN,
@@ -96,6 +99,9 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     admin.create_key: ADMIN,
     admin.revoke_key: ADMIN,
     admin.check_audit: ADMIN,
+    usage.org_usage: ADMIN,
+    usage.list_jobs: OPERATOR,
+    usage.run_job: OPERATOR,
 }
 
 

@@ -31,10 +31,12 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    usage,
 )
 from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import refuse_too_old
+from luthier_gateway.quotas import QUOTAS, Quotas
 from luthier_gateway.web_io import error_response, json_response
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ def routes() -> list[web.RouteDef]:
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         *_bookkeeping_routes(),
         *admin.routes(f"{API}/admin"),
+        *usage.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -111,8 +114,6 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),
         web.post(f"{API}/auth/token", rest.refuse_key_exchange),
         web.get(f"{API}/audit", rest.get_audit),
-        web.get(f"{API}/billing/usage/events", rest.refuse_billing),
-        web.get(f"{API}/billing/usage/checkpoints/current", rest.refuse_billing),
     ]
 
 
@@ -137,7 +138,9 @@ def build_app(config: Config) -> web.Application:
     async def backends(app: web.Application) -> AsyncIterator[None]:
         async with open_backends(config) as opened:
             app[BACKENDS] = opened
-            yield
+            async with connect(config.side_redis_url()) as counters:
+                app[QUOTAS] = Quotas(config, opened.oplog, counters)
+                yield
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)
@@ -221,6 +224,7 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     CALLER.set(caller)
     if request.path in POLLS:
         return await handler(request)
+    await request.app[QUOTAS].check(request, caller)
     async with backends.turns.of(tenant):
         return await handler(request)
 

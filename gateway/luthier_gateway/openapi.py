@@ -23,6 +23,7 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    usage,
 )
 from luthier_gateway.web_io import MAX_PAGE
 
@@ -44,6 +45,11 @@ _QUERY: dict[str, dict[str, Any]] = {
         "enum": ["all", "checkpoints", "projects", "teams", "organizations"],
     },
     "day": {"type": "string", "format": "date"},
+    "starting_on": {"type": "string", "format": "date-time"},
+    "ending_before": {"type": "string", "format": "date-time"},
+    "by": {"type": "string", "enum": ["run", "session", "key", "project"]},
+    "format": {"type": "string", "enum": ["json", "csv"]},
+    "after": {"type": "integer", "minimum": -1},
 }
 _PAGE = ("limit", "offset")
 
@@ -127,7 +133,18 @@ OPERATIONS: dict[Handler, Operation] = {
     rest.revoke_own_key: Operation(),
     rest.refuse_trace_export: Operation(answer=None),
     rest.get_audit: Operation(answer=admin_types.AuditEntries, query=("event_type", "day")),
-    rest.refuse_billing: Operation(answer=None),
+    usage.usage_events: Operation(
+        answer=admin_types.UsageEvents, query=("starting_on", "ending_before")
+    ),
+    usage.stored_checkpoints: Operation(
+        answer=admin_types.StoredCheckpoints, query=("project_id",)
+    ),
+    usage.run_metrics: Operation(answer=admin_types.RunMetrics, query=("after", "limit")),
+    usage.org_usage: Operation(
+        answer="any", query=("starting_on", "ending_before", "by", "format")
+    ),
+    usage.list_jobs: Operation(answer=admin_types.Jobs),
+    usage.run_job: Operation(answer="any"),
     rest.refuse_key_exchange: Operation(answer=None),
     admin.list_orgs: Operation(answer=admin_types.Orgs),
     admin.create_org: Operation(admin_types.CreateOrg, admin_types.Org),

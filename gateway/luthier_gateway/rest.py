@@ -123,11 +123,6 @@ async def get_audit(request: web.Request) -> web.Response:
     )
 
 
-async def refuse_billing(request: web.Request) -> web.Response:
-    """Not offered: this server keeps no account of usage."""
-    raise Unsupported("billing: this server keeps no account of usage")
-
-
 async def refuse_key_exchange(request: web.Request) -> web.Response:
     """Not offered: keys are given out by the operator and used as they are."""
     raise Unsupported("auth: use an API key of this server as it is; there is no exchange")

@@ -22,8 +22,8 @@ class Case:
     query: str = ""
     status: int = 200
     """What the owner gets; 400 for what this server refuses everybody."""
-    last: bool = False
-    """Ends what other calls need: the owner makes it after them."""
+    turn: int = 0
+    """What ends something that other calls need has a later turn."""
     operator: bool = False
     """Its owner is an operator."""
     ignores_unknown: bool = False
@@ -58,7 +58,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{API}/create_session"): Case({"tags": [], "sdk_version": "0.38.0"}),
     ("POST", f"{API}/session_heartbeat"): Case({"session_id": "{session_id}"}),
     ("POST", f"{API}/sessions/{{session_id}}/finish"): Case(
-        {"reason": {"type": "success"}}, last=True
+        {"reason": {"type": "success"}}, turn=1
     ),
     ("POST", f"{API}/telemetry"): Case({"session_id": "{session_id}"}, ignores_unknown=True),
     ("GET", f"{API}/get_server_capabilities"): Case(),
@@ -96,7 +96,7 @@ CASES: dict[tuple[str, str], Case] = {
     ),
     ("POST", f"{API}/retrieve_future"): Case({"request_id": "{request_id}"}),
     ("POST", f"{API}/retrieve_futures"): Case(
-        {"sampling_session_id": "{sampler_id}", "clone_id": 0, "prev_cursor": 0, "timeout": 0}
+        {"target": {"sampling_session_id": "{sampler_id}"}, "timeout": 0}
     ),
     ("POST", f"{API}/cancel_future"): Case({"request_id": "{sample_id}"}, ignores_unknown=True),
     ("GET", f"{API}/futures/{{request_id}}"): Case(),
@@ -109,8 +109,8 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", f"{API}/training_runs/{{run_id}}"): Case(query="access_scope=accessible"),
     ("GET", f"{API}/training_runs/{{run_id}}/checkpoints"): Case(),
     ("GET", f"{API}/models/{{run_id}}/checkpoints"): Case(),
-    ("DELETE", _CKPT): Case(last=True),
-    ("POST", f"{_CKPT}/publish"): Case(last=True),
+    ("DELETE", _CKPT): Case(turn=2),
+    ("POST", f"{_CKPT}/publish"): Case(turn=1),
     ("DELETE", f"{_CKPT}/publish"): Case(),
     ("PUT", f"{_CKPT}/ttl"): Case({"ttl_seconds": 3600}),
     ("GET", f"{_CKPT}/archive"): Case(),
@@ -122,11 +122,19 @@ CASES: dict[tuple[str, str], Case] = {
     ("PUT", f"{API}/sessions/{{session_id}}/project"): Case({"project_id": "blue"}),
     ("GET", f"{API}/sessions/{{session_id}}/trace_export"): _REFUSED,
     ("GET", f"{API}/auth/apikey/me"): Case(),
-    ("DELETE", f"{API}/auth/apikey/me"): Case(last=True),
+    ("DELETE", f"{API}/auth/apikey/me"): Case(turn=3),
     ("POST", f"{API}/auth/apikey"): _REFUSED,
     ("POST", f"{API}/auth/token"): _REFUSED,
-    ("GET", f"{API}/billing/usage/events"): _REFUSED,
-    ("GET", f"{API}/billing/usage/checkpoints/current"): _REFUSED,
+    ("GET", f"{API}/billing/usage/events"): Case(
+        query="starting_on={today}T00:00&ending_before={today}T23:59"
+    ),
+    ("GET", f"{API}/billing/usage/checkpoints/current"): Case(),
+    ("GET", f"{API}/training_runs/{{run_id}}/metrics"): Case(),
+    ("GET", f"{_ORG}/usage"): Case(
+        query="by=run&starting_on={today}T00:00&ending_before={today}T23:59"
+    ),
+    ("GET", f"{API}/admin/jobs"): Case(operator=True),
+    ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),
     ("GET", f"{API}/admin/orgs"): Case(operator=True),
     ("POST", f"{API}/admin/orgs"): Case({"org_id": "cleo"}, operator=True),
@@ -136,10 +144,10 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{_ORG}/projects"): Case({"project_id": "red"}),
     ("GET", f"{_ORG}/users"): Case(),
     ("POST", f"{_ORG}/users"): Case({"user_id": "lee", "email": "lee@ann.example"}),
-    ("DELETE", f"{_ORG}/users/{{user}}"): Case(last=True),
+    ("DELETE", f"{_ORG}/users/{{user}}"): Case(turn=2),
     ("GET", f"{_ORG}/keys"): Case(),
     ("POST", f"{_ORG}/keys"): Case({"name": "another"}),
-    ("DELETE", f"{_ORG}/keys/{{key_id}}"): Case(last=True),
+    ("DELETE", f"{_ORG}/keys/{{key_id}}"): Case(turn=2),
     ("GET", f"{_ORG}/audit/check"): Case(),
 }
 
@@ -164,7 +172,9 @@ def id_names(method: str, path: str) -> list[str]:
     """The ids that a route takes, in its path, query and body."""
     case = CASES[method, path]
     text = f"{path} {case.query} {_template(case)}"
-    return sorted({name for name in PARAMETER.findall(text) if name not in ("kind", "today")})
+    return sorted(
+        {name for name in PARAMETER.findall(text) if name not in ("kind", "today", "job")}
+    )
 
 
 def request(method: str, path: str, ids: Mapping[str, str]) -> Request:
@@ -181,7 +191,7 @@ def substitutions(method: str, path: str, ids: Mapping[str, str]) -> Iterator[Re
     yield request(method, path, ids)
     for name in id_names(method, path):
         for other, value in ids.items():
-            if other not in (name, "kind", "today"):
+            if other not in (name, "kind", "today", "job"):
                 yield request(method, path, {**ids, name: value})
 
 

@@ -279,8 +279,6 @@ async def test_the_api_describes_itself(api: Api):
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "billing/usage/events"),
-        ("GET", "billing/usage/checkpoints/current"),
         ("POST", "auth/token"),
         ("POST", "auth/apikey"),
     ],

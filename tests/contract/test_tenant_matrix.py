@@ -115,6 +115,7 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
         "user": "kim",
         "project_id": "blue",
         "key_id": key["key_id"],
+        "job": "usage",
         "today": datetime.now(UTC).date().isoformat(),
     }
 
@@ -165,7 +166,7 @@ async def test_who_may_not_learns_and_changes_nothing_and_the_owner_may(tenants:
 async def _owner_may(tenants: Tenants) -> None:
     """All is as it was: the owner's calls are answered, those that end something at the end."""
     refused = []
-    for method, path in sorted(CASES, key=lambda route: CASES[route].last):
+    for method, path in sorted(CASES, key=lambda route: CASES[route].turn):
         case = CASES[method, path]
         api = tenants.operator if case.operator else tenants.owner
         answer = await _send(api, tenant_cases.request(method, path, tenants.ids))

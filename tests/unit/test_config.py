@@ -109,7 +109,7 @@ def configs(draw: st.DrawFn) -> Config:
         float: st.floats(allow_nan=False, max_value=40),
     }
     ruled = {"port", "dtype", "sample_logprobs", "max_running", "max_step_tokens"}
-    ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s"}
+    ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
 
     def part(kind: type[Any]) -> Any:
         chosen = {}

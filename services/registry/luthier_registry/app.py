@@ -4,6 +4,8 @@ Every call but /livez and /readyz carries the service token; all but /keys name 
 in X-Luthier-Tenant. An error is {"error": class, "detail", "category"} under its status.
 """
 
+import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -24,12 +26,14 @@ from luthier_core.errors import (
 )
 from luthier_core.oplog import REDIS_ERRORS, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
-from luthier_registry import admin_calls, checkpoint_calls
+from luthier_core.usage import Prices
+from luthier_registry import admin_calls, checkpoint_calls, usage_calls
 from luthier_registry.audit import Audit
 from luthier_registry.audited import TENANT_OF_EVENT, record_event
 from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
+from luthier_registry.housekeeping import build_jobs
 from luthier_registry.identity import Identities
 from luthier_registry.requests import (
     CreateRun,
@@ -42,13 +46,16 @@ from luthier_registry.requests import (
 )
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.usage import Usage
 from luthier_registry.web_io import (
     AUDIT,
     CHECKPOINTS,
     COPIES,
     IDENTITIES,
+    JOBS,
     SESSIONS,
     STORE,
+    USAGE,
     actor_of,
     json_of,
     page_of,
@@ -85,6 +92,7 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             web.get("/runs/{run}", get_run),
             *checkpoint_calls.routes(),
             *admin_calls.routes(),
+            *usage_calls.routes(),
             web.post("/samplers", create_sampler),
             web.get("/samplers/{sampler}", get_sampler),
         ]
@@ -105,10 +113,22 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
-            yield
+            app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
+            jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
+            async with contextlib.AsyncExitStack() as running:
+                if config.housekeeping.runner == "registry":
+                    keeping = asyncio.create_task(jobs.keep_running())
+                    running.push_async_callback(_cancel, keeping)
+                yield
 
     app.cleanup_ctx.append(store)
     return app
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 # --- middlewares ----------------------------------------------------------------------------------

@@ -219,6 +219,18 @@ class Identities(RecordStore):
         return [item for item in await asyncio.gather(*map(read, found)) if item is not None]
 
 
+async def tenants(blobs: Blobs) -> list[str]:
+    """Every tenant there has been: of an organisation, or of a key."""
+    found = {_org_of(info.key) async for info in blobs.list("orgs/")}
+    async for info in blobs.list("keys/"):
+        found.add(ApiKeyRecord.from_bytes(await blobs.get(info.key)).tenant)
+    return sorted(found)
+
+
+def _org_of(record_key: str) -> str:
+    return record_key.removeprefix("orgs/").removesuffix(".json")
+
+
 def _is_over(end: datetime | None, now: datetime) -> bool:
     return end is not None and end <= now
 

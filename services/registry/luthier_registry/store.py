@@ -14,7 +14,7 @@ from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.checkpoints import TinkerPath, save_sampler
 from luthier_core.config import Config
-from luthier_core.errors import BadRequest, InvalidField, NotFound, Unsupported
+from luthier_core.errors import BadRequest, InvalidField, NotFound, TooManyRequests, Unsupported
 from luthier_core.records import (
     CheckpointRecord,
     LoraConfig,
@@ -69,6 +69,8 @@ class Store(RecordStore):
             record = RunRecord.from_bytes(await self._blobs.get(key))
         except BlobMissing:
             await self._sessions.get_active(tenant, wanted.session_id)
+            if wanted.refusal is not None:
+                raise TooManyRequests(wanted.refusal) from None
             base_model, lora = await self._what_to_train(tenant, wanted)
             record = RunRecord(
                 run_id=run_id,

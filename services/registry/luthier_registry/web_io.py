@@ -14,8 +14,10 @@ from luthier_registry.audit import Audit
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
 from luthier_registry.identity import Identities
+from luthier_registry.jobs import Jobs
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.usage import Usage
 
 STORE = web.AppKey("store", Store)
 SESSIONS = web.AppKey("sessions", Sessions)
@@ -23,6 +25,8 @@ CHECKPOINTS = web.AppKey("checkpoints", Checkpoints)
 COPIES = web.AppKey("copies", Copies)
 IDENTITIES = web.AppKey("identities", Identities)
 AUDIT = web.AppKey("audit", Audit)
+USAGE = web.AppKey("usage", Usage)
+JOBS = web.AppKey("jobs", Jobs)
 DETAILS = web.RequestKey("details", dict[str, Any])
 """What a handler adds to the audit entry of its call."""
 MAX_PAGE = 1000
