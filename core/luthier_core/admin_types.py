@@ -140,3 +140,37 @@ class RunMetrics(AdminAnswer):
 
 class Jobs(AdminAnswer):
     jobs: list[dict[str, Any]]
+
+
+class WaitingRun(AdminAnswer):
+    run_id: str
+    session_id: str
+    org_id: str
+    next_seq: int
+    num_queued: int
+    num_parked: int
+    """Ops above a gap."""
+    state: str
+    waits_for: str
+    since_s: float | None
+    worker: str | None
+
+
+class SessionQueue(AdminAnswer):
+    runs: list[WaitingRun]
+
+
+class ModelQueue(SessionQueue):
+    base_model: str
+    workers: list[dict[str, str]]
+    num_samples: int
+    num_runs: int
+
+
+class Queues(AdminAnswer):
+    models: list[ModelQueue]
+
+
+class CancelledQueue(AdminAnswer):
+    run_id: str
+    num_cancelled: int

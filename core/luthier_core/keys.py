@@ -135,6 +135,8 @@ def model_facts(base_model: str) -> str:
 
 
 GENERATION = "sys:gen"
+"""Which Redis this is; see generation.py."""
+GENERATION_OBJECT = "sys/gen"
 
 # --- Redis: indexes for listing (rebuildable from the bucket) -------------------------------------
 
@@ -275,6 +277,11 @@ def metrics_segment(tenant: str, run_id: str, first_seq: int) -> str:
 def samples_segment(shard: str, first_entry: str) -> str:
     """What the samples from this entry of the usage stream on have used; immutable."""
     return f"usage/samples/{shard.strip('{}')}/{first_entry}.json"
+
+
+def model_facts_object(base_model: str) -> str:
+    """The same as model_facts, for when Redis was wiped."""
+    return f"sys/models/{base_model}.json"
 
 
 def sweep_candidates(tenant: str) -> str:

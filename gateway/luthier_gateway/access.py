@@ -18,6 +18,7 @@ from luthier_gateway import (
     futures,
     health,
     openapi,
+    queues,
     rest,
     sampling,
     sessions,
@@ -100,6 +101,9 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     admin.revoke_key: ADMIN,
     admin.check_audit: ADMIN,
     usage.org_usage: ADMIN,
+    queues.list_queues: ADMIN,
+    queues.session_queue: LOOK,
+    queues.cancel_queued: TRAIN,
     usage.list_jobs: OPERATOR,
     usage.run_job: OPERATOR,
 }

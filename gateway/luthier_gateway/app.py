@@ -27,6 +27,7 @@ from luthier_gateway import (
     futures,
     health,
     openapi,
+    queues,
     rest,
     sampling,
     sessions,
@@ -36,6 +37,7 @@ from luthier_gateway import (
 from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import refuse_too_old
+from luthier_gateway.generation import GENERATION, NOT_CONFIRMED, GenerationWatch
 from luthier_gateway.quotas import QUOTAS, Quotas
 from luthier_gateway.web_io import error_response, json_response
 
@@ -82,6 +84,7 @@ def routes() -> list[web.RouteDef]:
         *_bookkeeping_routes(),
         *admin.routes(f"{API}/admin"),
         *usage.routes(API),
+        *queues.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -138,9 +141,12 @@ def build_app(config: Config) -> web.Application:
     async def backends(app: web.Application) -> AsyncIterator[None]:
         async with open_backends(config) as opened:
             app[BACKENDS] = opened
+            watch = app[GENERATION] = GenerationWatch(opened.oplog, opened.blobs)
+            watching = asyncio.create_task(watch.keep_looking(config.gateway.recheck_s))
             async with connect(config.side_redis_url()) as counters:
                 app[QUOTAS] = Quotas(config, opened.oplog, counters)
                 yield
+            await _cancel(watching)
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)
@@ -155,7 +161,6 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
         stack.push_async_callback(client.aclose)
         await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
-        await oplog.load_library()
         blobs = await stack.enter_async_context(open_blobs(config))
         registry = await stack.enter_async_context(RegistryClient(config))
         futures = Futures(client, recheck_s=config.gateway.recheck_s)
@@ -191,6 +196,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except LuthierError as error:
+        if error.status in (404, 410) and not await request.app[GENERATION].still_holds():
+            return error_response(Unavailable(NOT_CONFIRMED))
         return error_response(error)
     except OutOfMemoryError:
         return error_response(TooManyRequests("the operation log is full until more is executed"))
@@ -217,6 +224,8 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     if not needs_key(request.path):
         return await handler(request)
     refuse_too_old(request)
+    if not await request.app[GENERATION].is_confirmed():
+        raise Unavailable(NOT_CONFIRMED)
     backends = request.app[BACKENDS]
     caller = await backends.auth.caller(request.headers.get("X-API-Key"))
     access.check(request, caller)

@@ -19,6 +19,7 @@ from luthier_gateway import (
     forward_backward,
     futures,
     health,
+    queues,
     rest,
     sampling,
     sessions,
@@ -143,6 +144,9 @@ OPERATIONS: dict[Handler, Operation] = {
     usage.org_usage: Operation(
         answer="any", query=("starting_on", "ending_before", "by", "format")
     ),
+    queues.list_queues: Operation(answer=admin_types.Queues),
+    queues.session_queue: Operation(answer=admin_types.SessionQueue),
+    queues.cancel_queued: Operation(answer=admin_types.CancelledQueue),
     usage.list_jobs: Operation(answer=admin_types.Jobs),
     usage.run_job: Operation(answer="any"),
     rest.refuse_key_exchange: Operation(answer=None),

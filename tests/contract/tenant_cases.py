@@ -133,6 +133,9 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", f"{_ORG}/usage"): Case(
         query="by=run&starting_on={today}T00:00&ending_before={today}T23:59"
     ),
+    ("GET", f"{API}/admin/queues"): Case(),
+    ("GET", f"{API}/sessions/{{session_id}}/queue"): Case(),
+    ("POST", f"{API}/training_runs/{{run_id}}/cancel_queued"): Case(),
     ("GET", f"{API}/admin/jobs"): Case(operator=True),
     ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),

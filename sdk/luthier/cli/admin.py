@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import quote
@@ -220,6 +221,62 @@ def check_audit(context: typer.Context, org: str) -> None:
     answer = context.obj.call("GET", f"{_org(org)}/audit/check")
     show(answer)
     raise typer.Exit(0 if answer["intact"] else 1)
+
+
+# --- usage, queues, housekeeping -------------------------------------------------------------------
+
+
+@app.command("usage")
+def usage(
+    context: typer.Context,
+    org: str,
+    by: Annotated[str, typer.Option(help="run, session, key or project.")] = "project",
+    days: Annotated[int, typer.Option(min=1, max=13, help="Up to now.")] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print rows of text.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what an organisation has used, and what that costs."""
+    end = datetime.now(UTC) + timedelta(hours=1)
+    start = end - timedelta(days=days)
+    query = f"by={quote(by)}&starting_on={start:%Y-%m-%dT%H:00}&ending_before={end:%Y-%m-%dT%H:00}"
+    answer = context.obj.call("GET", f"{_org(org)}/usage?{query}{'&format=csv' if as_csv else ''}")
+    if as_csv:
+        typer.echo(answer, nl=False)
+        return
+    columns = ("trained_tokens", "prefill_tokens", "cached_tokens", "sampled_tokens", "cost_usd")
+    table(answer, "rows", (by, *columns), as_json)
+
+
+@app.command("queues")
+def queues(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Show every run that waits: for what, since when, and which worker has it."""
+    answer = context.obj.call("GET", "/admin/queues")
+    rows = [row for model in answer["models"] for row in model["runs"]]
+    columns = ("run_id", "org_id", "num_queued", "since_s", "worker", "waits_for")
+    if as_json:
+        show(answer)
+    else:
+        table({"runs": rows}, "runs", columns, as_json=False)
+
+
+@app.command("jobs")
+def jobs(
+    context: typer.Context,
+    run: Annotated[str, typer.Option(metavar="JOB", help="Run this one now.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show when each housekeeping job ran last and what it did."""
+    if run:
+        show(context.obj.call("POST", f"/admin/jobs/{quote(run, safe='')}"))
+        return
+    columns = ("job", "every_s", "at", "seconds", "did", "error")
+    table(context.obj.call("GET", "/admin/jobs"), "jobs", columns, as_json)
+
+
+@app.command("rebuild-index")
+def rebuild_index(context: typer.Context) -> None:
+    """Make every list and header in Redis again from the object store."""
+    show(context.obj.call("POST", "/admin/jobs/rebuild-index"))
 
 
 # --- plumbing -------------------------------------------------------------------------------------

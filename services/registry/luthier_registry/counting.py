@@ -158,6 +158,19 @@ class Counting:
         )
         if not await self._blobs.put_if_absent(key, segment.to_bytes()):
             segment = SamplesSegment.from_bytes(await self._blobs.get(key))
+        await self._add_samples(segment)
+        milliseconds, _, sequence = segment.last_entry.partition("-")
+        await self._redis.xtrim(
+            stream, minid=f"{milliseconds}-{int(sequence) + 1}", approximate=False
+        )
+        return len(entries)
+
+    async def count_samples_again(self) -> None:
+        """Add every segment that the sums do not have, as after a loss of Redis."""
+        async for info in self._blobs.list(f"usage/samples/{SHARD.strip('{}')}/"):
+            await self._add_samples(SamplesSegment.from_bytes(await self._blobs.get(info.key)))
+
+    async def _add_samples(self, segment: SamplesSegment) -> None:
         for tenant, used in segment.used.items():
             await self._add(
                 tenant,
@@ -167,11 +180,6 @@ class Counting:
                 before=None,
                 after=segment.last_entry,
             )
-        milliseconds, _, sequence = segment.last_entry.partition("-")
-        await self._redis.xtrim(
-            stream, minid=f"{milliseconds}-{int(sequence) + 1}", approximate=False
-        )
-        return len(entries)
 
     # --- sums -------------------------------------------------------------------------------------
 

@@ -28,9 +28,9 @@ LOOK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to do, and how often."""
+    """What to do, and how often; None: only when asked for."""
 
-    every_s: float
+    every_s: float | None
     run: Callable[[], Awaitable[Mapping[str, int]]]
 
 
@@ -78,7 +78,7 @@ class Jobs:
         while True:
             for name, job in self._jobs.items():
                 try:
-                    if await self._take_turn(name, job.every_s):
+                    if job.every_s is not None and await self._take_turn(name, job.every_s):
                         await self.run(name)
                 except REDIS_ERRORS:
                     log.warning("redis is away: housekeeping waits")

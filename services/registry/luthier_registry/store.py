@@ -56,7 +56,7 @@ class Store(RecordStore):
     async def check(self) -> None:
         """Raises what Redis or the object store raise when they are away."""
         await self._redis.execute_command("PING")  # type: ignore[no-untyped-call]
-        await self._blobs.head(keys.GENERATION)
+        await self._blobs.head(keys.GENERATION_OBJECT)
 
     # --- training runs ----------------------------------------------------------------------------
 
