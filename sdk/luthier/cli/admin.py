@@ -12,6 +12,9 @@ from urllib.parse import quote
 
 import typer
 
+from luthier.cli.remote import JsonOption, show_json, show_table
+from luthier.progress import printable
+
 TIMEOUT_S = 60.0
 
 app = typer.Typer(help="Administer a deployment.", no_args_is_help=True)
@@ -27,7 +30,6 @@ for _name, _part in (
 ):
     app.add_typer(_part, name=_name)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")]
 LimitOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -110,7 +112,7 @@ def create_org(
 ) -> None:
     """Make an organisation."""
     body = {"org_id": org, "name": name, "limits": limits(limit)}
-    show(context.obj.call("POST", "/admin/orgs", body))
+    show_json(context.obj.call("POST", "/admin/orgs", body))
 
 
 @org_app.command("list")
@@ -135,14 +137,14 @@ def update_org(
         body["limits"] = limits(limit)
     if disabled is not None:
         body["disabled"] = disabled
-    show(context.obj.call("PATCH", _org(org), body))
+    show_json(context.obj.call("PATCH", _org(org), body))
 
 
 @project_app.command("create")
 def create_project(context: typer.Context, org: str, project: str, name: str = "") -> None:
     """Make a project."""
     body = {"project_id": project, "name": name}
-    show(context.obj.call("POST", f"{_org(org)}/projects", body))
+    show_json(context.obj.call("POST", f"{_org(org)}/projects", body))
 
 
 @project_app.command("list")
@@ -156,7 +158,7 @@ def list_projects(context: typer.Context, org: str, as_json: JsonOption = False)
 def create_user(context: typer.Context, org: str, user: str, email: str, name: str = "") -> None:
     """Make a user."""
     body = {"user_id": user, "email": email, "name": name}
-    show(context.obj.call("POST", f"{_org(org)}/users", body))
+    show_json(context.obj.call("POST", f"{_org(org)}/users", body))
 
 
 @user_app.command("list")
@@ -169,7 +171,7 @@ def list_users(context: typer.Context, org: str, as_json: JsonOption = False) ->
 @user_app.command("delete")
 def delete_user(context: typer.Context, org: str, user: str) -> None:
     """Take a user away and end all their keys."""
-    show(context.obj.call("DELETE", f"{_org(org)}/users/{quote(user, safe='')}"))
+    show_json(context.obj.call("DELETE", f"{_org(org)}/users/{quote(user, safe='')}"))
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def create_key(
         "limits": limits(limit),
     }
     given = {field: value for field, value in body.items() if value is not None}
-    show(context.obj.call("POST", f"{_org(org)}/keys", given))
+    show_json(context.obj.call("POST", f"{_org(org)}/keys", given))
 
 
 @key_app.command("list")
@@ -212,18 +214,18 @@ def list_keys(context: typer.Context, org: str, as_json: JsonOption = False) -> 
 @key_app.command("revoke")
 def revoke_key(context: typer.Context, org: str, key_id: str) -> None:
     """End a key for good, everywhere within 60 seconds."""
-    show(context.obj.call("DELETE", f"{_org(org)}/keys/{quote(key_id, safe='')}"))
+    show_json(context.obj.call("DELETE", f"{_org(org)}/keys/{quote(key_id, safe='')}"))
 
 
 @app.command("audit-check")
 def check_audit(context: typer.Context, org: str) -> None:
     """Read the whole audit log of an organisation: exit 1 if an entry was changed or is missing."""
     answer = context.obj.call("GET", f"{_org(org)}/audit/check")
-    show(answer)
+    show_json(answer)
     raise typer.Exit(0 if answer["intact"] else 1)
 
 
-# --- usage, queues, housekeeping -------------------------------------------------------------------
+# --- usage, queues, housekeeping ------------------------------------------------------------------
 
 
 @app.command("usage")
@@ -254,7 +256,7 @@ def queues(context: typer.Context, as_json: JsonOption = False) -> None:
     rows = [row for model in answer["models"] for row in model["runs"]]
     columns = ("run_id", "org_id", "num_queued", "since_s", "worker", "waits_for")
     if as_json:
-        show(answer)
+        show_json(answer)
     else:
         table({"runs": rows}, "runs", columns, as_json=False)
 
@@ -267,7 +269,7 @@ def jobs(
 ) -> None:
     """Show when each housekeeping job ran last and what it did."""
     if run:
-        show(context.obj.call("POST", f"/admin/jobs/{quote(run, safe='')}"))
+        show_json(context.obj.call("POST", f"/admin/jobs/{quote(run, safe='')}"))
         return
     columns = ("job", "every_s", "at", "seconds", "did", "error")
     table(context.obj.call("GET", "/admin/jobs"), "jobs", columns, as_json)
@@ -276,7 +278,7 @@ def jobs(
 @app.command("rebuild-index")
 def rebuild_index(context: typer.Context) -> None:
     """Make every list and header in Redis again from the object store."""
-    show(context.obj.call("POST", "/admin/jobs/rebuild-index"))
+    show_json(context.obj.call("POST", "/admin/jobs/rebuild-index"))
 
 
 # --- plumbing -------------------------------------------------------------------------------------
@@ -294,27 +296,17 @@ def limits(texts: Sequence[str] | None) -> dict[str, float]:
     return found
 
 
-def show(answer: Any) -> None:
-    typer.echo(json.dumps(answer, indent=2))
-
-
 def table(answer: Any, field: str, columns: Sequence[str], as_json: bool) -> None:
     """Rows of an answer for people, or the answer for programs."""
     if as_json:
-        show(answer)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(*columns)
-    for row in answer[field]:
-        drawn.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(drawn)
+        show_json(answer)
+    else:
+        show_table(columns, [[_cell(row.get(name)) for name in columns] for row in answer[field]])
 
 
 def fail(reason: str) -> NoReturn:
     """One line on standard error, exit 1."""
-    typer.echo(f"luthier admin: {' '.join(reason.split())}", err=True)
+    typer.echo(f"luthier admin: {printable(' '.join(reason.split()))}", err=True)
     raise typer.Exit(1)
 
 
