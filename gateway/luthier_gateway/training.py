@@ -10,6 +10,7 @@ from luthier_core.errors import (
     InvalidField,
     LuthierError,
     NotFound,
+    Unsupported,
 )
 from luthier_core.ops import Kind
 from luthier_core.records import RunRecord
@@ -174,6 +175,14 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
         digest=json_digest(value),
         base_model=run.base_model,
         problem=problem,
+    )
+
+
+async def refuse_custom_loss(request: web.Request) -> web.Response:
+    """Not offered: the SDK runs a custom loss in the client unless client/config says otherwise."""
+    raise Unsupported(
+        "create_custom_loss: this server runs no uploaded loss; forward_backward_custom computes "
+        "it in the client"
     )
 
 
