@@ -254,7 +254,7 @@ def _check_creation(backends: Backends, wanted: CreateModel) -> None:
 async def _run_id_of(backends: Backends, tenant: str, value: dict[str, Any]) -> str:
     """The id of the run that a refused creation asked for; its session must be the tenant's."""
     session_id, index = value.get("session_id"), value.get("model_seq_id")
-    if not isinstance(session_id, str) or not isinstance(index, int) or index < 0:
+    if not isinstance(session_id, str) or type(index) is not int or index < 0:
         raise InvalidField("session_id must be a string and model_seq_id an integer from 0")
     await backends.registry.get_session(tenant, session_id)
     return f"{session_id}:train:{index}"
