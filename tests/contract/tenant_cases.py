@@ -140,6 +140,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),
     ("GET", f"{API}/admin/orgs"): Case(operator=True),
+    ("POST", f"{API}/create_custom_loss"): _REFUSED,
     ("POST", f"{API}/admin/orgs"): Case({"org_id": "cleo"}, operator=True),
     ("GET", _ORG): Case(),
     ("PATCH", _ORG): Case({"name": "Ann"}, operator=True),
