@@ -6,8 +6,12 @@ VENV ?= .venv
 DATA ?= .luthier
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FUZZ_VENV ?= .venv-fuzz
+FUZZ_READY := $(FUZZ_VENV)/.ready
+FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long test up proto compat compat-newest bench bench-log build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
+	bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -40,6 +44,15 @@ sim-long: $(READY)                      ## 20,000, and how often each planted bu
 
 cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
 	$(BIN)/python tests/cluster/run.py --trials 50 --planted
+
+fuzz: $(READY) $(FUZZ_READY)            ## generated requests for FUZZ_SECONDS, from the OpenAPI description
+	$(BIN)/python tests/fuzz/run.py --schemathesis $(FUZZ_VENV)/bin/st --seconds $(FUZZ_SECONDS)
+
+# Of its own: it needs a pytest and a hypothesis that need not be those of the tests.
+$(FUZZ_READY): tests/fuzz/requirements.txt
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet -r tests/fuzz/requirements.txt
+	touch $(FUZZ_READY)
 
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"

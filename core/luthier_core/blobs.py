@@ -20,7 +20,11 @@ from luthier_core.errors import ConfigError, LuthierError, Unavailable
 _PART = re.compile(r"[A-Za-z0-9:._=+-]{1,255}")
 MAX_KEY_CHARS = 1000
 OUTAGE_RETRY_S = 1.0
+PIECE_BYTES = 1024 * 1024
 T = TypeVar("T")
+
+Pieces = Callable[[], AsyncIterator[bytes]]
+"""The bytes of an object, from their beginning at every call."""
 
 
 class BlobMissing(KeyError):
@@ -55,8 +59,21 @@ class Blobs(Protocol):
     async def get_with_etag(self, key: str) -> tuple[bytes, str]:
         """The bytes and the ETag that put_if_match takes; BlobMissing."""
 
+    def stream(self, key: str) -> AsyncIterator[bytes]:
+        """The bytes in pieces of at most PIECE_BYTES; BlobMissing before the first one."""
+
+    async def put_stream(self, key: str, pieces: Pieces, num_bytes: int) -> None:
+        """Store or replace with `num_bytes` that `pieces()` yields, never all of them in memory.
+
+        `pieces` may be called again for another try. What it raises passes through, and then
+        nothing is stored.
+        """
+
     async def head(self, key: str) -> BlobInfo | None:
         """What is stored under the key, or None."""
+
+    async def size(self, key: str) -> int | None:
+        """Number of bytes stored under the key, or None; cheap for objects of any size."""
 
     def list(self, prefix: str) -> AsyncIterator[BlobInfo]:
         """Every object whose key starts with prefix, in the order of keys."""
@@ -65,7 +82,10 @@ class Blobs(Protocol):
         """Remove the object; no error if there is none."""
 
     def signed_url(self, key: str, expires_s: int) -> str:
-        """A URL from which anybody can GET this one object for expires_s seconds."""
+        """A URL from which anybody can GET this one object for expires_s seconds.
+
+        Only its path, with the query, for a store that the gateway serves under its own address.
+        """
 
 
 def check_key(key: str) -> str:
@@ -106,8 +126,8 @@ async def open_blobs(config: Config) -> AsyncIterator[Blobs]:
             raise ConfigError(f"store_url: {config.store_url!r} is not file:///absolute/folder")
         from luthier_core.disk_blobs import DiskBlobs
 
-        public_url = config.public_url or f"http://{config.gateway.host}:{config.gateway.port}"
-        yield DiskBlobs(Path(unquote(url.path)), public_url=public_url, secret=config.secret())
+        root = Path(unquote(url.path))
+        yield DiskBlobs(root, public_url=config.public_url, secret=config.secret())
     elif url.scheme in ("s3+http", "s3+https"):
         bucket = url.path.strip("/")
         if not url.netloc or not bucket or "/" in bucket:

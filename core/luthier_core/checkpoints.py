@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
-from luthier_core.errors import BadRequest, InvalidField, LuthierError
+from luthier_core.errors import BadRequest, CheckpointDamaged, InvalidField
 from luthier_core.listing import Listing
 from luthier_core.records import CheckpointKind, CheckpointRecord, Record, RunRecord, SamplerRecord
 
@@ -29,10 +29,6 @@ MAX_TTL_S = 10 * 366 * 24 * 3600
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9:._=+-]{0,199}")
-
-
-class CheckpointDamaged(LuthierError):
-    """A stored checkpoint cannot be read as it was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +92,10 @@ class Manifest(Record):
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.files.values())
 
+    def digest(self) -> str:
+        """sha256 of its bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
 
 async def save_checkpoint(
     blobs: Blobs,
@@ -119,7 +119,7 @@ async def save_checkpoint(
     name and `overwrite` is off; Unavailable and Redis errors mean: again.
     """
     check_name(name)
-    expires_at = _expiry(now, ttl_seconds)
+    expires_at = expiry(now, ttl_seconds)
     manifest, digest = await _store_files(blobs, run, kind, seq, epoch, files)
     record = await _take_name(
         blobs,
@@ -144,6 +144,15 @@ async def save_checkpoint(
     if kind != "ephemeral":
         await Listing(client, run.tenant).add_checkpoint(record)
     return record
+
+
+def expiry(now: datetime, ttl_seconds: int | None) -> datetime | None:
+    """When what is saved now expires; None for never."""
+    if ttl_seconds is None:
+        return None
+    if not 1 <= ttl_seconds <= MAX_TTL_S:
+        raise InvalidField(f"ttl_seconds={ttl_seconds} must be null or 1..{MAX_TTL_S}")
+    return now + timedelta(seconds=ttl_seconds)
 
 
 async def save_sampler(blobs: Blobs, client: redis.Redis, record: SamplerRecord) -> SamplerRecord:
@@ -179,14 +188,6 @@ async def read_files(blobs: Blobs, manifest_key: str) -> dict[str, bytes]:
             raise CheckpointDamaged(f"file {name} of {manifest_key} has another sha256")
         files[name] = data
     return files
-
-
-def _expiry(now: datetime, ttl_seconds: int | None) -> datetime | None:
-    if ttl_seconds is None:
-        return None
-    if not 1 <= ttl_seconds <= MAX_TTL_S:
-        raise InvalidField(f"ttl_seconds={ttl_seconds} must be null or 1..{MAX_TTL_S}")
-    return now + timedelta(seconds=ttl_seconds)
 
 
 async def _store_files(
@@ -251,6 +252,5 @@ async def _take_name(
 
 async def _check_stored(blobs: Blobs, manifest: Manifest) -> None:
     for name, file in manifest.files.items():
-        info = await blobs.head(file.key)
-        if info is None or info.num_bytes != file.num_bytes:
+        if await blobs.size(file.key) != file.num_bytes:
             raise CheckpointDamaged(f"file {name} of seq {manifest.seq} is not in the store")

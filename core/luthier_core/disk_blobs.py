@@ -14,10 +14,17 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import quote
 
-from luthier_core.blobs import BlobInfo, BlobMissing, check_key, check_prefix
+from luthier_core.blobs import (
+    PIECE_BYTES,
+    BlobInfo,
+    BlobMissing,
+    Pieces,
+    check_key,
+    check_prefix,
+)
 
 T = TypeVar("T")
 
@@ -69,6 +76,42 @@ class DiskBlobs:
     async def get_with_etag(self, key: str) -> tuple[bytes, str]:
         return await self._read(key, _read_with_etag)
 
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        try:
+            file = await asyncio.to_thread(open, self._path(key), "rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise BlobMissing(key) from None
+        with file:
+            while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
+                yield piece
+
+    async def put_stream(self, key: str, pieces: Pieces, num_bytes: int) -> None:
+        path, written = self._path(key), self._tmp / uuid.uuid4().hex
+        try:
+            file = await asyncio.to_thread(open, written, "xb", opener=_private)
+            with file:
+                async for piece in pieces():
+                    await asyncio.to_thread(file.write, piece)
+                if file.tell() != num_bytes:
+                    raise ValueError(f"{key}: {file.tell()} bytes came instead of {num_bytes}")
+                await asyncio.to_thread(_flush, file)
+            await asyncio.to_thread(self._rename, written, path)
+        finally:
+            written.unlink(missing_ok=True)
+
+    async def size(self, key: str) -> int | None:
+        try:
+            return self.file(key).stat().st_size
+        except BlobMissing:
+            return None
+
+    def file(self, key: str) -> Path:
+        """The file that holds the object, for a server that sends files; BlobMissing."""
+        path = self._path(key)
+        if not path.is_file():
+            raise BlobMissing(key)
+        return path
+
     async def head(self, key: str) -> BlobInfo | None:
         # Reads the whole file: the ETag is then that of the bytes on the disk, not of a memory.
         try:
@@ -116,10 +159,15 @@ class DiskBlobs:
     # --- in a thread ------------------------------------------------------------------------------
 
     def _replace(self, path: Path, data: bytes) -> str:
-        with self._written(path, data) as written, self._locked(path):
+        with self._written(path, data) as written:
+            self._rename(written, path)
+        return _etag(data)
+
+    def _rename(self, written: Path, path: Path) -> None:
+        _make_folder(path.parent)
+        with self._locked(path):
             os.rename(written, path)
             _fsync_folder(path.parent)
-        return _etag(data)
 
     def _create(self, path: Path, data: bytes) -> bool:
         with self._written(path, data) as written:
@@ -156,8 +204,7 @@ class DiskBlobs:
         try:
             with open(written, "xb", opener=_private) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                _flush(file)
             yield written
         finally:
             written.unlink(missing_ok=True)
@@ -197,6 +244,11 @@ def _etag(data: bytes) -> str:
 def _read_with_etag(path: Path) -> tuple[bytes, str]:
     data = path.read_bytes()
     return data, _etag(data)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _private(path: str, flags: int) -> int:

@@ -4,8 +4,10 @@
     ├── BadRequest            400 user     ├── Unauthorized   401 user
     │   ├── InvalidField                   ├── NotFound       404 user
     │   └── Unsupported                    ├── BodyTooLarge   413 user
-    ├── Gone                  410 server   ├── Unreadable     422 user
-    ├── TooManyRequests       429 server   └── Unavailable    503 server
+    ├── Forbidden             403 user     ├── Unreadable     422 user
+    ├── OutOfScope            403 user     ├── Unavailable    503 server
+    ├── Gone                  410 server   │
+    └── TooManyRequests       429 server   └── CheckpointDamaged  500 server
 
 A 409 does not exist here: the official SDK retries it for minutes (wire protocol 1.6).
 """
@@ -41,6 +43,10 @@ class LuthierError(Exception):
         return self.message
 
 
+class CheckpointDamaged(LuthierError):
+    """A stored checkpoint cannot be read as it was written."""
+
+
 class BadRequest(LuthierError):
     """The request cannot be carried out."""
 
@@ -59,6 +65,18 @@ class Unauthorized(LuthierError):
     """The API key in X-API-Key is missing or not valid."""
 
     status, category = 401, "user"
+
+
+class Forbidden(LuthierError):
+    """This download link is not valid, or its time has passed."""
+
+    status, category = 403, "user"
+
+
+class OutOfScope(LuthierError):
+    """This API key may not do that."""
+
+    status, category = 403, "user"
 
 
 class NotFound(LuthierError):

@@ -17,6 +17,10 @@ from luthier_core import keys
 from luthier_core.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
 
 EXPIRING = "expiring"
+EXPIRED = "expired"
+"""Off the lists, and not yet swept."""
+NO_EXTERNAL = "checkpoints/no-external"
+"""All checkpoints but external weights: a list that names one fails in SDKs before 0.28."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,9 @@ class Listing:
         self._tenant = tenant
 
     async def add_session(self, record: SessionRecord) -> None:
-        await self._add("sessions", record.session_id, {}, record.created_at, ["sessions"])
+        await self._add(
+            "sessions", record.session_id, record.row(), record.created_at, ["sessions"]
+        )
 
     async def add_run(self, record: RunRecord) -> None:
         lists = ["runs", f"runs:{record.session_id}"]
@@ -61,6 +67,11 @@ class Listing:
             self._remove(pipe, f"{run_id}/{kind}/{name}")
             await pipe.execute()
 
+    async def checkpoint_rows(self, run_id: str, *, now: datetime) -> list[dict[str, Any]]:
+        """Every Checkpoint object of a run, latest first, without what has expired."""
+        await self._drop_expired(now)
+        return await self._rows("checkpoints", (await self.ids(f"checkpoints:{run_id}"))[::-1])
+
     async def ids(self, what: str) -> list[str]:
         """All ids of a list, oldest first."""
         found: Any = await self._redis.zrange(keys.index_order(self._tenant, what), 0, -1)
@@ -76,16 +87,54 @@ class Listing:
         return [item.decode() for item in found], total
 
     async def checkpoint_page(self, what: str, *, offset: int, limit: int, now: datetime) -> Page:
-        """One page of `checkpoints` or `checkpoints:{run}[:{kind}]`, without what has expired."""
+        """One page of `checkpoints` or NO_EXTERNAL, without what has expired."""
         await self._drop_expired(now)
         ids, total = await self.id_page(what, offset=offset, limit=limit)
         return Page(await self._rows("checkpoints", ids), total)
 
-    async def run_page(self, *, offset: int, limit: int, now: datetime) -> Page:
-        """One page of TrainingRun objects with their last checkpoints."""
-        ids, total = await self.id_page("runs", offset=offset, limit=limit)
+    async def run_page(
+        self, *, offset: int, limit: int, now: datetime, project_id: str | None = None
+    ) -> Page:
+        """One page of TrainingRun objects with their last checkpoints, of one project or of all.
+
+        A project is looked up in the rows of the sessions: a session moves with all its runs.
+        """
+        if project_id is None:
+            ids, total = await self.id_page("runs", offset=offset, limit=limit)
+        else:
+            ids = await self._runs_of_project(project_id)
+            total, ids = len(ids), ids[offset : offset + limit]
         rows = await self._rows("runs", ids)
         return Page(await self.with_activity(rows, now), total)
+
+    async def sessions_from(
+        self, time_s: float, session_id: str, *, num_rows: int
+    ) -> list[dict[str, Any]]:
+        """The next session rows, latest first, after the one of this time and id."""
+        order = keys.index_order(self._tenant, "sessions")
+        found: Any = await self._redis.zrevrangebyscore(
+            order, time_s, "-inf", start=0, num=num_rows + 1, withscores=True
+        )
+        ids = [(item.decode(), score) for item, score in found]
+        later = [item for item, score in ids if score < time_s or item < session_id]
+        return await self._rows("sessions", later[:num_rows])
+
+    async def num_checkpoints(self, session_ids: Sequence[str]) -> list[int]:
+        """How many checkpoints the runs of each session have."""
+        runs_of = [await self.ids(f"runs:{session_id}") for session_id in session_ids]
+        pipe = self._redis.pipeline(transaction=False)
+        for run_id in (run_id for run_ids in runs_of for run_id in run_ids):
+            pipe.zcard(keys.index_order(self._tenant, f"checkpoints:{run_id}"))
+        counts = iter(await pipe.execute())
+        return [sum(next(counts) for _ in run_ids) for run_ids in runs_of]
+
+    async def _runs_of_project(self, project_id: str) -> list[str]:
+        """Ids of all its runs, latest first."""
+        run_ids = (await self.ids("runs"))[::-1]
+        session_ids = list({run_id.partition(":")[0] for run_id in run_ids})
+        sessions = await self._rows_by_id("sessions", session_ids)
+        wanted = {key for key, row in sessions.items() if row["project_id"] == project_id}
+        return [run_id for run_id in run_ids if run_id.partition(":")[0] in wanted]
 
     async def with_activity(
         self, rows: Sequence[Mapping[str, Any]], now: datetime
@@ -113,6 +162,14 @@ class Listing:
                 rows, replies[0::3], replies[1::3], replies[2::3], strict=True
             )
         ]
+
+    async def expired(self, now: datetime) -> list[str]:
+        """run/kind/name of what has expired and is not yet swept."""
+        await self._drop_expired(now)
+        return await self.ids(EXPIRED)
+
+    async def swept(self, row_id: str) -> None:
+        await cast(Any, self._redis.zrem(keys.index_order(self._tenant, EXPIRED), row_id))
 
     async def _add(
         self,
@@ -152,6 +209,7 @@ class Listing:
             pipe.multi()  # type: ignore[no-untyped-call]
             for row_id in expired:
                 self._remove(pipe, row_id.decode())
+                pipe.zadd(keys.index_order(self._tenant, EXPIRED), {row_id: now.timestamp()})
             try:
                 await pipe.execute()
             except WatchError:
@@ -174,7 +232,8 @@ class Listing:
 
 def _checkpoint_lists(row_id: str) -> list[str]:
     run_id, kind, _ = row_id.split("/")
-    return ["checkpoints", f"checkpoints:{run_id}", f"checkpoints:{run_id}:{kind}"]
+    lists = ["checkpoints", f"checkpoints:{run_id}", f"checkpoints:{run_id}:{kind}"]
+    return lists if kind == "external_weights" else [*lists, NO_EXTERNAL]
 
 
 def _first(rows: Mapping[str, dict[str, Any]], ids: Sequence[bytes]) -> dict[str, Any] | None:

@@ -40,7 +40,9 @@ LOST_GAP_S = 60.0
 
 STATE_LOST = "the run's stored state is damaged: create another from its last checkpoint"
 
-_OUTSIDE_EFFECT = frozenset({Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER})
+_OUTSIDE_EFFECT = frozenset(
+    {Kind.SAVE_WEIGHTS, Kind.SAVE_WEIGHTS_FOR_SAMPLER, Kind.SAVE_WEIGHTS_EXTERNAL}
+)
 """Kinds whose commit writes something outside of Redis first: they are begun under the epoch."""
 
 

@@ -15,11 +15,12 @@ import orjson
 
 from luthier_core import errors
 from luthier_core.auth import service_token
+from luthier_core.caller import CALLER, REFUSAL
 from luthier_core.config import Config
 from luthier_core.errors import BodyTooLarge, ConfigError, LuthierError, NotFound, Unavailable
 from luthier_core.records import (
-    ApiKeyRecord,
     CheckpointRecord,
+    Identity,
     Record,
     RunRecord,
     SamplerRecord,
@@ -31,6 +32,10 @@ R = TypeVar("R", bound=Record)
 MAX_BODY_BYTES = 1024 * 1024
 """Largest request that the registry reads."""
 TENANT_HEADER = "X-Luthier-Tenant"
+ACTOR_HEADER = "X-Luthier-Actor"
+"""Id of the API key on whose behalf the gateway calls."""
+PROJECT_HEADER = "X-Luthier-Project"
+"""Project of that key, percent-encoded, if it has one."""
 
 MAX_TRIES = 12
 """Some 8 s in all while nothing listens: a parent restarts the registry sooner than that."""
@@ -73,9 +78,13 @@ class RegistryClient:
         """Unavailable unless the registry, its Redis and its object store answer; asked once."""
         await self._call("GET", "/readyz", max_tries=1)
 
-    async def get_key(self, key_hmac: str) -> ApiKeyRecord:
-        """Whose key this is; NotFound if nobody's."""
-        return await self._record(ApiKeyRecord, "GET", f"/keys/{_part(key_hmac)}")
+    async def get_key(self, key_hmac: str) -> Identity:
+        """Whose key this is and what it may do; NotFound if nobody's, or no longer."""
+        return await self._record(Identity, "GET", f"/keys/{_part(key_hmac)}")
+
+    async def revoke_key(self, key_hmac: str) -> None:
+        """End the key for good; NotFound if it is nobody's."""
+        await self._call("DELETE", f"/keys/{_part(key_hmac)}")
 
     # --- sessions ---------------------------------------------------------------------------------
 
@@ -125,6 +134,14 @@ class RegistryClient:
         body = {"reason": reason, "detail": detail}
         return await self._record(SessionRecord, "POST", path, tenant, body)
 
+    async def set_project(self, tenant: str, session_id: str, project_id: str) -> None:
+        path = f"/sessions/{_part(session_id)}/project"
+        await self._call("PUT", path, tenant, {"project_id": project_id})
+
+    async def search_sessions(self, tenant: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """sessions and next_cursor (wire protocol 8.4)."""
+        return await self._object("POST", "/sessions/search", tenant, wanted)
+
     # --- training runs and checkpoints ------------------------------------------------------------
 
     async def create_run(
@@ -138,8 +155,12 @@ class RegistryClient:
         optimizer_config: Mapping[str, Any] | None = None,
         user_metadata: Mapping[str, str] | None = None,
         source_path: str | None = None,
+        access_tenant: str | None = None,
     ) -> RunRecord:
-        """The run's facts with its seed drawn. With source_path its LoRA is the checkpoint's."""
+        """The run's facts with its seed drawn. With source_path its LoRA is the checkpoint's.
+
+        `access_tenant`: one whose checkpoints the caller may read beside its own.
+        """
         body: dict[str, Any] = {
             "session_id": session_id,
             "model_seq_id": model_seq_id,
@@ -147,35 +168,83 @@ class RegistryClient:
             "optimizer_config": optimizer_config,
             "user_metadata": user_metadata,
             "source_path": source_path,
+            "access_tenant": access_tenant,
         }
         if lora_config is not None:
             body["lora_config"] = lora_config
+        if refusal := REFUSAL.get():
+            body["refusal"] = refusal.detail
         return await self._record(RunRecord, "POST", "/runs", tenant, body)
 
-    async def describe_run(self, tenant: str, run_id: str) -> dict[str, Any]:
-        """The TrainingRun object of wire protocol 8.1."""
-        return await self._object("GET", f"/runs/{_part(run_id)}", tenant)
+    async def describe_run(
+        self, tenant: str, run_id: str, *, accessible: bool = False
+    ) -> dict[str, Any]:
+        """The TrainingRun object of wire protocol 8.1; `accessible`: of any run that is public."""
+        return await self._object("GET", f"/runs/{_part(run_id)}?accessible={accessible:d}", tenant)
 
-    async def list_runs(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
-        return await self._object("GET", f"/runs?{_page(limit, offset)}", tenant)
+    async def list_runs(
+        self, tenant: str, *, limit: int, offset: int, project_id: str | None = None
+    ) -> dict[str, Any]:
+        chosen = "" if project_id is None else f"&project_id={quote(project_id, safe='')}"
+        return await self._object("GET", f"/runs?{_page(limit, offset)}{chosen}", tenant)
 
     async def list_run_checkpoints(self, tenant: str, run_id: str) -> dict[str, Any]:
+        """All of them; of another tenant's run those that are published."""
         return await self._object("GET", f"/runs/{_part(run_id)}/checkpoints", tenant)
 
-    async def list_checkpoints(self, tenant: str, *, limit: int, offset: int) -> dict[str, Any]:
-        return await self._object("GET", f"/checkpoints?{_page(limit, offset)}", tenant)
+    async def list_checkpoints(
+        self, tenant: str, *, limit: int, offset: int, external: bool = True
+    ) -> dict[str, Any]:
+        """One page, with external weights or without."""
+        query = f"{_page(limit, offset)}&external={external:d}"
+        return await self._object("GET", f"/checkpoints?{query}", tenant)
 
     async def delete_checkpoint(self, tenant: str, run_id: str, kind: str, name: str) -> None:
-        path = f"/runs/{_part(run_id)}/checkpoints/{_part(kind)}/{_part(name)}"
-        await self._call("DELETE", path, tenant)
+        await self._call("DELETE", _checkpoint(run_id, kind, name), tenant)
 
-    async def resolve(self, tenant: str, tinker_path: str) -> CheckpointRecord:
-        """What the path stands for now; NotFound if it is not the tenant's or has expired."""
-        body = {"tinker_path": tinker_path}
+    async def publish(self, tenant: str, run_id: str, kind: str, name: str) -> None:
+        await self._call("POST", f"{_checkpoint(run_id, kind, name)}/publish", tenant)
+
+    async def unpublish(self, tenant: str, run_id: str, kind: str, name: str) -> None:
+        await self._call("DELETE", f"{_checkpoint(run_id, kind, name)}/publish", tenant)
+
+    async def set_ttl(
+        self, tenant: str, run_id: str, kind: str, name: str, ttl_seconds: int | None
+    ) -> None:
+        """Let the checkpoint expire so many seconds from now, or never."""
+        path = f"{_checkpoint(run_id, kind, name)}/ttl"
+        await self._call("PUT", path, tenant, {"ttl_seconds": ttl_seconds})
+
+    async def checkpoint_files(
+        self, tenant: str, run_id: str, kind: str, name: str
+    ) -> dict[str, str]:
+        """File name -> object key of what a download holds."""
+        answer = await self._object("GET", f"{_checkpoint(run_id, kind, name)}/files", tenant)
+        files: dict[str, str] = answer["files"]
+        return files
+
+    async def archive(self, tenant: str, run_id: str, kind: str, name: str) -> str:
+        """Object key of the tar of those files; Unavailable while it is being made."""
+        answer = await self._object("POST", f"{_checkpoint(run_id, kind, name)}/archive", tenant)
+        return str(answer["key"])
+
+    async def resolve(
+        self, tenant: str, tinker_path: str, *, access_tenant: str | None = None
+    ) -> CheckpointRecord:
+        """What the path stands for now; NotFound if the tenant may not read it or it has expired.
+
+        `access_tenant`: one whose checkpoints the caller may read beside its own.
+        """
+        body = {"tinker_path": tinker_path, "access_tenant": access_tenant}
         return await self._record(CheckpointRecord, "POST", "/resolve", tenant, body)
 
     async def weights_info(self, tenant: str, tinker_path: str) -> dict[str, Any]:
         return await self._object("POST", "/weights_info", tenant, {"tinker_path": tinker_path})
+
+    async def copy_weights(self, tenant: str, wanted: Mapping[str, Any]) -> str:
+        """The tinker:// path of the copy. Unavailable while it is being made: ask again."""
+        answer = await self._object("POST", "/copy_weights", tenant, wanted)
+        return str(answer["tinker_path"])
 
     # --- samplers ---------------------------------------------------------------------------------
 
@@ -199,6 +268,12 @@ class RegistryClient:
     async def get_sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         path = f"/samplers/{_part(sampling_session_id)}"
         return await self._record(SamplerRecord, "GET", path, tenant)
+
+    async def admin(
+        self, method: str, path: str, tenant: str = "", body: Any = None
+    ) -> dict[str, Any]:
+        """One call of the admin REST: the gateway forwards it as it is, below /admin."""
+        return await self._object(method, f"/admin{path}", tenant, body)
 
     # --- plumbing ---------------------------------------------------------------------------------
 
@@ -227,6 +302,10 @@ class RegistryClient:
         if data is not None and len(data) > MAX_BODY_BYTES:
             raise BodyTooLarge(f"metadata of {len(data)} bytes; at most {MAX_BODY_BYTES}")
         headers = {TENANT_HEADER: tenant} if tenant else {}
+        if caller := CALLER.get():
+            headers[ACTOR_HEADER] = caller.key_id
+            if caller.project_id is not None:
+                headers[PROJECT_HEADER] = quote(caller.project_id, safe="")
         for attempt in range(max_tries):
             if attempt:
                 await asyncio.sleep(random.uniform(0.05, 0.4) * min(attempt, 4))
@@ -256,11 +335,22 @@ def _error(status: int, body: bytes) -> LuthierError:
     return Unavailable(f"the registry answered {status}")
 
 
+_MAX_NAME_CHARS = 256
+
+
 def _part(text: str) -> str:
-    """One part of a path, whatever a client put into it; NotFound for what would walk the path."""
-    if text in ("", ".", ".."):
-        raise NotFound(repr(text))
+    """One part of a path, whatever a client put into it.
+
+    NotFound for what would walk the path, and for what is too long to be a name: the registry could
+    not read such a request line.
+    """
+    if text in ("", ".", "..") or len(text) > _MAX_NAME_CHARS:
+        raise NotFound(repr(text[:100]))
     return quote(text, safe=":")
+
+
+def _checkpoint(run_id: str, kind: str, name: str) -> str:
+    return f"/runs/{_part(run_id)}/checkpoints/{_part(kind)}/{_part(name)}"
 
 
 def _page(limit: int, offset: int) -> str:

@@ -23,7 +23,14 @@ from minio.error import MinioException
 from urllib3.exceptions import HTTPError
 from yarl import URL
 
-from luthier_core.blobs import BlobInfo, BlobMissing, check_key, check_prefix
+from luthier_core.blobs import (
+    PIECE_BYTES,
+    BlobInfo,
+    BlobMissing,
+    Pieces,
+    check_key,
+    check_prefix,
+)
 from luthier_core.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -108,6 +115,54 @@ class S3Blobs:
             raise BlobMissing(key)
         return reply.body, reply.etag
 
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        num_read, problem = 0, ""
+        for attempt in range(MAX_TRIES):
+            await self._pause_before(attempt)
+            # A try that broke off is taken up where it did: what was given away cannot be recalled.
+            headers = {"Range": f"bytes={num_read}-"} if num_read else {}
+            try:
+                async with self._http.get(
+                    self._sign("GET", check_key(key)), headers=headers
+                ) as response:
+                    if response.status == 404:
+                        raise BlobMissing(key)
+                    if response.status == (206 if num_read else 200):
+                        async for piece in response.content.iter_chunked(PIECE_BYTES):
+                            num_read += len(piece)
+                            yield piece
+                        return
+                    problem = f"answered {response.status}"
+                    if response.status not in _TRY_AGAIN:
+                        break
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                problem = repr(error)
+        log.error("object store: GET %s %s", key, problem)
+        raise Unavailable("the object store does not answer as it should")
+
+    async def put_stream(self, key: str, pieces: Pieces, num_bytes: int) -> None:
+        failures: list[Exception] = []
+
+        async def body() -> AsyncIterator[bytes]:
+            try:
+                async for piece in pieces():
+                    yield piece
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        headers = {"Content-Length": str(num_bytes)}
+        try:
+            await self._send("PUT", check_key(key), {200}, data=body, headers=headers)
+        except Unavailable:
+            if failures:
+                raise failures[-1] from None
+            raise
+
+    async def size(self, key: str) -> int | None:
+        info = await self.head(key)
+        return None if info is None else info.num_bytes
+
     async def head(self, key: str) -> BlobInfo | None:
         reply = await self._send("HEAD", check_key(key), {200, 404})
         if reply.status == 404:
@@ -167,7 +222,7 @@ class S3Blobs:
         key: str,
         expected: set[int],
         *,
-        data: bytes | None = None,
+        data: bytes | Pieces | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> _Reply:
         """One request with retries; Unavailable once they are used up or the answer is no."""
@@ -183,13 +238,12 @@ class S3Blobs:
             return await send(request)
 
         for attempt in range(MAX_TRIES):
-            if attempt:
-                await asyncio.sleep(random.uniform(0, self._retry_base_s * 2 ** (attempt - 1)))
+            await self._pause_before(attempt)
             try:
                 async with self._http.request(
                     method,
                     self._sign(method, key),
-                    data=data if data is None else _body(data),
+                    data=_body(data),
                     headers=headers,
                     middlewares=(count,),
                 ) as response:
@@ -204,6 +258,10 @@ class S3Blobs:
         log.error("object store: %s %s %s", method, key, problem)
         raise Unavailable("the object store does not answer as it should")
 
+    async def _pause_before(self, attempt: int) -> None:
+        if attempt:
+            await asyncio.sleep(random.uniform(0, self._retry_base_s * 2 ** (attempt - 1)))
+
     def _sign(self, method: str, key: str) -> URL:
         signed = self._minio.get_presigned_url(method, self._bucket, key, expires=_SIGNED_FOR)
         # encoded: another spelling of the same URL would not match its signature.
@@ -214,9 +272,11 @@ class S3Blobs:
         return [BlobInfo(entry.object_name, entry.size) for entry in entries]
 
 
-def _body(data: bytes) -> bytes | io.BytesIO:
+def _body(data: bytes | Pieces | None) -> bytes | io.BytesIO | AsyncIterator[bytes] | None:
     """aiohttp sends a file in pieces and raw bytes in one go, which would hold up the loop."""
-    return io.BytesIO(data) if len(data) > _LARGE_BYTES else data
+    if callable(data):
+        return data()
+    return io.BytesIO(data) if data is not None and len(data) > _LARGE_BYTES else data
 
 
 def _content_md5(data: bytes) -> str:

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
+from luthier_core.part_limits import check_json_parts
 
 Int32 = Annotated[int, Field(ge=0, lt=2**31)]
 Int64 = Annotated[int, Field(ge=0, lt=2**63)]
@@ -72,7 +73,8 @@ def parse(model: type[W], body: bytes) -> W:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; Unreadable if it is none, too deep, or has too many names."""
+    """The JSON object in a body; Unreadable if it is none, too deep, or has too many parts."""
+    check_json_parts(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -340,6 +342,22 @@ class SaveWeightsForSampler(WireModel):
         return self
 
 
+class SaveWeightsExternal(WireModel):
+    """POST save_weights_external: PEFT files for download."""
+
+    model_id: str
+    seq_id: SeqId
+    path: Name
+    ttl_seconds: TtlSeconds | None = None
+    age_encryption_recipients: list[str] | None = None
+
+    def refuse_unsupported(self) -> None:
+        if self.age_encryption_recipients:
+            raise Unsupported(
+                "age_encryption_recipients: the files are not encrypted; leave it out"
+            )
+
+
 class LoadWeights(WireModel):
     """POST load_weights: into a run (model_id, seq_id), or as a new one (session_id, ...)."""
 
@@ -364,8 +382,6 @@ class LoadWeights(WireModel):
 
     def refuse_unsupported(self) -> None:
         self.optimizer_config.refuse_unsupported()
-        if self.weights_access_token is not None:
-            raise Unsupported("weights_access_token: loading from another account")
 
 
 class TinkerPath(WireModel):
@@ -378,7 +394,7 @@ class TinkerPath(WireModel):
 
 
 class CreateSamplingSession(WireModel):
-    """POST create_sampling_session: of a base model, or of saved weights."""
+    """POST create_sampling_session: of a base model, or of saved weights, with or without it."""
 
     session_id: str
     sampling_session_seq_id: Int32
@@ -387,8 +403,8 @@ class CreateSamplingSession(WireModel):
 
     @model_validator(mode="after")
     def _names_weights(self) -> Self:
-        if (self.base_model is None) == (self.model_path is None):
-            raise ValueError("exactly one of base_model and model_path is required")
+        if self.base_model is None and self.model_path is None:
+            raise ValueError("base_model or model_path is required")
         return self
 
 

@@ -13,7 +13,7 @@ from aiohttp import web
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import Config
-from luthier_core.errors import BadRequest, NotFound, Unavailable
+from luthier_core.errors import BadRequest, InvalidField, NotFound, Unauthorized, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
@@ -100,7 +100,7 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id):
+        if await self.is_finished(session_id):
             standing = await self.oplog.standing(run_id, seq)
             if not standing.is_accepted:
                 raise BadRequest(f"session {session_id} is finished")
@@ -109,12 +109,12 @@ class Backends:
     async def check_sampling(self, sampler: SamplerRecord, seq: int) -> None:
         """BadRequest for a new sample of a session that is finished."""
         outcome = keys.sampling_outcome(sampler.sampling_session_id, seq)
-        if await self._is_finished(sampler.session_id) and not await self.oplog.redis.exists(
+        if await self.is_finished(sampler.session_id) and not await self.oplog.redis.exists(
             outcome
         ):
             raise BadRequest(f"session {sampler.session_id} is finished")
 
-    async def _is_finished(self, session_id: str) -> bool:
+    async def is_finished(self, session_id: str) -> bool:
         """Whether the client has closed the session: no new work is taken any more."""
         status = await cast(
             Awaitable[bytes | None],
@@ -125,6 +125,18 @@ class Backends:
     async def sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
         """The sampling session, if it is the tenant's; NotFound otherwise."""
         return await self._samplers.get(f"{tenant}/{sampling_session_id}")
+
+    async def access_tenant(self, weights_access_token: str | None) -> str | None:
+        """The tenant whose checkpoints the token lets its bearer read: it is a key of theirs."""
+        if not weights_access_token:
+            return None
+        try:
+            bearer = await self.auth.caller(weights_access_token)
+        except Unauthorized:
+            raise InvalidField("weights_access_token: it is no key of this server") from None
+        if "read" not in bearer.scopes:
+            raise InvalidField("weights_access_token: this key may not read")
+        return bearer.tenant
 
     async def model_facts(self, base_model: str) -> dict[str, Any]:
         """Facts of a configured base model; Unavailable until one of its workers has started."""

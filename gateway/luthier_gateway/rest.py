@@ -1,57 +1,44 @@
-"""Bookkeeping calls, forwarded to the registry with the caller's tenant."""
+"""Bookkeeping calls about runs, sessions and keys, forwarded to the registry."""
 
-import re
+from urllib.parse import urlencode
 
 from aiohttp import web
 
-from luthier_core.errors import InvalidField
-from luthier_core.types import TinkerPath, parse
+from luthier_core.auth import key_id
+from luthier_core.errors import InvalidField, Unsupported
+from luthier_core.rest_types import SearchSessions, SetProject
+from luthier_core.types import parse
 from luthier_gateway.backends import BACKENDS, TENANT
-from luthier_gateway.web_io import json_response, read_body
+from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, page_of, read_body
 
-MAX_PAGE = 1000
+ACCESS_SCOPES = ("owned", "accessible")
+_AUDIT_QUERY = (("event_type", "all"), ("day", ""))
 
 
 async def list_training_runs(request: web.Request) -> web.Response:
-    limit, offset = _page(request, default_limit=20)
+    """Training runs of all projects or one, latest first."""
+    limit, offset = page_of(request, default_limit=20)
+    _access_scope(request)
     page = await request.app[BACKENDS].registry.list_runs(
-        request[TENANT], limit=limit, offset=offset
+        request[TENANT], limit=limit, offset=offset, project_id=request.query.get("project_id")
     )
     return json_response(page)
 
 
 async def get_training_run(request: web.Request) -> web.Response:
-    run_id = request.match_info["run_id"]
-    return json_response(await request.app[BACKENDS].registry.describe_run(request[TENANT], run_id))
-
-
-async def list_run_checkpoints(request: web.Request) -> web.Response:
-    run_id = request.match_info["run_id"]
+    """One training run; in scope `accessible` also another's of which something is published."""
+    run_id, scope = request.match_info["run_id"], _access_scope(request)
     return json_response(
-        await request.app[BACKENDS].registry.list_run_checkpoints(request[TENANT], run_id)
+        await request.app[BACKENDS].registry.describe_run(
+            request[TENANT], run_id, accessible=scope == "accessible"
+        )
     )
-
-
-async def delete_checkpoint(request: web.Request) -> web.Response:
-    await request.app[BACKENDS].registry.delete_checkpoint(
-        request[TENANT],
-        request.match_info["run_id"],
-        request.match_info["kind"],
-        request.match_info["name"],
-    )
-    return json_response({})
-
-
-async def list_checkpoints(request: web.Request) -> web.Response:
-    limit, offset = _page(request, default_limit=100)
-    page = await request.app[BACKENDS].registry.list_checkpoints(
-        request[TENANT], limit=limit, offset=offset
-    )
-    return json_response(page)
 
 
 async def list_sessions(request: web.Request) -> web.Response:
-    limit, offset = _page(request, default_limit=20)
+    """Ids of sessions, latest first."""
+    limit, offset = page_of(request, default_limit=20)
+    _access_scope(request)
     page = await request.app[BACKENDS].registry.list_sessions(
         request[TENANT], limit=limit, offset=offset
     )
@@ -59,13 +46,35 @@ async def list_sessions(request: web.Request) -> web.Response:
 
 
 async def get_session(request: web.Request) -> web.Response:
+    """A session with the ids of its runs and sampling sessions."""
     session_id = request.match_info["session_id"]
+    _access_scope(request)
     return json_response(
         await request.app[BACKENDS].registry.describe_session(request[TENANT], session_id)
     )
 
 
+async def search_sessions(request: web.Request) -> web.Response:
+    """Sessions that fit every condition, latest first."""
+    wanted = parse(SearchSessions, await read_body(request, MAX_SMALL_BODY))
+    return json_response(
+        await request.app[BACKENDS].registry.search_sessions(
+            request[TENANT], wanted.model_dump(mode="json", exclude_none=True)
+        )
+    )
+
+
+async def set_session_project(request: web.Request) -> web.Response:
+    """Move a session with its runs into a project."""
+    wanted = parse(SetProject, await read_body(request, MAX_SMALL_BODY))
+    await request.app[BACKENDS].registry.set_project(
+        request[TENANT], request.match_info["session_id"], wanted.project_id
+    )
+    return json_response({})
+
+
 async def get_sampler(request: web.Request) -> web.Response:
+    """What a sampling session samples from."""
     sampler = await request.app[BACKENDS].sampler(request[TENANT], request.match_info["sampler_id"])
     answer = {"sampler_id": sampler.sampling_session_id, "base_model": sampler.base_model}
     if sampler.model_path is not None:
@@ -73,24 +82,54 @@ async def get_sampler(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
-async def weights_info(request: web.Request) -> web.Response:
-    wanted = parse(TinkerPath, await read_body(request, 64 * 1024))
+async def get_own_key(request: web.Request) -> web.Response:
+    """What the presented key is called and whom it belongs to."""
+    name, identity = await request.app[BACKENDS].auth.look_up(request.headers["X-API-Key"])
+    record = identity.key
     return json_response(
-        await request.app[BACKENDS].registry.weights_info(request[TENANT], wanted.tinker_path)
+        {
+            # The API wants a number; these 48 bits of the HMAC name the key and open nothing.
+            "key_id": int(key_id(name), 16),
+            "name": record.name or f"key-{name[:8]}",
+            "note": record.note,
+            "details": {
+                "org_details": {"name": record.tenant},
+                "user_details": {"email": identity.email or record.tenant},
+            },
+        }
     )
 
 
-def _page(request: web.Request, *, default_limit: int) -> tuple[int, int]:
-    return (
-        _whole_number(request, "limit", default_limit, 1, MAX_PAGE),
-        _whole_number(request, "offset", 0, 0, 2**31),
+async def revoke_own_key(request: web.Request) -> web.Response:
+    """End the presented key for good. Another gateway believes it for `key_cache_s` at most."""
+    await request.app[BACKENDS].auth.revoke(request.headers["X-API-Key"])
+    return json_response({})
+
+
+async def refuse_trace_export(request: web.Request) -> web.Response:
+    """Not offered: this server records no traces."""
+    session_id = request.match_info["session_id"]
+    await request.app[BACKENDS].registry.get_session(request[TENANT], session_id)
+    raise Unsupported("trace_export: this server records no traces")
+
+
+async def get_audit(request: web.Request) -> web.Response:
+    """What was done to checkpoints, projects, users and keys on one day."""
+    query = {name: request.query.get(name, default) for name, default in _AUDIT_QUERY}
+    return json_response(
+        await request.app[BACKENDS].registry.admin(
+            "GET", f"/audit?{urlencode(query)}", request[TENANT]
+        )
     )
 
 
-def _whole_number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query.get(name)
-    if text is None:
-        return default
-    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or not least <= int(text) <= most:
-        raise InvalidField(f"{name}: {text[:50]!r}; allowed are {least} to {most}")
-    return int(text)
+async def refuse_key_exchange(request: web.Request) -> web.Response:
+    """Not offered: keys are given out by the operator and used as they are."""
+    raise Unsupported("auth: use an API key of this server as it is; there is no exchange")
+
+
+def _access_scope(request: web.Request) -> str:
+    scope = request.query.get("access_scope", "owned")
+    if scope not in ACCESS_SCOPES:
+        raise InvalidField(f"access_scope: {scope[:50]!r}; allowed are {', '.join(ACCESS_SCOPES)}")
+    return scope

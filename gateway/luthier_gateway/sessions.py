@@ -7,9 +7,7 @@ from luthier_core.types import CreateSession, FinishSession, SessionHeartbeat, p
 from luthier_gateway.backends import BACKENDS, TENANT
 from luthier_gateway.client_version import client_config as config_for
 from luthier_gateway.client_version import sdk_version
-from luthier_gateway.web_io import json_response, read_body
-
-MAX_SMALL_BODY = 1024 * 1024
+from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, read_body
 
 
 async def client_config(request: web.Request) -> web.Response:

@@ -10,6 +10,7 @@ from luthier_core.errors import (
     InvalidField,
     LuthierError,
     NotFound,
+    Unsupported,
 )
 from luthier_core.ops import Kind
 from luthier_core.records import RunRecord
@@ -19,6 +20,7 @@ from luthier_core.types import (
     ModelId,
     OptimStep,
     SaveWeights,
+    SaveWeightsExternal,
     SaveWeightsForSampler,
     WireModel,
     check,
@@ -103,6 +105,10 @@ async def save_weights_for_sampler(request: web.Request) -> web.Response:
     return await _submit_json(request, SaveWeightsForSampler, Kind.SAVE_WEIGHTS_FOR_SAMPLER)
 
 
+async def save_weights_external(request: web.Request) -> web.Response:
+    return await _submit_json(request, SaveWeightsExternal, Kind.SAVE_WEIGHTS_EXTERNAL)
+
+
 async def load_weights(request: web.Request) -> web.Response:
     """Into a run as an ordinary op, or as the creation of a new run from a checkpoint."""
     backends, tenant = request.app[BACKENDS], request[TENANT]
@@ -114,7 +120,8 @@ async def load_weights(request: web.Request) -> web.Response:
     try:
         wanted = check(LoadWeights, value)
         wanted.refuse_unsupported()
-        source = await backends.registry.resolve(tenant, wanted.path)
+        access = await backends.access_tenant(wanted.weights_access_token)
+        source = await backends.registry.resolve(tenant, wanted.path, access_tenant=access)
         run = await backends.registry.create_run(
             tenant,
             session_id=wanted.session_id or "",
@@ -122,6 +129,7 @@ async def load_weights(request: web.Request) -> web.Response:
             base_model=wanted.base_model,
             user_metadata=_as_strings(wanted.user_metadata),
             source_path=wanted.path,
+            access_tenant=access,
         )
     except (BadRequest, NotFound) as error:
         run_id = await _run_id_of(backends, tenant, value)
@@ -144,7 +152,8 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
     try:
         wanted = check(LoadWeights, value)
         wanted.refuse_unsupported()
-        source = await backends.registry.resolve(tenant, wanted.path)
+        access = await backends.access_tenant(wanted.weights_access_token)
+        source = await backends.registry.resolve(tenant, wanted.path, access_tenant=access)
         # The log names the checkpoint by its manifest, so replay loads the same bytes even if the
         # name has been given to another checkpoint since.
         body = orjson.dumps(
@@ -166,6 +175,14 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
         digest=json_digest(value),
         base_model=run.base_model,
         problem=problem,
+    )
+
+
+async def refuse_custom_loss(request: web.Request) -> web.Response:
+    """Not offered: the SDK runs a custom loss in the client unless client/config says otherwise."""
+    raise Unsupported(
+        "create_custom_loss: this server runs no uploaded loss; forward_backward_custom computes "
+        "it in the client"
     )
 
 
@@ -237,7 +254,7 @@ def _check_creation(backends: Backends, wanted: CreateModel) -> None:
 async def _run_id_of(backends: Backends, tenant: str, value: dict[str, Any]) -> str:
     """The id of the run that a refused creation asked for; its session must be the tenant's."""
     session_id, index = value.get("session_id"), value.get("model_seq_id")
-    if not isinstance(session_id, str) or not isinstance(index, int) or index < 0:
+    if not isinstance(session_id, str) or type(index) is not int or index < 0:
         raise InvalidField("session_id must be a string and model_seq_id an integer from 0")
     await backends.registry.get_session(tenant, session_id)
     return f"{session_id}:train:{index}"

@@ -1,16 +1,26 @@
 """Reading bodies within their limit, and answering with JSON."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from luthier_core.errors import BodyTooLarge, LuthierError, Unreadable, Unsupported
+from luthier_core.errors import (
+    BodyTooLarge,
+    InvalidField,
+    LuthierError,
+    Unreadable,
+    Unsupported,
+)
 from luthier_gateway.decompress import ENCODINGS, PIECE_BYTES, Decompressor
 
 PROTOBUF = "application/x-protobuf"
+MAX_SMALL_BODY = 1024 * 1024
+"""Of a bookkeeping call, in bytes."""
+MAX_PAGE = 1000
 HEAD_BYTES = 64 * 1024
 """Of a body that cannot be read this much is looked at for the ids whose seq it uses up."""
 TAIL_BYTES = 4 * 1024
@@ -55,13 +65,25 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
         else:
             return b"".join(parts)
     except _TooMuchCompressed:
-        problem, tail = f"at most {MAX_COMPRESSED_BYTES} bytes compressed", b""
+        problem = f"at most {MAX_COMPRESSED_BYTES} bytes compressed"
+        head, tail = _head_of(parts), b""
     except web.RequestPayloadError:
         raise Unreadable("Transfer-Encoding and the body disagree") from None
     else:
         problem = f"at most {max_bytes} bytes after decompression"
-        tail = await _drain(pieces, parts[-1], max_bytes * MAX_DRAIN)
-    raise OversizeBody(problem, b"".join(parts)[:HEAD_BYTES], tail)
+        head, last = _head_of(parts), parts[-1]
+        parts.clear()  # nobody needs it, and its end may be long in coming
+        tail = await _drain(pieces, last, max_bytes * MAX_DRAIN)
+    raise OversizeBody(problem, head, tail)
+
+
+def _head_of(parts: list[bytes]) -> bytes:
+    head = b""
+    for part in parts:
+        if len(head) >= HEAD_BYTES:
+            break
+        head += part[: HEAD_BYTES - len(head)]
+    return head
 
 
 async def _pieces(request: web.Request, encoding: str) -> AsyncIterator[bytes]:
@@ -95,6 +117,23 @@ async def _drain(pieces: AsyncIterator[bytes], last: bytes, max_bytes: int) -> b
     except (Unreadable, _TooMuchCompressed, web.RequestPayloadError):
         return b""
     return tail
+
+
+def page_of(request: web.Request, *, default_limit: int) -> tuple[int, int]:
+    """(limit, offset) of the query; InvalidField with the allowed range."""
+    return (
+        _whole_number(request, "limit", default_limit, 1, MAX_PAGE),
+        _whole_number(request, "offset", 0, 0, 2**31),
+    )
+
+
+def _whole_number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or not least <= int(text) <= most:
+        raise InvalidField(f"{name}: {text[:50]!r}; allowed are {least} to {most}")
+    return int(text)
 
 
 def json_response(value: dict[str, Any], status: int = 200) -> web.Response:

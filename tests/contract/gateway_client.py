@@ -30,6 +30,11 @@ class Answer:
         assert isinstance(value, dict)
         return value
 
+    def json_or_none(self) -> dict[str, Any] | None:
+        """The body, if it is JSON."""
+        is_json = self.headers["Content-Type"].startswith("application/json")
+        return self.json() if is_json else None
+
     @property
     def detail(self) -> str:
         """The sentence of an error."""
@@ -53,12 +58,15 @@ class Api:
         *,
         content_type: str = "application/json",
         headers: Mapping[str, str] | None = None,
+        allow_redirects: bool = True,
     ) -> Answer:
         given = {**self._headers, **(headers or {})}
         if body is not None:
             given["Content-Type"] = content_type
         url = path if path.startswith("http") else f"{self.url}/api/v1/{path}"
-        async with self._http.request(method, url, data=body, headers=given) as response:
+        async with self._http.request(
+            method, url, data=body, headers=given, allow_redirects=allow_redirects
+        ) as response:
             answer = Answer(response.status, response.headers, await response.read())
         _check_error(answer)
         return answer

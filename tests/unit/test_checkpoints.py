@@ -12,7 +12,6 @@ import redis.asyncio as redis
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.checkpoints import (
-    CheckpointDamaged,
     TinkerPath,
     read_files,
     read_manifest,
@@ -20,7 +19,7 @@ from luthier_core.checkpoints import (
     save_sampler,
 )
 from luthier_core.disk_blobs import DiskBlobs
-from luthier_core.errors import BadRequest, InvalidField
+from luthier_core.errors import BadRequest, CheckpointDamaged, InvalidField
 from luthier_core.listing import Listing
 from luthier_core.records import CheckpointRecord, LoraConfig, RunRecord, SamplerRecord
 from luthier_core.testing import running_valkey
@@ -132,7 +131,7 @@ class Countdown:
         self.left -= 1
 
 
-BLOB_CALLS = frozenset({"put", "put_if_absent", "put_if_match", "get", "get_with_etag", "head"})
+BLOB_CALLS = frozenset({"put", "put_if_absent", "put_if_match", "get", "get_with_etag", "size"})
 
 
 @pytest.mark.parametrize("overwrites", [False, True])

@@ -5,24 +5,20 @@ import io
 import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-import redis.asyncio as redis
-from aiohttp import web
+from tests.unit.registry_stack import Clock, Stack, serving
 
 from luthier_core import keys
 from luthier_core.auth import key_hmac, service_token
-from luthier_core.checkpoints import save_checkpoint
-from luthier_core.config import Config, ModelConfig, dump_config
-from luthier_core.disk_blobs import DiskBlobs
+from luthier_core.config import Config, dump_config
 from luthier_core.errors import (
     BadRequest,
     BodyTooLarge,
@@ -34,93 +30,8 @@ from luthier_core.errors import (
     Unreadable,
     Unsupported,
 )
-from luthier_core.records import ApiKeyRecord, CheckpointRecord, RunRecord
+from luthier_core.records import ApiKeyRecord
 from luthier_core.registry_client import RegistryClient
-from luthier_core.testing import running_valkey
-from luthier_registry.app import build_app
-
-
-@dataclass
-class Clock:
-    now: datetime = field(default_factory=lambda: datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
-
-    def __call__(self) -> datetime:
-        self.now += timedelta(seconds=1)
-        return self.now
-
-
-@dataclass
-class Stack:
-    """One registry and what a test may reach behind it."""
-
-    config: Config
-    clock: Clock
-    client: RegistryClient
-    valkey: redis.Redis
-    blobs: DiskBlobs
-    socket: str
-
-    async def run(self, tenant: str = "ann", **changes: Any) -> RunRecord:
-        session = await self.client.create_session(tenant)
-        wanted = {"session_id": session.session_id, "model_seq_id": 0, "base_model": "tiny"}
-        return await self.client.create_run(tenant, **{**wanted, **changes})
-
-    async def save(self, run: RunRecord, **changes: Any) -> CheckpointRecord:
-        wanted: dict[str, Any] = {
-            **{"kind": "weights", "name": "x", "seq": 1, "epoch": 1},
-            **{"files": {"w": b"123"}, "now": self.clock()},
-        }
-        return await save_checkpoint(self.blobs, self.valkey, run=run, **{**wanted, **changes})
-
-
-@pytest.fixture(scope="module")
-def valkey_url() -> Iterator[str]:
-    with running_valkey() as url:
-        yield url
-
-
-@pytest.fixture
-def config(tmp_path: Path, valkey_url: str) -> Iterator[Config]:
-    secret = tmp_path / "secret"
-    secret.write_text("ab" * 32)
-    # Not below tmp_path: a socket's path has at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="lu-rg-") as folder:
-        yield Config(
-            redis_url=valkey_url,
-            store_url=f"file://{tmp_path}/store",
-            registry_url=f"unix://{folder}/s",
-            secret_file=str(secret),
-            models=(
-                ModelConfig(name="tiny", path="/models/tiny"),
-                ModelConfig(name="other", path="/models/other"),
-            ),
-        )
-
-
-@asynccontextmanager
-async def serving(config: Config, clock: Clock) -> AsyncIterator[str]:
-    runner = web.AppRunner(build_app(config, clock=clock))
-    await runner.setup()
-    try:
-        socket = config.registry_url.removeprefix("unix://")
-        await web.UnixSite(runner, socket).start()
-        yield socket
-    finally:
-        await runner.cleanup()
-
-
-@pytest.fixture
-async def stack(config: Config, tmp_path: Path) -> AsyncIterator[Stack]:
-    clock = Clock()
-    async with (
-        redis.Redis.from_url(config.redis_url) as valkey,
-        serving(config, clock) as socket,
-        RegistryClient(config) as client,
-    ):
-        await valkey.flushall()
-        blobs = DiskBlobs(tmp_path / "store", "", b"")
-        yield Stack(config, clock, client, valkey, blobs, socket)
-
 
 # --- who may ask ----------------------------------------------------------------------------------
 
@@ -140,7 +51,7 @@ async def test_an_api_key_is_found_by_its_hmac_alone(stack: Stack) -> None:
     name = key_hmac(stack.config.secret(), "tml-1234")
     record = ApiKeyRecord(tenant="ann", scopes=("train",), created_at=stack.clock())
     await stack.blobs.put(keys.api_key_record(name), record.to_bytes())
-    assert await stack.client.get_key(name) == record
+    assert (await stack.client.get_key(name)).key == record
     for wrong in ("0" * 64, "tml-1234", "..", "../keys", name.upper()):
         with pytest.raises(NotFound):
             await stack.client.get_key(wrong)
@@ -460,6 +371,22 @@ async def test_a_sampling_session_is_bound_to_its_weights_for_good(stack: Stack)
     await stack.client.delete_checkpoint("ann", run.run_id, "sampler_weights", "x")
     assert await stack.client.create_sampler("ann", base_model="other", **wanted) == sampler
     assert await stack.client.get_sampler("ann", sampler.sampling_session_id) == sampler
+
+
+async def test_weights_may_be_named_with_their_base_model_but_not_with_another(
+    stack: Stack,
+) -> None:
+    run = await stack.run()
+    path = (await stack.save(run, kind="sampler_weights")).tinker_path
+    wanted: dict[str, Any] = {"session_id": run.session_id, "model_path": path}
+    sampler = await stack.client.create_sampler(
+        "ann", base_model="tiny", sampling_session_seq_id=0, **wanted
+    )
+    assert (sampler.base_model, sampler.model_path) == ("tiny", path)
+    with pytest.raises(InvalidField, match=r"base_model='other'.*'tiny'"):
+        await stack.client.create_sampler(
+            "ann", base_model="other", sampling_session_seq_id=1, **wanted
+        )
 
 
 @pytest.mark.parametrize(

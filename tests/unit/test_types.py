@@ -344,10 +344,10 @@ WRONG: dict[str, tuple[type[WireModel], dict[str, Any], list[str]]] = {
         {"model_id": None},
         ["model_id and seq_id, or session_id and model_seq_id"],
     ),
-    "weights named twice": (
+    "no weights to sample from": (
         CreateSamplingSession,
-        {"model_path": "tinker://a/weights/x"},
-        ["exactly one of base_model and model_path"],
+        {"base_model": None},
+        ["base_model or model_path is required"],
     ),
     "reason": (
         FinishSession,
@@ -432,7 +432,6 @@ def test_a_body_that_is_no_json_object_is_unreadable(body: bytes):
     [
         (CreateModel, {"optimizer_config": {"type": "dimuon"}}, "optimizer_config.type", "adamw"),
         (LoadWeights, {"optimizer_config": {"type": "dimuon"}}, "optimizer_config.type", "adamw"),
-        (LoadWeights, {"weights_access_token": "t"}, "weights_access_token", ""),
         (OptimStep, {"optimizer_params": {"type": "dimuon"}}, "optimizer_params", "adam_params"),
     ],
 )

@@ -4,9 +4,10 @@ Every call but /livez and /readyz carries the service token; all but /keys name 
 in X-Luthier-Tenant. An error is {"error": class, "detail", "category"} under its status.
 """
 
+import asyncio
+import contextlib
 import hmac
 import logging
-import re
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
@@ -15,40 +16,62 @@ from aiohttp.typedefs import Handler, Middleware
 
 from luthier_core.auth import service_token
 from luthier_core.blobs import open_blobs
-from luthier_core.checkpoints import PATH_KINDS, TinkerPath, check_name
 from luthier_core.config import Config
 from luthier_core.errors import (
     BodyTooLarge,
-    InvalidField,
     LuthierError,
     NotFound,
     Unauthorized,
     Unavailable,
 )
 from luthier_core.oplog import REDIS_ERRORS, connect
-from luthier_core.records import Record
-from luthier_core.registry_client import MAX_BODY_BYTES, TENANT_HEADER
+from luthier_core.registry_client import MAX_BODY_BYTES
+from luthier_core.usage import Prices
+from luthier_registry import admin_calls, checkpoint_calls, usage_calls
+from luthier_registry.audit import Audit
+from luthier_registry.audited import TENANT_OF_EVENT, record_event
+from luthier_registry.builds import Builds
+from luthier_registry.checkpoints import Checkpoints
+from luthier_registry.copies import Copies
+from luthier_registry.housekeeping import build_jobs
+from luthier_registry.identity import Identities
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
     CreateSession,
     FinishSession,
-    Path,
+    SearchSessions,
+    SetProject,
     parse,
 )
+from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.usage import Usage
+from luthier_registry.web_io import (
+    AUDIT,
+    CHECKPOINTS,
+    COPIES,
+    IDENTITIES,
+    JOBS,
+    SESSIONS,
+    STORE,
+    USAGE,
+    actor_of,
+    json_of,
+    page_of,
+    project_of,
+    tenant_of,
+)
 
 log = logging.getLogger(__name__)
 
-STORE = web.AppKey("store", Store)
-MAX_PAGE = 1000
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 
 
 def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
     """The application; its connections open when it starts and close when it stops."""
     app = web.Application(
-        middlewares=[answer_errors, _authenticate(service_token(config.secret()))],
+        middlewares=[answer_errors, _authenticate(service_token(config.secret())), record_event],
         client_max_size=MAX_BODY_BYTES,
     )
     app.add_routes(
@@ -56,31 +79,56 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             web.get("/livez", livez),
             web.get("/readyz", readyz),
             web.get("/keys/{key}", get_key),
+            web.delete("/keys/{key}", revoke_key),
             web.post("/sessions", create_session),
+            web.post("/sessions/search", search),
             web.get("/sessions", list_sessions),
             web.get("/sessions/{session}", get_session),
             web.post("/sessions/{session}/heartbeat", heartbeat),
             web.post("/sessions/{session}/finish", finish_session),
+            web.put("/sessions/{session}/project", set_project),
             web.post("/runs", create_run),
             web.get("/runs", list_runs),
             web.get("/runs/{run}", get_run),
-            web.get("/runs/{run}/checkpoints", list_run_checkpoints),
-            web.delete("/runs/{run}/checkpoints/{kind}/{name}", delete_checkpoint),
-            web.get("/checkpoints", list_checkpoints),
+            *checkpoint_calls.routes(),
+            *admin_calls.routes(),
+            *usage_calls.routes(),
             web.post("/samplers", create_sampler),
             web.get("/samplers/{sampler}", get_sampler),
-            web.post("/resolve", resolve),
-            web.post("/weights_info", weights_info),
         ]
     )
 
     async def store(app: web.Application) -> AsyncIterator[None]:
-        async with connect(config.redis_url) as client, open_blobs(config) as blobs:
-            app[STORE] = Store(blobs, client, config, clock=clock or (lambda: datetime.now(UTC)))
-            yield
+        async with (
+            connect(config.redis_url) as client,
+            open_blobs(config) as blobs,
+            Builds() as builds,
+        ):
+            now = clock or (lambda: datetime.now(UTC))
+            checkpoints = Checkpoints(blobs, client, builds, clock=now)
+            app[CHECKPOINTS] = checkpoints
+            sessions = Sessions(blobs, client, config.secret(), clock=now)
+            app[SESSIONS] = sessions
+            app[IDENTITIES] = Identities(blobs, client, config.secret(), clock=now)
+            app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
+            app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
+            app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
+            app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
+            jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
+            async with contextlib.AsyncExitStack() as running:
+                if config.housekeeping.runner == "registry":
+                    keeping = asyncio.create_task(jobs.keep_running())
+                    running.push_async_callback(_cancel, keeping)
+                yield
 
     app.cleanup_ctx.append(store)
     return app
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 # --- middlewares ----------------------------------------------------------------------------------
@@ -144,128 +192,104 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 async def get_key(request: web.Request) -> web.Response:
-    return _json(await request.app[STORE].api_key(request.match_info["key"]))
+    return json_of(await request.app[IDENTITIES].identity(request.match_info["key"]))
+
+
+async def revoke_key(request: web.Request) -> web.Response:
+    record = await request.app[IDENTITIES].revoke(request.match_info["key"])
+    request[TENANT_OF_EVENT] = record.tenant
+    return json_of(record)
 
 
 async def create_session(request: web.Request) -> web.Response:
     wanted = parse(CreateSession, await request.read())
-    return _json(await request.app[STORE].create_session(_tenant(request), wanted))
-
-
-async def list_sessions(request: web.Request) -> web.Response:
-    offset, limit = _page(request)
-    store = request.app[STORE]
-    return web.json_response(
-        await store.list_sessions(_tenant(request), offset=offset, limit=limit)
-    )
-
-
-async def get_session(request: web.Request) -> web.Response:
-    store = request.app[STORE]
-    return web.json_response(
-        await store.describe_session(_tenant(request), request.match_info["session"])
-    )
-
-
-async def heartbeat(request: web.Request) -> web.Response:
-    store = request.app[STORE]
-    return _json(await store.heartbeat(_tenant(request), request.match_info["session"]))
-
-
-async def finish_session(request: web.Request) -> web.Response:
-    wanted = parse(FinishSession, await request.read())
-    return _json(
-        await request.app[STORE].finish_session(
-            _tenant(request), request.match_info["session"], wanted.reason, wanted.detail
+    return json_of(
+        await request.app[SESSIONS].create(
+            tenant_of(request),
+            wanted,
+            key_id=actor_of(request),
+            key_project=project_of(request),
         )
     )
 
 
+async def list_sessions(request: web.Request) -> web.Response:
+    offset, limit = page_of(request)
+    return web.json_response(
+        await request.app[SESSIONS].page(tenant_of(request), offset=offset, limit=limit)
+    )
+
+
+async def get_session(request: web.Request) -> web.Response:
+    return web.json_response(
+        await request.app[SESSIONS].describe(tenant_of(request), request.match_info["session"])
+    )
+
+
+async def heartbeat(request: web.Request) -> web.Response:
+    return json_of(
+        await request.app[SESSIONS].heartbeat(tenant_of(request), request.match_info["session"])
+    )
+
+
+async def finish_session(request: web.Request) -> web.Response:
+    wanted = parse(FinishSession, await request.read())
+    return json_of(
+        await request.app[SESSIONS].finish(
+            tenant_of(request), request.match_info["session"], wanted.reason, wanted.detail
+        )
+    )
+
+
+async def set_project(request: web.Request) -> web.Response:
+    wanted = parse(SetProject, await request.read())
+    return json_of(
+        await request.app[SESSIONS].set_project(
+            tenant_of(request),
+            request.match_info["session"],
+            wanted.project_id,
+            key_project=project_of(request),
+        )
+    )
+
+
+async def search(request: web.Request) -> web.Response:
+    wanted = parse(SearchSessions, await request.read())
+    return web.json_response(await request.app[SESSIONS].search(tenant_of(request), wanted))
+
+
 async def create_run(request: web.Request) -> web.Response:
     wanted = parse(CreateRun, await request.read())
-    return _json(await request.app[STORE].create_run(_tenant(request), wanted))
+    return json_of(await request.app[STORE].create_run(tenant_of(request), wanted))
 
 
 async def list_runs(request: web.Request) -> web.Response:
-    offset, limit = _page(request)
-    store = request.app[STORE]
-    return web.json_response(await store.list_runs(_tenant(request), offset=offset, limit=limit))
+    offset, limit = page_of(request)
+    return web.json_response(
+        await request.app[STORE].list_runs(
+            tenant_of(request),
+            offset=offset,
+            limit=limit,
+            project_id=request.query.get("project_id"),
+        )
+    )
 
 
 async def get_run(request: web.Request) -> web.Response:
-    store = request.app[STORE]
-    return web.json_response(await store.describe_run(_tenant(request), request.match_info["run"]))
-
-
-async def list_run_checkpoints(request: web.Request) -> web.Response:
-    """All of them: this list has no pages (wire protocol 8.2)."""
-    page = await request.app[STORE].list_checkpoints(
-        _tenant(request), request.match_info["run"], offset=0, limit=2**31
-    )
-    return web.json_response({"checkpoints": page["checkpoints"], "cursor": None})
-
-
-async def list_checkpoints(request: web.Request) -> web.Response:
-    offset, limit = _page(request)
-    store = request.app[STORE]
     return web.json_response(
-        await store.list_checkpoints(_tenant(request), offset=offset, limit=limit)
+        await request.app[STORE].describe_run(
+            tenant_of(request),
+            request.match_info["run"],
+            accessible=request.query.get("accessible") == "1",
+        )
     )
-
-
-async def delete_checkpoint(request: web.Request) -> web.Response:
-    run_id, kind = request.match_info["run"], request.match_info["kind"]
-    store, tenant = request.app[STORE], _tenant(request)
-    await store.run(tenant, run_id)
-    if kind not in PATH_KINDS:
-        raise NotFound(f"checkpoint {kind!r}")
-    path = TinkerPath(run_id, kind, check_name(request.match_info["name"]))
-    await store.delete_checkpoint(tenant, path)
-    return web.json_response({})
 
 
 async def create_sampler(request: web.Request) -> web.Response:
     wanted = parse(CreateSampler, await request.read())
-    return _json(await request.app[STORE].create_sampler(_tenant(request), wanted))
+    return json_of(await request.app[STORE].create_sampler(tenant_of(request), wanted))
 
 
 async def get_sampler(request: web.Request) -> web.Response:
     store = request.app[STORE]
-    return _json(await store.sampler(_tenant(request), request.match_info["sampler"]))
-
-
-async def resolve(request: web.Request) -> web.Response:
-    path = TinkerPath.parse(parse(Path, await request.read()).tinker_path)
-    return _json(await request.app[STORE].checkpoint(_tenant(request), path))
-
-
-async def weights_info(request: web.Request) -> web.Response:
-    path = TinkerPath.parse(parse(Path, await request.read()).tinker_path, "tinker_path")
-    return web.json_response(await request.app[STORE].weights_info(_tenant(request), path))
-
-
-# --- parts of a request ---------------------------------------------------------------------------
-
-
-def _tenant(request: web.Request) -> str:
-    """The caller's tenant, from the gateway."""
-    return check_name(request.headers.get(TENANT_HEADER, ""), TENANT_HEADER)
-
-
-def _page(request: web.Request) -> tuple[int, int]:
-    """(offset, limit) of the query."""
-    return (
-        _whole_number(request, "offset", 0, 0, 2**31),
-        _whole_number(request, "limit", 100, 1, MAX_PAGE),
-    )
-
-
-def _whole_number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query.get(name, str(default))
-    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or not least <= int(text) <= most:
-        raise InvalidField(f"{name}={text[:50]!r} must be {least}..{most}")
-    return int(text)
-
-
-def _json(record: Record) -> web.Response:
-    return web.Response(body=record.to_bytes(), content_type="application/json")
+    return json_of(await store.sampler(tenant_of(request), request.match_info["sampler"]))

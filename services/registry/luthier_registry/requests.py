@@ -1,8 +1,8 @@
 """Bodies of the registry's own REST, checked once at its edge."""
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from luthier_core.errors import InvalidField, Unreadable
 from luthier_core.records import FinishReason
@@ -46,6 +46,9 @@ class CreateRun(Body):
     optimizer_config: dict[str, Any] | None = None
     user_metadata: dict[str, str] | None = None
     source_path: str | None = None
+    access_tenant: str | None = None
+    refusal: str | None = None
+    """Why no new run may be made just now."""
 
 
 class CreateSampler(Body):
@@ -56,7 +59,58 @@ class CreateSampler(Body):
 
 
 class Path(Body):
+    """A path, and another tenant whose checkpoints the caller may read beside its own."""
+
     tinker_path: str
+    access_tenant: str | None = None
+
+
+class SetTtl(Body):
+    ttl_seconds: int | None = None
+
+
+class SetProject(Body):
+    project_id: str = Field(min_length=1, max_length=200)
+
+
+class CopyWeights(Body):
+    """Into a project, or as run `model_seq_id` of a session."""
+
+    source_path: str
+    ttl_seconds: int | None = None
+    destination_project_id: str | None = Field(None, min_length=1, max_length=200)
+    session_id: str | None = None
+    model_seq_id: int | None = Field(None, ge=0, lt=10**10)
+    access_tenant: str | None = None
+    idempotency_key: str | None = Field(None, min_length=1, max_length=500)
+
+
+class SearchOwner(Body):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: tuple[str, ...] = ()
+
+
+class StatusQuery(Body):
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: tuple[FinishReason, ...] | None = None
+
+
+class SearchCursor(Body):
+    last_created_at: AwareDatetime
+    last_session_id: str
+
+
+class SearchSessions(Body):
+    """As in wire protocol 8.4."""
+
+    session_id: str | None = None
+    project_ids: tuple[str, ...] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    owner: SearchOwner = SearchOwner()
+    statuses: tuple[StatusQuery, ...] | None = None
+    limit: int = Field(50, ge=1, le=200)
+    cursor: SearchCursor | None = None
 
 
 B = TypeVar("B", bound=Body)

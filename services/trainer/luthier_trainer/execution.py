@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,8 +15,14 @@ from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, sa
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
+from luthier_core.proto import wire_pb2
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
-from luthier_core.types import OptimStep, SaveWeights, SaveWeightsForSampler
+from luthier_core.types import (
+    OptimStep,
+    SaveWeights,
+    SaveWeightsExternal,
+    SaveWeightsForSampler,
+)
 from luthier_model.lora import LoraSpec
 from luthier_trainer.engine import Engine
 from luthier_trainer.optim import AdamParams
@@ -65,6 +72,7 @@ class Executor:
             Kind.OPTIM_STEP: self._optim_step,
             Kind.SAVE_WEIGHTS: self._save_weights,
             Kind.SAVE_WEIGHTS_FOR_SAMPLER: self._save_weights_for_sampler,
+            Kind.SAVE_WEIGHTS_EXTERNAL: self._save_weights_external,
             Kind.LOAD_WEIGHTS: self._load_weights,
         }
 
@@ -105,7 +113,9 @@ class Executor:
         )
 
         async def finish() -> Outcome:
-            return Outcome.completed(await self._result_body(run, op, output), "protobuf")
+            body = await self._result_body(run, op, output)
+            metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
+            return Outcome.completed(body, "protobuf", metrics=_metrics(op.kind, metrics))
 
         return finish
 
@@ -114,12 +124,14 @@ class Executor:
         metrics = await self.on_engine(
             self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
         )
+        metrics = {**metrics, "clock_cycle": float(cycle)}
         return _json_outcome(
             {
-                "metrics": {**metrics, "clock_cycle": float(cycle)},
+                "metrics": metrics,
                 "learning_rates": [params.learning_rate],
                 "step_count": int(metrics["step"]),
-            }
+            },
+            metrics=_metrics(op.kind, metrics),
         )
 
     async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
@@ -165,6 +177,24 @@ class Executor:
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
             return _saved(path, "save_weights_for_sampler")
+
+        return finish
+
+    async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
+        wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
+        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+
+        async def finish() -> Outcome:
+            saved = await self._save(
+                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+            )
+            return _completed(
+                {
+                    "path": saved.tinker_path,
+                    "size_bytes": saved.size_bytes,
+                    "type": "save_weights_external",
+                }
+            )
 
         return finish
 
@@ -242,8 +272,14 @@ def _completed(result: dict[str, Any]) -> Outcome:
     return Outcome.completed(Body.of(json.dumps(result).encode()))
 
 
-def _json_outcome(result: dict[str, Any]) -> Finish:
+def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
+    """What the metric history of the run keeps of an op; JSON has no NaN."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps({"kind": kind, "metrics": finite})
+
+
+def _json_outcome(result: dict[str, Any], *, metrics: str = "") -> Finish:
     async def finish() -> Outcome:
-        return _completed(result)
+        return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
 
     return finish

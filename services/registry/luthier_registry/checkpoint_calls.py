@@ -1,0 +1,117 @@
+"""The registry's calls about checkpoints."""
+
+from aiohttp import web
+
+from luthier_core.checkpoints import TinkerPath
+from luthier_registry.record_store import cursor
+from luthier_registry.requests import CopyWeights, Path, SetTtl, parse
+from luthier_registry.web_io import (
+    CHECKPOINTS,
+    COPIES,
+    STORE,
+    json_of,
+    page_of,
+    path_of,
+    tenant_of,
+)
+
+_ONE = "/runs/{run}/checkpoints/{kind}/{name}"
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.get("/checkpoints", list_checkpoints),
+        web.get("/runs/{run}/checkpoints", list_run_checkpoints),
+        web.delete(_ONE, delete_checkpoint),
+        web.post(f"{_ONE}/publish", publish),
+        web.delete(f"{_ONE}/publish", unpublish),
+        web.put(f"{_ONE}/ttl", set_ttl),
+        web.get(f"{_ONE}/files", get_files),
+        web.post(f"{_ONE}/archive", make_archive),
+        web.post("/resolve", resolve),
+        web.post("/weights_info", weights_info),
+        web.post("/copy_weights", copy_weights),
+    ]
+
+
+async def list_checkpoints(request: web.Request) -> web.Response:
+    offset, limit = page_of(request)
+    page = await request.app[CHECKPOINTS].page(
+        tenant_of(request),
+        offset=offset,
+        limit=limit,
+        external=request.query.get("external") == "1",
+    )
+    return web.json_response(
+        {"checkpoints": page.rows, "cursor": cursor(offset, limit, page.total_count)}
+    )
+
+
+async def list_run_checkpoints(request: web.Request) -> web.Response:
+    """All of them: this list has no pages (wire protocol 8.2)."""
+    rows = await request.app[STORE].run_checkpoints(tenant_of(request), request.match_info["run"])
+    return web.json_response({"checkpoints": rows, "cursor": None})
+
+
+async def delete_checkpoint(request: web.Request) -> web.Response:
+    await request.app[CHECKPOINTS].delete(tenant_of(request), path_of(request))
+    return web.json_response({})
+
+
+async def publish(request: web.Request) -> web.Response:
+    await request.app[CHECKPOINTS].publish(tenant_of(request), path_of(request))
+    return web.json_response({})
+
+
+async def unpublish(request: web.Request) -> web.Response:
+    await request.app[CHECKPOINTS].unpublish(tenant_of(request), path_of(request))
+    return web.json_response({})
+
+
+async def set_ttl(request: web.Request) -> web.Response:
+    wanted = parse(SetTtl, await request.read())
+    await request.app[CHECKPOINTS].set_ttl(tenant_of(request), path_of(request), wanted.ttl_seconds)
+    return web.json_response({})
+
+
+async def get_files(request: web.Request) -> web.Response:
+    """What to sign: file name -> object key."""
+    files = await request.app[CHECKPOINTS].files(tenant_of(request), path_of(request))
+    return web.json_response({"files": files})
+
+
+async def make_archive(request: web.Request) -> web.Response:
+    """What to sign: the object key of the tar, which is there."""
+    key = await request.app[CHECKPOINTS].archive(tenant_of(request), path_of(request))
+    return web.json_response({"key": key})
+
+
+async def resolve(request: web.Request) -> web.Response:
+    wanted = parse(Path, await request.read())
+    path = TinkerPath.parse(wanted.tinker_path)
+    return json_of(
+        await request.app[CHECKPOINTS].read(
+            tenant_of(request), path, access_tenant=wanted.access_tenant
+        )
+    )
+
+
+async def weights_info(request: web.Request) -> web.Response:
+    """What a client must create to load this checkpoint (wire protocol 2.5)."""
+    path = TinkerPath.parse(parse(Path, await request.read()).tinker_path, "tinker_path")
+    record = await request.app[CHECKPOINTS].read(tenant_of(request), path)
+    lora = record.lora
+    return web.json_response(
+        {
+            "base_model": record.base_model,
+            "is_lora": True,
+            "lora_rank": lora.rank,
+            **lora.model_dump(include={"train_unembed", "train_mlp", "train_attn"}),
+        }
+    )
+
+
+async def copy_weights(request: web.Request) -> web.Response:
+    wanted = parse(CopyWeights, await request.read())
+    path = await request.app[COPIES].copy(tenant_of(request), wanted)
+    return web.json_response({"tinker_path": path})
