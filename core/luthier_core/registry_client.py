@@ -335,10 +335,17 @@ def _error(status: int, body: bytes) -> LuthierError:
     return Unavailable(f"the registry answered {status}")
 
 
+_MAX_NAME_CHARS = 256
+
+
 def _part(text: str) -> str:
-    """One part of a path, whatever a client put into it; NotFound for what would walk the path."""
-    if text in ("", ".", ".."):
-        raise NotFound(repr(text))
+    """One part of a path, whatever a client put into it.
+
+    NotFound for what would walk the path, and for what is too long to be a name: the registry could
+    not read such a request line.
+    """
+    if text in ("", ".", "..") or len(text) > _MAX_NAME_CHARS:
+        raise NotFound(repr(text[:100]))
     return quote(text, safe=":")
 
 

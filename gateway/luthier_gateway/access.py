@@ -25,6 +25,7 @@ from luthier_gateway import (
     training,
     usage,
 )
+from luthier_gateway.openai import handlers as openai
 
 ANY: frozenset[str] = frozenset()
 """Every key that is valid."""
@@ -61,6 +62,10 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     sampling.create_sampling_session: SAMPLE,
     sampling.join_sampling_session: SAMPLE,
     sampling.asample: SAMPLE,
+    openai.list_models: LOOK,
+    openai.get_model: LOOK,
+    openai.completions: SAMPLE,
+    openai.chat_completions: SAMPLE,
     futures.retrieve_future: WORK,
     futures.retrieve_futures: WORK,
     futures.cancel_future: WORK,

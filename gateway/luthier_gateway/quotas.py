@@ -24,6 +24,7 @@ from luthier_core.oplog import Oplog
 from luthier_core.records import NO_LIMITS, Limits
 from luthier_core.usage import Prices, Use, day_of, month_of, read_uses
 from luthier_gateway import forward_backward, sampling, training
+from luthier_gateway.openai import handlers as openai
 
 BELIEVED_S = 1.0
 """How long what was found out about a tenant is used again."""
@@ -32,6 +33,9 @@ LATER_S = 60
 
 _TRAIN: frozenset[Handler] = frozenset(
     {forward_backward.forward_backward, forward_backward.forward}
+)
+_SAMPLE: frozenset[Handler] = frozenset(
+    {sampling.asample, openai.completions, openai.chat_completions}
 )
 _SAVE: frozenset[Handler] = frozenset(
     {
@@ -70,7 +74,7 @@ class Quotas:
             if handler in _TRAIN:
                 await self._check_queue(caller.tenant, key_id, limits)
                 await self._check_trained(caller.tenant, key_id, limits)
-            elif handler is sampling.asample:
+            elif handler in _SAMPLE:
                 await self._check_sampled(caller.tenant, key_id, limits)
             elif handler in _SAVE:
                 await self._check_stored(caller.tenant, key_id, limits)

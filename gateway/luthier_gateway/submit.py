@@ -48,7 +48,8 @@ def json_digest(value: dict[str, Any]) -> str:
 def ids_of(value: dict[str, Any]) -> tuple[str, int]:
     """(model_id, seq_id) of a training request; Unreadable if they are not there."""
     run_id, seq = value.get("model_id"), value.get("seq_id")
-    if not isinstance(run_id, str) or not isinstance(seq, int) or not 1 <= seq < 2**31:
+    # A bool is an int to isinstance, and none to Redis.
+    if not isinstance(run_id, str) or type(seq) is not int or not 1 <= seq < 2**31:
         raise Unreadable("model_id must be a string and seq_id an integer from 1 to 2147483647")
     return run_id, seq
 

@@ -373,6 +373,22 @@ async def test_a_sampling_session_is_bound_to_its_weights_for_good(stack: Stack)
     assert await stack.client.get_sampler("ann", sampler.sampling_session_id) == sampler
 
 
+async def test_weights_may_be_named_with_their_base_model_but_not_with_another(
+    stack: Stack,
+) -> None:
+    run = await stack.run()
+    path = (await stack.save(run, kind="sampler_weights")).tinker_path
+    wanted: dict[str, Any] = {"session_id": run.session_id, "model_path": path}
+    sampler = await stack.client.create_sampler(
+        "ann", base_model="tiny", sampling_session_seq_id=0, **wanted
+    )
+    assert (sampler.base_model, sampler.model_path) == ("tiny", path)
+    with pytest.raises(InvalidField, match=r"base_model='other'.*'tiny'"):
+        await stack.client.create_sampler(
+            "ann", base_model="other", sampling_session_seq_id=1, **wanted
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [

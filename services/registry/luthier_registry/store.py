@@ -271,6 +271,11 @@ class Store(RecordStore):
                 )
             source = await self._checkpoints.read(tenant, path)
             self._check_model(source.base_model)
+            if wanted.base_model not in (None, source.base_model):
+                raise InvalidField(
+                    f"base_model={wanted.base_model!r}: model_path has weights of "
+                    f"{source.base_model!r}; leave base_model out"
+                )
             return source.base_model, source.manifest_key
         if wanted.base_model is None:
             raise InvalidField("base_model or model_path is required")
