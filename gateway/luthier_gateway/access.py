@@ -59,7 +59,6 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     training.refuse_custom_loss: TRAIN,
     forward_backward.forward_backward: TRAIN,
     forward_backward.forward: TRAIN,
-    training.refuse_custom_loss: TRAIN,
     training.get_info: LOOK,
     sampling.create_sampling_session: SAMPLE,
     sampling.join_sampling_session: SAMPLE,
