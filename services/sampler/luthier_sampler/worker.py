@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BLOCK_MS = 1000
-TOUCH_S = 10.0
+TOUCHES = 3
+"""How often a job that is being worked on is touched before it counts as abandoned."""
 RETRY_S = 1.0
 DRAIN_S = 10.0
 CLAIM_AHEAD = 16
@@ -121,7 +122,7 @@ class Worker:
     async def _reclaim_for_ever(self, group: asyncio.TaskGroup) -> None:
         """Keep our jobs from counting as abandoned, and take those that others abandoned."""
         while True:
-            await asyncio.sleep(TOUCH_S)
+            await asyncio.sleep(self._config.claim_idle_s / TOUCHES)
             with contextlib.suppress(*REDIS_ERRORS):
                 if self._jobs:
                     entry_ids = [job.entry_id for job in self._jobs.values()]
