@@ -56,12 +56,14 @@ class Request:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=4, help="of each kind")
+    parser.add_argument("--rounds", type=int, default=4, help="of each kind, from 3")
     parser.add_argument("--samples", type=int, default=2000, help="at once from one client")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--each", type=int, default=100, help="samples of each of the clients")
     parser.add_argument("--data", type=Path, help="data folder of the stack (default: temporary)")
     options = parser.parse_args()
+    if options.rounds < 3:
+        parser.error("--rounds: the growth after the second needs a third")
     with contextlib.ExitStack() as stack:
         data = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         report = measure(stack.enter_context(running_stack(data)), options)
@@ -132,7 +134,7 @@ def measure(stack: Stack, options: argparse.Namespace) -> dict[str, object]:
             rate = f"{len(chosen):3} x {each:5}: {rates[-1]:6.1f} samples/s"
             print(f"{rate}, {num_wrong} differ, MiB: {told}", flush=True)
     # Two rounds of each kind have filled the caches.
-    before, after = memory[min(3, len(memory) - 1)], memory[-1]
+    before, after = memory[3], memory[-1]
     growth = {name: after[name] / before[name] - 1 for name in before}
     print("growth after the second round:", {n: f"{100 * g:.1f} %" for n, g in growth.items()})
     return {

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from luthier_model.lora import LoraSpec
 from luthier_trainer.engine import Engine
 from luthier_trainer.optim import AdamParams
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Finish = Callable[[], Awaitable[Outcome]]
@@ -162,10 +164,18 @@ class Executor:
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
         files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+        gap = await self.on_engine(self.engine.logprob_gap, run.run_id)
+        if gap["logprob_gap:alarm"]:
+            log.error(
+                "run %s, seq %d: sampled logprobs are %.2g on average from the forward's",
+                *(run.run_id, op.seq, gap["logprob_gap:mean"]),
+            )
+        metrics = _metrics(op.kind, gap)
 
         async def finish() -> Outcome:
             if wanted.path is None:
-                return await self._save_ephemeral(run, op, wanted, files)
+                result = await self._save_ephemeral(run, op, wanted, files)
+                return _completed(result, metrics=metrics)
             await self._save(
                 run,
                 op,
@@ -176,7 +186,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
-            return _saved(path, "save_weights_for_sampler")
+            return _saved(path, "save_weights_for_sampler", metrics=metrics)
 
         return finish
 
@@ -200,7 +210,7 @@ class Executor:
 
     async def _save_ephemeral(
         self, run: RunContext, op: Op, wanted: SaveWeightsForSampler, files: dict[str, bytes]
-    ) -> Outcome:
+    ) -> dict[str, str]:
         """Weights of one sampling session: no path, no listing, one immutable record."""
         assert run.record is not None
         session_id = run.record.session_id
@@ -216,7 +226,7 @@ class Executor:
             created_at=datetime.now(UTC),
         )
         await outlasting_outage(lambda: save_sampler(self._blobs, self._oplog.redis, record))
-        return _completed({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
     async def _save(
         self,
@@ -264,12 +274,13 @@ class Executor:
         return Body.stored(key, output)
 
 
-def _saved(path: TinkerPath, kind: str) -> Outcome:
-    return _completed({"path": str(path), "tinker_path": str(path), "type": kind})
+def _saved(path: TinkerPath, kind: str, *, metrics: str = "") -> Outcome:
+    result = {"path": str(path), "tinker_path": str(path), "type": kind}
+    return _completed(result, metrics=metrics)
 
 
-def _completed(result: dict[str, Any]) -> Outcome:
-    return Outcome.completed(Body.of(json.dumps(result).encode()))
+def _completed(result: dict[str, Any], *, metrics: str = "") -> Outcome:
+    return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
 
 
 def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
@@ -280,6 +291,6 @@ def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
 
 def _json_outcome(result: dict[str, Any], *, metrics: str = "") -> Finish:
     async def finish() -> Outcome:
-        return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
+        return _completed(result, metrics=metrics)
 
     return finish
