@@ -1,6 +1,7 @@
 """The sampler's worker over a real log, store and engine, one engine step at a time."""
 
 import asyncio
+import hashlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -11,16 +12,21 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from luthier_core import keys
+from luthier_core.checkpoints import Manifest, ManifestFile
 from luthier_core.config import SamplerConfig
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import Oplog
 from luthier_core.ops import Body, Outcome
 from luthier_model.base import BaseModel, load_base_model
+from luthier_model.lora import LoraSpec, init_adapter
+from luthier_model.peft_io import adapter_files
 from luthier_sampler.engine import Engine, EngineStats, Finished
 from luthier_sampler.worker import Worker
 
 MODEL, TENANT, SESSION = "tiny", "ann", f"{'a' * 32}:sample:0"
+RUN = f"{'b' * 32}:train:0"
 NUM_BLOCKS = 32
 CANCELLED = Outcome.failure("cancelled", "user")
 
@@ -61,7 +67,12 @@ class SteppedEngine(Engine):
 
 
 @pytest.fixture
-async def engine(oplog: Oplog, model: BaseModel, tmp_path: Path) -> AsyncIterator[SteppedEngine]:
+def blobs(tmp_path: Path) -> DiskBlobs:
+    return DiskBlobs(tmp_path, "http://gateway", b"secret")
+
+
+@pytest.fixture
+async def engine(oplog: Oplog, model: BaseModel, blobs: DiskBlobs) -> AsyncIterator[SteppedEngine]:
     """The engine of a worker that is ready."""
     engine = SteppedEngine(model)
     lease = WorkerLease(oplog, "sampler-0", role="sampler", base_model=MODEL, lease_s=15.0)
@@ -71,7 +82,7 @@ async def engine(oplog: Oplog, model: BaseModel, tmp_path: Path) -> AsyncIterato
         config=SamplerConfig(),
         lease=lease,
         oplog=oplog,
-        blobs=DiskBlobs(tmp_path, "http://gateway", b"secret"),
+        blobs=blobs,
         engine=engine,
     )
     stop = asyncio.Event()
@@ -84,7 +95,7 @@ async def engine(oplog: Oplog, model: BaseModel, tmp_path: Path) -> AsyncIterato
     await running
 
 
-async def send(oplog: Oplog, seq: int, **params: Any) -> None:
+async def send(oplog: Oplog, seq: int, *, inflight_run: str = "", **params: Any) -> None:
     wanted = {
         "sampling_session_id": SESSION,
         "seq_id": seq,
@@ -101,6 +112,7 @@ async def send(oplog: Oplog, seq: int, **params: Any) -> None:
             "session": SESSION,
             "tenant": TENANT,
             "weights": "",
+            "inflight_run": inflight_run,
             **Body.of(json.dumps(wanted).encode()).fields(),
         },
         max_jobs=100,
@@ -140,3 +152,43 @@ async def next_step(engine: SteppedEngine) -> None:
     num_seen = len(engine.seen)
     engine.may_step.release()
     await until(lambda: len(engine.seen) > num_seen)
+
+
+async def save_in_flight(oplog: Oplog, blobs: DiskBlobs, model: BaseModel, seq: int) -> str:
+    """What a trainer does with in-flight weights; the key of their manifest."""
+    adapter = init_adapter(LoraSpec(rank=2, seed=seq), model.lora_shapes, "cpu")
+    files = {}
+    for name, data in adapter_files(adapter, MODEL).items():
+        await blobs.put(f"{seq}/{name}", data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        files[name] = ManifestFile(key=f"{seq}/{name}", num_bytes=len(data), sha256=sha256)
+    manifest = Manifest(run_id=RUN, seq=seq, epoch=1, kind="ephemeral", files=files)
+    key = keys.checkpoint_manifest(TENANT, RUN, seq)
+    await blobs.put(key, manifest.to_bytes())
+    assert await oplog.publish(RUN, 1, seq, key) == "OK"
+    await oplog.redis.spublish(keys.sampling_published(MODEL), RUN)
+    return key
+
+
+async def test_in_flight_samples_move_to_what_is_saved_while_they_run(
+    oplog: Oplog, engine: SteppedEngine, blobs: DiskBlobs, model: BaseModel
+) -> None:
+    def running_with() -> list[str]:
+        return [request.adapter_key for request in engine._requests.values()]
+
+    await oplog.redis.hset(keys.run_header(RUN), "epoch", 1)
+    first = await save_in_flight(oplog, blobs, model, 3)
+    await send(oplog, 0, inflight_run=RUN, max_tokens=100)
+    await until(lambda: bool(engine.seen))
+    assert running_with() == [first]
+    second = await save_in_flight(oplog, blobs, model, 5)
+    # Not one step runs with the old weights once the new ones are loaded.
+    while running_with() == [first]:
+        await next_step(engine)
+    assert running_with() == [second]
+    assert await oplog.publish(RUN, 1, 4, "an older one") == "STALE"
+    await oplog.redis.spublish(keys.sampling_published(MODEL), RUN)
+    await send(oplog, 1, inflight_run=RUN, max_tokens=100)
+    while engine.seen[-1].num_running < 2:
+        await next_step(engine)
+    assert running_with() == [second, second]

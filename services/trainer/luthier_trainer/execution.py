@@ -211,7 +211,10 @@ class Executor:
     async def _save_ephemeral(
         self, run: RunContext, op: Op, wanted: SaveWeightsForSampler, files: dict[str, bytes]
     ) -> dict[str, str]:
-        """Weights of one sampling session: no path, no listing, one immutable record."""
+        """Weights of one sampling session: no path, no listing, one immutable record.
+
+        In-flight ones move the other in-flight sessions of the run forward too.
+        """
         assert run.record is not None
         session_id = run.record.session_id
         sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
@@ -223,9 +226,15 @@ class Executor:
             base_model=run.record.base_model,
             model_path=None,
             weights=checkpoint.manifest_key,
+            inflight_run=run.run_id if wanted.kind == "inflight" else "",
             created_at=datetime.now(UTC),
         )
         await outlasting_outage(lambda: save_sampler(self._blobs, self._oplog.redis, record))
+        if record.inflight_run:
+            # Whether this moved them or came too late, the commit that follows says.
+            await self._oplog.publish(run.run_id, run.epoch, op.seq, record.weights)
+            channel = keys.sampling_published(record.base_model)
+            await self._oplog.redis.spublish(channel, run.run_id)
         return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
     async def _save(
