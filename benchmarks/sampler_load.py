@@ -87,9 +87,10 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(data: Path) -> Iterator[Stack]:
+def running_stack(data: Path, *options: str) -> Iterator[Stack]:
     """A `luthier up` on a free port, ready."""
     command = [sys.executable, "-m", "luthier.cli", "up", "--port", "0", "--data", str(data)]
+    command += options
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as up:
         try:
             while not (data / "endpoint").exists():
