@@ -1,8 +1,8 @@
 """The trainer's control flow: own runs, read their logs, plan, execute, commit.
 
-Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
-itself once a second. `_run_cycles` plans and executes, one engine call at a time. Each run has a
-`_commit_in_order` of its own, so that the engine goes on while results are stored and committed.
+Two loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
+itself once a second. `_run_cycles` plans and executes, one engine call at a time. Each run commits
+for itself (OwnedRun), so that the engine goes on while results are stored and committed.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs
@@ -21,14 +20,9 @@ from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
-from luthier_core.ops import Kind
-from luthier_core.owner import Diverged, Owner, Step
+from luthier_core.owner import Diverged
 from luthier_core.protocol import (
-    COMMIT_DEPTH,
-    Executed,
     Left,
-    Tenure,
-    commit_next,
     drive,
     execute_next,
     feed,
@@ -38,47 +32,15 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.owned_run import OwnedRun
 from luthier_trainer.planner import Head, Share, plan
-from luthier_trainer.snapshots import Snapshots, Snapshotter
+from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
-
-
-@dataclass(slots=True)
-class OwnedRun:
-    """One run that this worker owns."""
-
-    tenure: Tenure
-    tenant: str
-    effects: RunEffects
-    # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
-    commits: asyncio.Queue[tuple[Step, Executed]] = field(
-        default_factory=lambda: asyncio.Queue(COMMIT_DEPTH - 2)
-    )
-    committer: asyncio.Task[None] | None = None
-    last_cycle: int = -1
-    may_have_more: bool = False
-    """The last read of the log was full, or left out for want of room."""
-    snapshotter: Snapshotter | None = None
-    paused: bool = False
-    """Nothing is executed for it: it is being let go."""
-
-    @property
-    def owner(self) -> Owner:
-        return self.tenure.owner
-
-    @property
-    def waiting_kinds(self) -> tuple[Kind, ...]:
-        """Of the ops that could be executed now, next first."""
-        return () if self.paused else tuple(op.kind for op in self.owner.queued)
-
-    @property
-    def idle(self) -> bool:
-        return not self.owner.num_queued and self.commits.empty()
 
 
 class Worker:
@@ -277,14 +239,9 @@ class Worker:
             return  # another worker was first
         context.epoch = tenure.epoch
         effects.tenure = tenure
-        run = OwnedRun(tenure, header.tenant, effects)
-        if self._snapshots is not None:
-            run.snapshotter = Snapshotter(
-                *(tenure, self._snapshots, context, effects.perform),
-                leave=lambda: self._forget(run),
-            )
-        run.committer = asyncio.create_task(self._commit_in_order(run))
+        run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
         self._runs[run_id] = run
+        run.start()
         await self._hints.subscribe(keys.run_new(run_id))
         epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
@@ -297,7 +254,7 @@ class Worker:
                 continue
             run.paused = True
             try:
-                await self._settle(run)
+                await run.settle()
                 if run.idle and await self._oplog.release(run_id, epoch, server=server):
                     await self._oplog.retire_run(self._base_model, run_id)
                     await self._forget(run)
@@ -315,14 +272,7 @@ class Worker:
         del self._runs[run_id]
         await self._hints.unsubscribe(keys.run_new(run_id))
         await self._executor.on_engine(self._executor.engine.drop, run_id)
-        if run.committer is not None and run.committer is not asyncio.current_task():
-            run.committer.cancel()
-        if run.snapshotter is not None:
-            run.snapshotter.cancel()
-        # Nobody commits these any more; whoever waits for room or for the last of them goes on.
-        while not run.commits.empty():
-            run.commits.get_nowait()
-            run.commits.task_done()
+        run.end()
 
     # --- executing --------------------------------------------------------------------------------
 
@@ -384,45 +334,14 @@ class Worker:
             self._hinted.add(run_id)
             self._news.set()
 
-    # --- committing -------------------------------------------------------------------------------
-
-    async def _commit_in_order(self, run: OwnedRun) -> None:
-        while True:
-            step, executed = await run.commits.get()
-            try:
-                await drive(commit_next(run.tenure, step, executed), run.effects.perform)
-            except Exception as error:
-                log.warning(
-                    "leaving a run at the commit of seq %d: %s",
-                    step.op.seq,
-                    error,
-                    exc_info=not isinstance(error, Left),
-                )
-                await self._forget(run)
-                return
-            finally:
-                # Also when it is cancelled: who waits for the last commit must not wait for ever.
-                run.commits.task_done()
-            if run.snapshotter is not None:
-                run.snapshotter.store_if_committed()
-
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                await asyncio.gather(*(self._settle(run) for run in self._runs.values()))
-        for run in list(self._runs.values()):
-            if run.committer is not None:
-                run.committer.cancel()
-            if run.snapshotter is not None:
-                run.snapshotter.cancel()
+                await asyncio.gather(*(run.settle() for run in self._runs.values()))
+        for run in self._runs.values():
+            run.end()
         await self._lease.release()
-
-    async def _settle(self, run: OwnedRun) -> None:
-        """Commit what has been executed and store the state, so that nothing is replayed."""
-        await run.commits.join()
-        if run.snapshotter is not None:
-            await run.snapshotter.store_now()
 
 
 @contextlib.asynccontextmanager
