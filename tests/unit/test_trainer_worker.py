@@ -36,6 +36,7 @@ from luthier_model.lora import LoraSpec
 from luthier_trainer import worker
 from luthier_trainer.adapters import RunState
 from luthier_trainer.engine import Engine
+from luthier_trainer.engine_client import ThreadEngine
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.snapshots import Snapshots, Spent
@@ -268,7 +269,7 @@ async def rig(
     blobs = DiskBlobs(tmp_path, "http://gateway", b"secret")
     futures = Futures(oplog.redis, recheck_s=0.1)
     trainers: list[Trainer] = []
-    executors: list[Executor] = []
+    engines: list[ThreadEngine] = []
 
     async def start(
         name: str,
@@ -281,10 +282,11 @@ async def rig(
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
         await lease.take()
-        executor = Executor(new_engine(), blobs, oplog)
-        executors.append(executor)
+        engine = new_engine()
+        client = ThreadEngine(engine, make_spec=LoraSpec)
+        engines.append(client)
         if watch is not None:
-            watch.watch(executor.engine, monkeypatch)
+            watch.watch(engine, monkeypatch)
         stopping = asyncio.Event()
         running = Worker(
             base_model=MODEL,
@@ -292,12 +294,12 @@ async def rig(
             lease=lease,
             oplog=oplog,
             blobs=blobs,
-            executor=executor,
+            executor=Executor(client, blobs, oplog),
             first_cycle=first_cycle,
-            snapshots=snapshots or StoredSnapshots(executor, blobs, settings),
+            snapshots=snapshots or StoredSnapshots(client, blobs, settings),
         )
         task = asyncio.create_task(running.run(stopping))
-        trainers.append(Trainer(executor.engine, lease, stopping, task, running))
+        trainers.append(Trainer(engine, lease, stopping, task, running))
         return trainers[-1]
 
     listening = asyncio.create_task(futures.listen())
@@ -313,8 +315,8 @@ async def rig(
         for trainer in trainers:
             if not trainer.task.done():
                 await trainer.die()
-        for executor in executors:
-            executor.close()
+        for client in engines:
+            await client.close()
         listening.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await listening

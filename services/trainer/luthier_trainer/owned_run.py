@@ -37,6 +37,8 @@ class OwnedRun:
         """The last read of the log was full, or left out for want of room."""
         self.paused = False
         """Nothing is executed for it: it is being let go."""
+        self.alone = False
+        """Its next op may be what killed the engine: it is executed with no other."""
         self._leave = leave
         self._committer: asyncio.Task[None] | None = None
         self.snapshotter: Snapshotter | None = None

@@ -1,8 +1,9 @@
 """The trainer's control flow: own runs, read their logs, plan, execute, commit.
 
-Two loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
-itself once a second. `_run_cycles` plans and executes, one engine call at a time. Each run commits
-for itself (OwnedRun), so that the engine goes on while results are stored and committed.
+Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
+itself once a second. `_run_cycles` plans and executes, one engine call at a time. `_mind_engine`
+leaves every run when the engine has died, and starts another. Each run commits for itself
+(OwnedRun), so that the engine goes on while results are stored and committed.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import hashlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 from luthier_core import keys
@@ -22,7 +24,9 @@ from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.owner import Diverged
 from luthier_core.protocol import (
+    MAX_DEATHS,
     Left,
+    blame_next,
     drive,
     execute_next,
     feed,
@@ -30,8 +34,10 @@ from luthier_core.protocol import (
     give_up_gap,
     take_over,
 )
-from luthier_trainer.effects import RunEffects
+from luthier_trainer.effects import NotRebuilt, RunEffects
+from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.frames import OutOfMemory
 from luthier_trainer.owned_run import OwnedRun
 from luthier_trainer.planner import Head, Share, plan
 from luthier_trainer.snapshots import Snapshots
@@ -41,6 +47,8 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
+START_PAUSES_S = (0.0, 1.0, 5.0, 25.0)
+"""Before each try to start an engine; a worker that cannot ends, and others take its runs."""
 
 
 class Worker:
@@ -65,6 +73,7 @@ class Worker:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._engine = executor.engine
         self._snapshots = snapshots
         self._cycles = itertools.count(first_cycle)
         self._clock = clock
@@ -75,6 +84,15 @@ class Worker:
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
+        self._stepping = asyncio.Lock()
+        """Held while a step is under way, and while there is no engine."""
+        self._num_deaths = 0
+        """Of engines: what one knew is not known by the next."""
+        self._has_no_engine = False
+        self._suspects: set[str] = set()
+        """Runs whose next op was under way when the engine died."""
+        self._failed_rebuilds: Counter[str] = Counter()
+        """Run -> how often the engine died, or had no memory, while its state was rebuilt."""
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
@@ -82,9 +100,10 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`, then finish what is under way, for DRAIN_S at most."""
-        async with _background(self._hints.listen(), self._lease.keep(self._config.lease_renew_s)):
+        renewing = self._lease.keep(self._config.lease_renew_s, self._engine.in_time)
+        async with _background(self._hints.listen(), renewing):
             await self._hints.subscribe(keys.model_wake(self._base_model))
-            async with _background(self._follow(), self._run_cycles()):
+            async with _background(self._follow(), self._run_cycles(), self._mind_engine()):
                 await self._lease.set_state("ready")
                 lost = asyncio.create_task(self._lease.lost.wait())
                 stopped = asyncio.create_task(stop.wait())
@@ -184,7 +203,7 @@ class Worker:
 
     async def _adopt(self, headers: dict[str, RunHeader]) -> None:
         """Take the runs that have work and no live owner; let go of those that have neither."""
-        if not headers:
+        if not headers or self._has_no_engine:
             return
         workers = await self._oplog.live_workers()
         trainers = [
@@ -227,19 +246,30 @@ class Worker:
         effects = RunEffects(
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
+        effects.spares_engine = self._failed_rebuilds[run_id] >= MAX_DEATHS
+        num_deaths = self._num_deaths
         try:
             tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         except REDIS_ERRORS:
             raise
-        except Exception:
+        except EngineDied as death:
+            self._failed_rebuilds[run_id] += death.under_way
+            return
+        except Exception as error:
+            self._failed_rebuilds[run_id] += isinstance(error, OutOfMemory)
             log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
             self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
             return
         if tenure is None:
             return  # another worker was first
+        if self._num_deaths != num_deaths:
+            return  # what was restored has gone with its engine
+        if effects.spares_engine:
+            tenure.owner.break_run(f"the run's state could not be rebuilt in {MAX_DEATHS} tries")
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
+        run.alone = run_id in self._suspects
         self._runs[run_id] = run
         run.start()
         await self._hints.subscribe(keys.run_new(run_id))
@@ -259,6 +289,8 @@ class Worker:
                     await self._oplog.retire_run(self._base_model, run_id)
                     await self._forget(run)
                     return True
+            except EngineDied:
+                return False
             finally:
                 run.paused = False
                 self._ready.set()
@@ -271,8 +303,63 @@ class Worker:
             return
         del self._runs[run_id]
         await self._hints.unsubscribe(keys.run_new(run_id))
-        await self._executor.on_engine(self._executor.engine.drop, run_id)
+        with contextlib.suppress(EngineDied):
+            await self._engine.drop(run_id)
         run.end()
+
+    # --- the engine's death -----------------------------------------------------------------------
+
+    async def _mind_engine(self) -> None:
+        """Whenever the engine has died: leave every run; those with work are taken over anew."""
+        while True:
+            await self._engine.died()
+            self._num_deaths += 1
+            self._has_no_engine = True
+            async with self._stepping:  # who was under way has been blamed
+                await self._leave_all()
+                await self._start_engine()
+            self._has_no_engine = False
+            self._news.set()
+
+    async def _leave_all(self) -> None:
+        """Let what has been executed be committed, which needs no engine; then drop every run."""
+        runs = list(self._runs.values())
+        for run in runs:
+            run.paused = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await asyncio.gather(*(run.commits.join() for run in runs))
+        for run in runs:
+            await self._forget(run)
+            self._hinted.add(run.tenure.run_id)
+
+    async def _start_engine(self) -> None:
+        for num_left, pause_s in zip(range(len(START_PAUSES_S))[::-1], START_PAUSES_S, strict=True):
+            await asyncio.sleep(pause_s)
+            try:
+                return await self._engine.start()
+            except EngineDied as error:
+                log.error("the engine did not start: %s", error)
+                if not num_left:
+                    raise
+
+    async def _blame(self, run: OwnedRun, death: EngineDied) -> None:
+        """Note of which op the engine died, if it was one of this run; the run is being left."""
+        run.paused = True
+        run_id, seq = run.tenure.run_id, run.owner.executed_to + 1
+        if not (death.under_way and run.owner.under_way):
+            return
+        if run.owner.replaying:
+            self._failed_rebuilds[run_id] += 1
+            return
+        await run.commits.join()
+        try:
+            num_deaths = await drive(blame_next(run.tenure), run.effects.perform)
+        except Left as error:
+            log.warning("nothing to blame: %s", error)
+            return
+        self._suspects.add(run_id)
+        log.error("the engine died of seq %d of %s, time %d: %s", seq, run_id, num_deaths, death)
 
     # --- executing --------------------------------------------------------------------------------
 
@@ -286,9 +373,10 @@ class Worker:
     async def _run_share(self, share: Share, cycle: int) -> None:
         """Carry a share out; while another tenant waits, no more of it than must be."""
         for num_ops in range(1, len(share.kinds) + 1):
-            self._executing = share.run_id
-            await self._run_step(share.run_id, cycle)
-            self._executing = ""
+            async with self._stepping:
+                self._executing = share.run_id
+                await self._run_step(share.run_id, cycle)
+                self._executing = ""
             if share.may_end_after(num_ops) and self._others_wait(share.tenant):
                 return
 
@@ -310,18 +398,31 @@ class Worker:
         if run.tenure.depth == 1:
             await run.commits.join()
         try:
-            carried_out = await drive(execute_next(run.tenure), run.effects.perform)
+            await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
             reason = f"the run's state could not be rebuilt after a restart: {error}"
             run.owner.break_run(reason)
-            return
+        except EngineDied as death:
+            await self._blame(run, death)
+        except NotRebuilt as error:
+            log.error("leaving a run for %g s: %s", TAKE_OVER_PAUSE_S, error)
+            self._failed_rebuilds[run_id] += 1
+            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
+            await self._forget(run)
         except Left as error:
             log.warning("leaving a run: %s", error)
             await self._forget(run)
-            return
+
+    async def _carry_out(self, run: OwnedRun) -> None:
+        """Execute the next op of a run, hand its commit over, and copy the state if it is time."""
+        run_id = run.tenure.run_id
+        carried_out = await drive(execute_next(run.tenure), run.effects.perform)
         if carried_out is not None and carried_out[0].publish:
             await run.commits.put(carried_out)
+            run.alone = False
+            self._suspects.discard(run_id)
+            del self._failed_rebuilds[run_id]
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
         if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
@@ -338,7 +439,10 @@ class Worker:
         """Let what has been executed be committed, then let others have the runs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                await asyncio.gather(*(run.settle() for run in self._runs.values()))
+                settling = (run.settle() for run in self._runs.values())
+                for result in await asyncio.gather(*settling, return_exceptions=True):
+                    if isinstance(result, EngineDied):
+                        log.error("drained without a snapshot: %s", result)
         for run in self._runs.values():
             run.end()
         await self._lease.release()
