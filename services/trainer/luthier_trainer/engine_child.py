@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from luthier_core.telemetry import setup_logging
@@ -27,6 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 Load = Callable[[dict[str, Any]], tuple[EngineHost, dict[str, Any]]]
 """From the first message's fields: the engine, and what the worker is to know of it."""
+Calls = queue.SimpleQueue[tuple[int, Message]]
 
 
 def outlive_nobody() -> None:
@@ -42,8 +42,8 @@ def serve(fd: int, load: Load) -> None:
     """Answer calls for ever; the process ends with the other end of the socket."""
     os.set_inheritable(fd, False)
     channel = Channel(socket.socket(fileno=fd))
-    calls: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(channel, calls), daemon=True).start()
+    calls, copies = Calls(), Calls()
+    threading.Thread(target=_receive, args=(channel, calls, copies), daemon=True).start()
     number, hello = calls.get()
     try:
         host, ready = load(hello.fields)
@@ -52,30 +52,30 @@ def serve(fd: int, load: Load) -> None:
         channel.send(number, error_message(error))
         return
     channel.send(number, Message(ready))
-    copies = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
-    while True:
-        number, call = calls.get()
-        if call.fields["method"] == "copy_bytes":
-            copies.submit(_answer, channel, host, number, call)
-        else:
-            _answer(channel, host, number, call)
+    threading.Thread(target=_work_off, args=(channel, host, copies), daemon=True).start()
+    _work_off(channel, host, calls)
 
 
-def _receive(channel: Channel, calls: "queue.SimpleQueue[tuple[int, Message]]") -> None:
+def _receive(channel: Channel, calls: Calls, copies: Calls) -> None:
+    """Bytes of copies are asked for beside the calls, and need not wait for them."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            calls.put(channel.receive())
+            number, call = channel.receive()
+            beside = call.fields.get("method") == "copy_bytes"
+            (copies if beside else calls).put((number, call))
     os._exit(0)  # nobody is left to compute for, whatever the other threads are in
 
 
-def _answer(channel: Channel, host: EngineHost, number: int, call: Message) -> None:
-    try:
-        answer = host.apply(call)
-    except Exception as error:
-        answer = error_message(error)
-        if answer.fields["error"] == "EngineFailed":
-            log.exception("%s of %s", call.fields["method"], call.fields.get("run_id"))
-    channel.send(number, answer)
+def _work_off(channel: Channel, host: EngineHost, calls: Calls) -> None:
+    while True:
+        number, call = calls.get()
+        try:
+            answer = host.apply(call)
+        except Exception as error:
+            answer = error_message(error)
+            if answer.fields["error"] == "EngineFailed":
+                log.exception("%s of %s", call.fields["method"], call.fields.get("run_id"))
+        channel.send(number, answer)
 
 
 def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:

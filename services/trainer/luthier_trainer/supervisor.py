@@ -108,7 +108,8 @@ class _Child:
                     async with asyncio.timeout(CLOSE_S):
                         await self.process.wait()
             self._kill()
-            self.reason = self.reason or _how_it_ended(await self.process.wait())
+            code = await self.process.wait()
+            self.reason = self.reason or _how_it_ended(code)
             self.ended.set()
             for answer in self.answers.values():
                 if not answer.done():
