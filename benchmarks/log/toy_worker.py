@@ -41,7 +41,7 @@ class ToyEngine:
 
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         self._work()
-        return {}
+        return {"step": 1.0}
 
     def clear_gradient(self, run_id: str) -> None:
         pass

@@ -42,7 +42,7 @@ class ToyEngine:
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         step = str(params.learning_rate).encode()
         state = self._apply(run_id, Kind.OPTIM_STEP, step, self.states[run_id])
-        return {"state": float(int(state.digest[:12], 16))}
+        return {"state": float(int(state.digest[:12], 16)), "step": float(state.num_steps)}
 
     def clear_gradient(self, run_id: str) -> None:
         self.states[run_id] = self.states[run_id].without_gradient()
