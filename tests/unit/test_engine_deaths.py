@@ -29,7 +29,7 @@ from luthier_core.ops import Body, Kind
 from luthier_core.protocol import MAX_DEATHS, PROBATION
 from luthier_core.records import LoraConfig
 from luthier_core.types import AdamParams
-from luthier_trainer import worker
+from luthier_trainer import engine_watch, worker
 from luthier_trainer.effects import OUT_OF_MEMORY
 from luthier_trainer.execution import Executor
 from luthier_trainer.stored_snapshots import StoredSnapshots
@@ -169,7 +169,7 @@ async def test_a_run_whose_replay_kills_the_engine_is_given_up_and_disturbs_no_o
     await rig.client.forward_backward(B, request(1))
     assert await rig.client.failed(A, seq) == (
         "server",
-        f"the run's state could not be rebuilt in {MAX_DEATHS} tries",
+        engine_watch.GIVEN_UP,
     )
     await rig.client.completed(B)
     assert rig.num_starts == 2 + MAX_DEATHS
@@ -248,7 +248,7 @@ async def test_a_drain_stores_every_run_and_ends_the_child(rig: Rig):
 
 
 async def test_a_worker_whose_engine_does_not_start_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(worker, "START_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(engine_watch, "START_PAUSES_S", (0.0, 0.0))
     engine = await rig.start()
     engine._hello.fields["do"] = "babble"
     os.kill(engine.pid, signal.SIGKILL)

@@ -54,7 +54,10 @@ class OwnedRun:
     @property
     def waiting_kinds(self) -> tuple[Kind, ...]:
         """Of the ops that could be executed now, next first."""
-        return () if self.paused else tuple(op.kind for op in self.owner.queued)
+        if self.paused:
+            return ()
+        kinds = tuple(op.kind for op in self.owner.queued)
+        return kinds[:1] if self.alone else kinds
 
     @property
     def idle(self) -> bool:

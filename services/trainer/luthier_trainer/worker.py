@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 from luthier_core import keys
@@ -24,9 +23,7 @@ from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.owner import Diverged
 from luthier_core.protocol import (
-    MAX_DEATHS,
     Left,
-    blame_next,
     drive,
     execute_next,
     feed,
@@ -36,6 +33,7 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import NotRebuilt, RunEffects
 from luthier_trainer.engine_client import EngineDied
+from luthier_trainer.engine_watch import GIVEN_UP, EngineWatch
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.frames import OutOfMemory
 from luthier_trainer.owned_run import OwnedRun
@@ -47,8 +45,6 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
-START_PAUSES_S = (0.0, 1.0, 5.0, 25.0)
-"""Before each try to start an engine; a worker that cannot ends, and others take its runs."""
 
 
 class Worker:
@@ -86,13 +82,7 @@ class Worker:
         """Runs that could not be taken over -> when to try again."""
         self._stepping = asyncio.Lock()
         """Held while a step is under way, and while there is no engine."""
-        self._num_deaths = 0
-        """Of engines: what one knew is not known by the next."""
-        self._has_no_engine = False
-        self._suspects: set[str] = set()
-        """Runs whose next op was under way when the engine died."""
-        self._failed_rebuilds: Counter[str] = Counter()
-        """Run -> how often the engine died, or had no memory, while its state was rebuilt."""
+        self._watch = EngineWatch(executor.engine)
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
@@ -203,7 +193,7 @@ class Worker:
 
     async def _adopt(self, headers: dict[str, RunHeader]) -> None:
         """Take the runs that have work and no live owner; let go of those that have neither."""
-        if not headers or self._has_no_engine:
+        if not headers or not self._watch.is_up:
             return
         workers = await self._oplog.live_workers()
         trainers = [
@@ -246,30 +236,32 @@ class Worker:
         effects = RunEffects(
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
-        effects.spares_engine = self._failed_rebuilds[run_id] >= MAX_DEATHS
-        num_deaths = self._num_deaths
+        effects.spares_engine = self._watch.gives_up(run_id)
+        num_deaths = self._watch.num_deaths
         try:
             tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         except REDIS_ERRORS:
             raise
         except EngineDied as death:
-            self._failed_rebuilds[run_id] += death.under_way
+            if death.under_way:
+                self._watch.not_rebuilt(run_id)
             return
         except Exception as error:
-            self._failed_rebuilds[run_id] += isinstance(error, OutOfMemory)
+            if isinstance(error, OutOfMemory):
+                self._watch.not_rebuilt(run_id)
             log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
             self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
             return
         if tenure is None:
             return  # another worker was first
-        if self._num_deaths != num_deaths:
+        if self._watch.num_deaths != num_deaths:
             return  # what was restored has gone with its engine
         if effects.spares_engine:
-            tenure.owner.break_run(f"the run's state could not be rebuilt in {MAX_DEATHS} tries")
+            tenure.owner.break_run(GIVEN_UP)
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
-        run.alone = run_id in self._suspects
+        run.alone = self._watch.suspects(run_id)
         self._runs[run_id] = run
         run.start()
         await self._hints.subscribe(keys.run_new(run_id))
@@ -312,13 +304,10 @@ class Worker:
     async def _mind_engine(self) -> None:
         """Whenever the engine has died: leave every run; those with work are taken over anew."""
         while True:
-            await self._engine.died()
-            self._num_deaths += 1
-            self._has_no_engine = True
+            await self._watch.died()
             async with self._stepping:  # who was under way has been blamed
                 await self._leave_all()
-                await self._start_engine()
-            self._has_no_engine = False
+                await self._watch.start_anew()
             self._news.set()
 
     async def _leave_all(self) -> None:
@@ -332,34 +321,6 @@ class Worker:
         for run in runs:
             await self._forget(run)
             self._hinted.add(run.tenure.run_id)
-
-    async def _start_engine(self) -> None:
-        for num_left, pause_s in zip(range(len(START_PAUSES_S))[::-1], START_PAUSES_S, strict=True):
-            await asyncio.sleep(pause_s)
-            try:
-                return await self._engine.start()
-            except EngineDied as error:
-                log.error("the engine did not start: %s", error)
-                if not num_left:
-                    raise
-
-    async def _blame(self, run: OwnedRun, death: EngineDied) -> None:
-        """Note of which op the engine died, if it was one of this run; the run is being left."""
-        run.paused = True
-        run_id, seq = run.tenure.run_id, run.owner.executed_to + 1
-        if not (death.under_way and run.owner.under_way):
-            return
-        if run.owner.replaying:
-            self._failed_rebuilds[run_id] += 1
-            return
-        await run.commits.join()
-        try:
-            num_deaths = await drive(blame_next(run.tenure), run.effects.perform)
-        except Left as error:
-            log.warning("nothing to blame: %s", error)
-            return
-        self._suspects.add(run_id)
-        log.error("the engine died of seq %d of %s, time %d: %s", seq, run_id, num_deaths, death)
 
     # --- executing --------------------------------------------------------------------------------
 
@@ -404,10 +365,10 @@ class Worker:
             reason = f"the run's state could not be rebuilt after a restart: {error}"
             run.owner.break_run(reason)
         except EngineDied as death:
-            await self._blame(run, death)
+            await self._watch.blame(run, death)
         except NotRebuilt as error:
             log.error("leaving a run for %g s: %s", TAKE_OVER_PAUSE_S, error)
-            self._failed_rebuilds[run_id] += 1
+            self._watch.not_rebuilt(run_id)
             self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
             await self._forget(run)
         except Left as error:
@@ -421,8 +382,7 @@ class Worker:
         if carried_out is not None and carried_out[0].publish:
             await run.commits.put(carried_out)
             run.alone = False
-            self._suspects.discard(run_id)
-            del self._failed_rebuilds[run_id]
+            self._watch.acquit(run_id)
         if self._runs.get(run_id) is not run:
             return  # a commit found the run taken over
         if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
