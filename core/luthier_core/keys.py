@@ -97,6 +97,12 @@ def sampling_cancelled(base_model: str, shard: str = "{s0}") -> str:
     return f"{shard}:cancel:{base_model}"
 
 
+def sampling_partials(request_id: str) -> str:
+    """Sharded pub/sub channel that carries the tokens of one running sample so far: hints."""
+    session = request_id.rpartition(":")[0]
+    return f"{sampling_shard(session)}:part:{request_id}"
+
+
 # --- Redis: workers and sessions ------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ does that by itself for some seconds, which hides a restart of Redis.
 import asyncio
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,16 @@ class _TimedConnection(AbstractConnection):
     async def read_response(
         self, disable_decoding: bool = False, timeout: float | None = None, **options: Any
     ) -> Any:
-        limit_s = IO_TIMEOUT_S if timeout is None else timeout
-        return await super().read_response(disable_decoding, limit_s, **options)
+        if timeout is not None:
+            return await super().read_response(disable_decoding, timeout, **options)
+        try:
+            # A limit given to redis-py itself returns None, and keeps a connection on which the
+            # reply is still to come: the next caller would take it for its own.
+            async with asyncio.timeout(IO_TIMEOUT_S):
+                return await super().read_response(disable_decoding, math.inf, **options)
+        except TimeoutError:
+            await self.disconnect(nowait=True)
+            raise RedisTimeoutError(f"not answered within {IO_TIMEOUT_S:g} s") from None
 
 
 def connect(url: str) -> redis.Redis:

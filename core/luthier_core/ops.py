@@ -201,6 +201,8 @@ class SamplingJob:
     """Object key of the checkpoint manifest whose adapter samples; empty for the base model."""
     body: Body
     """JSON of the asample request."""
+    streams: bool = False
+    """Somebody reads its tokens while it runs."""
 
     @property
     def request_id(self) -> str:
@@ -216,4 +218,5 @@ class SamplingJob:
             tenant=fields[b"tenant"].decode(),
             weights=fields[b"weights"].decode(),
             body=Body.from_fields(fields),
+            streams=fields.get(b"streams") == b"1",
         )

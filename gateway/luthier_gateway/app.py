@@ -32,7 +32,9 @@ from luthier_gateway import (
 from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import refuse_too_old
-from luthier_gateway.web_io import error_response, json_response
+from luthier_gateway.openai import errors as openai_errors
+from luthier_gateway.openai import handlers as openai
+from luthier_gateway.web_io import error_response
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/cancel_future", futures.cancel_future),
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         *_bookkeeping_routes(),
+        *openai.routes(),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -130,8 +133,8 @@ def build_app(config: Config) -> web.Application:
     app[openapi.DESCRIPTION] = json.dumps(description).encode()
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
-        async with open_backends(config) as opened:
-            app[BACKENDS] = opened
+        async with open_backends(config) as opened, openai.open_openai(opened) as shared:
+            app[BACKENDS], app[openai.OPENAI] = opened, shared
             yield
 
     app.cleanup_ctx.append(backends)
@@ -179,38 +182,48 @@ async def hold_failed_polls(request: web.Request, handler: Handler) -> web.Strea
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error becomes `{"detail": ...}` with its status; ours are logged, theirs are not."""
+    """Every error becomes `{"detail": ...}` with its status; ours are logged, theirs are not.
+
+    The OpenAI API has a form of its own.
+    """
+    respond = openai_errors.error_response if openai.is_openai(request.path) else error_response
     try:
         return await handler(request)
     except LuthierError as error:
-        return error_response(error)
+        return respond(error)
     except OutOfMemoryError:
-        return error_response(TooManyRequests("the operation log is full until more is executed"))
+        return respond(TooManyRequests("the operation log is full until more is executed"))
     except REDIS_ERRORS:
         log.warning("redis is away", exc_info=True)
-        return error_response(Unavailable("the operation log"))
+        return respond(Unavailable("the operation log"))
     except web.HTTPNotFound:
-        return error_response(NotFound(f"{request.method} {request.path}"))
+        return respond(NotFound(f"{request.method} {request.path}"))
     except web.HTTPException as error:
-        return json_response({"detail": error.reason, "category": "user"}, error.status)
+        refused = LuthierError(error.reason)
+        refused.status, refused.category = error.status, "user"
+        return respond(refused)
     except Exception:
         log.exception("unexpected error in %s %s", request.method, request.path)
-        return error_response(LuthierError("an unexpected error; the server's log has it"))
+        return respond(LuthierError("an unexpected error; the server's log has it"))
 
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """All but health checks and signed links need a key; its tenant is put into the request.
 
-    And an SDK that this server can serve, which its user is told before anything else. Polls aside,
-    a tenant's requests take turns.
+    And an SDK that this server can serve, which its user is told before anything else. A tenant's
+    requests take turns, but for those that wait.
     """
     if not needs_key(request.path):
         return await handler(request)
-    refuse_too_old(request)
     backends = request.app[BACKENDS]
-    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
-    if request.path in POLLS:
+    if openai.is_openai(request.path):
+        key = openai.api_key(request)
+    else:
+        refuse_too_old(request)
+        key = request.headers.get("X-API-Key")
+    tenant = request[TENANT] = await backends.auth.tenant(key)
+    if request.path in POLLS or request.path in openai.GENERATING:
         return await handler(request)
     async with backends.turns.of(tenant):
         return await handler(request)

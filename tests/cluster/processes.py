@@ -180,6 +180,16 @@ class Cluster:
                 await self.redis.delete(keys.worker_lease(part.name))
             part.start()
 
+    async def describe(self, run_id: str) -> str:
+        """Where a run is, and what the trainers last said of it."""
+        oplog = Oplog(self.redis)
+        live = run_id in await oplog.live_runs(BASE_MODEL)
+        lines = [f"{await oplog.header(run_id)}, {'' if live else 'not '}listed as live"]
+        for part in self.trainers:
+            log = (self.folder / f"{part.name}.log").read_text().splitlines()
+            lines += [line[:500] for line in log if run_id in line][-4:]
+        return "\n".join(lines)
+
     async def store_key(self) -> None:
         async with open_blobs(self.config) as blobs:
             record = ApiKeyRecord(tenant=TENANT, created_at=datetime.now(UTC))

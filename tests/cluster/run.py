@@ -139,6 +139,8 @@ async def _judge(trial: Trial, cluster: Cluster, clients: list[Client], history:
             verdict = await judge(client, history.runs[client.run_id], blobs)
             trial.verdict.counters.add(verdict.counters)
             trial.violations.extend(verdict.violations)
+            if client.stuck:
+                trial.violations.append(await cluster.describe(client.run_id))
 
 
 def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -19,6 +19,7 @@ from luthier_model.peft_io import adapter_from_files
 from luthier_sampler.adapters import AdapterCache
 from luthier_sampler.admission import Limits, check
 from luthier_sampler.kv_cache import BlockManager
+from luthier_sampler.partials import new_tokens
 from luthier_sampler.response import response_bytes
 from luthier_sampler.runner import Runner
 from luthier_sampler.sampling import Tokenizer, sample, stop_reason, uniform
@@ -181,6 +182,12 @@ class Engine:
             return [self._fail(request, error) for request in requests]
         failed = [self._fail(r, _not_finite(r)) for r in dict.fromkeys(diverged)]
         return failed + self._collect()
+
+    def partials(self) -> dict[str, str]:
+        """request_id -> message of the tokens that are new since the last call; who streams."""
+        streaming = (request for request in self._requests.values() if request.spec.streams)
+        messages = ((request.spec.request_id, new_tokens(request)) for request in streaming)
+        return {request_id: message for request_id, message in messages if message}
 
     def _advance(self, chunks: Sequence[Chunk]) -> list[Request]:
         """Run the model and give the next token to each sequence whose tokens are all computed.
