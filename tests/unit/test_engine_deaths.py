@@ -81,8 +81,9 @@ class Rig:
         return len((self.folder / "starts").read_text().split())
 
     async def state(self, run_id: str) -> str:
-        """What the engine's state of a run is now."""
+        """What the engine's state of a run is; one that was left without work is taken over."""
         assert self.engine is not None
+        await self.client.completed(run_id, await self.forward(run_id, request(0)))
         return await self.engine.checksum(run_id)
 
 
