@@ -128,6 +128,8 @@ class RunHeader:
     """Milliseconds since the epoch when the oldest gap was first seen; 0: there is none."""
     lost: int
     """A seq that the client has sent and that is not here; -1: none is known of."""
+    cancelled_to: int = -1
+    """The run's owner wants nothing up to this seq any more."""
 
     @property
     def pending(self) -> bool:
@@ -150,6 +152,7 @@ class RunHeader:
             told=int(text[8]),
             gap_since=int(text[9] or 0),
             lost=int(text[10] or -1),
+            cancelled_to=int(text[11] or -1),
         )
 
 
@@ -409,6 +412,18 @@ class Oplog:
     async def told(self, run_id: str, seq: int) -> None:
         """The client has been given the error of this seq."""
         await self._call("told", [keys.run_header(run_id)], [seq])
+
+    async def cancel_queued(self, run_id: str) -> int:
+        """Let every op that is queued now and not begun fail; how many those are at most.
+
+        The worker sees it within a second. Ops that come later are executed.
+        """
+        header = await self.header(run_id)
+        if header is None or not header.pending:
+            return 0
+        key = keys.run_header(run_id)
+        await cast(Any, self.redis.hset(key, "cancelled_to", header.admitted))
+        return header.admitted - header.committed
 
     async def header(self, run_id: str) -> RunHeader | None:
         """The run's header, or None if there is no such run."""
@@ -681,7 +696,10 @@ class Oplog:
         """Store the outcome of a job unless one is stored, and take the job off. OK | ALREADY."""
         reply = await self._call(
             "settle",
-            _sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
+            [
+                *_sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
+                keys.sampling_usage(keys.sampling_shard(job.sampling_session_id)),
+            ],
             [
                 *(job.seq, job.clone, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
                 *_flat(outcome.fields()),

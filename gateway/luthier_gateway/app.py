@@ -11,6 +11,7 @@ from aiohttp.typedefs import Handler
 from redis.exceptions import OutOfMemoryError
 
 from luthier_core.blobs import open_blobs
+from luthier_core.caller import CALLER
 from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, TooManyRequests, Unavailable
 from luthier_core.futures import Futures
@@ -18,22 +19,28 @@ from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import (
+    access,
+    admin,
     checkpoints,
     files,
     forward_backward,
     futures,
     health,
     openapi,
+    queues,
     rest,
     sampling,
     sessions,
     training,
+    usage,
 )
 from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import refuse_too_old
+from luthier_gateway.generation import GENERATION, NOT_CONFIRMED, GenerationWatch
 from luthier_gateway.openai import errors as openai_errors
 from luthier_gateway.openai import handlers as openai
+from luthier_gateway.quotas import QUOTAS, Quotas
 from luthier_gateway.web_io import error_response
 
 log = logging.getLogger(__name__)
@@ -69,6 +76,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
         web.post(f"{API}/save_weights_external", training.save_weights_external),
         web.post(f"{API}/load_weights", training.load_weights),
+        web.post(f"{API}/create_custom_loss", training.refuse_custom_loss),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/join_sampling_session", sampling.join_sampling_session),
         web.post(f"{API}/asample", sampling.asample),
@@ -78,6 +86,9 @@ def routes() -> list[web.RouteDef]:
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         *_bookkeeping_routes(),
         *openai.routes(),
+        *admin.routes(f"{API}/admin"),
+        *usage.routes(API),
+        *queues.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -109,9 +120,7 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.delete(f"{API}/auth/apikey/me", rest.revoke_own_key),
         web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),
         web.post(f"{API}/auth/token", rest.refuse_key_exchange),
-        web.get(f"{API}/audit", rest.refuse_audit),
-        web.get(f"{API}/billing/usage/events", rest.refuse_billing),
-        web.get(f"{API}/billing/usage/checkpoints/current", rest.refuse_billing),
+        web.get(f"{API}/audit", rest.get_audit),
     ]
 
 
@@ -128,6 +137,7 @@ def build_app(config: Config) -> web.Application:
         handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
+    access.check_rules(route for route in routes() if needs_key(route.path))
     description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
     # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
     app[openapi.DESCRIPTION] = json.dumps(description).encode()
@@ -135,7 +145,12 @@ def build_app(config: Config) -> web.Application:
     async def backends(app: web.Application) -> AsyncIterator[None]:
         async with open_backends(config) as opened, openai.open_openai(opened) as shared:
             app[BACKENDS], app[openai.OPENAI] = opened, shared
-            yield
+            watch = app[GENERATION] = GenerationWatch(opened.oplog, opened.blobs)
+            watching = asyncio.create_task(watch.keep_looking(config.gateway.recheck_s))
+            async with connect(config.side_redis_url()) as counters:
+                app[QUOTAS] = Quotas(config, opened.oplog, counters)
+                yield
+            await _cancel(watching)
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)
@@ -150,7 +165,6 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
         stack.push_async_callback(client.aclose)
         await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
-        await oplog.load_library()
         blobs = await stack.enter_async_context(open_blobs(config))
         registry = await stack.enter_async_context(RegistryClient(config))
         futures = Futures(client, recheck_s=config.gateway.recheck_s)
@@ -190,6 +204,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except LuthierError as error:
+        if error.status in (404, 410) and not await request.app[GENERATION].still_holds():
+            return respond(Unavailable(NOT_CONFIRMED))
         return respond(error)
     except OutOfMemoryError:
         return respond(TooManyRequests("the operation log is full until more is executed"))
@@ -214,16 +230,25 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     And an SDK that this server can serve, which its user is told before anything else. A tenant's
     requests take turns, but for those that wait.
     """
+    CALLER.set(None)  # this task is the connection's: each of its requests sets its own
     if not needs_key(request.path):
         return await handler(request)
+    if not await request.app[GENERATION].is_confirmed():
+        raise Unavailable(NOT_CONFIRMED)
     backends = request.app[BACKENDS]
     if openai.is_openai(request.path):
         key = openai.api_key(request)
     else:
         refuse_too_old(request)
         key = request.headers.get("X-API-Key")
-    tenant = request[TENANT] = await backends.auth.tenant(key)
-    if request.path in POLLS or request.path in openai.GENERATING:
+    caller = await backends.auth.caller(key)
+    access.check(request, caller)
+    tenant = request[TENANT] = caller.tenant
+    CALLER.set(caller)
+    if request.path in POLLS:
+        return await handler(request)
+    await request.app[QUOTAS].check(request, caller)
+    if request.path in openai.GENERATING:
         return await handler(request)
     async with backends.turns.of(tenant):
         return await handler(request)

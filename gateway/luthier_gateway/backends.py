@@ -131,9 +131,12 @@ class Backends:
         if not weights_access_token:
             return None
         try:
-            return await self.auth.tenant(weights_access_token)
+            bearer = await self.auth.caller(weights_access_token)
         except Unauthorized:
             raise InvalidField("weights_access_token: it is no key of this server") from None
+        if "read" not in bearer.scopes:
+            raise InvalidField("weights_access_token: this key may not read")
+        return bearer.tenant
 
     async def model_facts(self, base_model: str) -> dict[str, Any]:
         """Facts of a configured base model; Unavailable until one of its workers has started."""

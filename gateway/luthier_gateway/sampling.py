@@ -51,7 +51,7 @@ async def asample(request: web.Request) -> web.Response:
     raw = await read_body(request, backends.config.gateway.max_body_bytes)
     value = await off_loop_if_large(len(raw), read_object, raw)
     session, seq = value.get("sampling_session_id"), value.get("seq_id")
-    if not isinstance(session, str) or not isinstance(seq, int) or not 0 <= seq < 2**63:
+    if not isinstance(session, str) or type(seq) is not int or not 0 <= seq < 2**63:
         raise InvalidField("sampling_session_id must be a string and seq_id an integer from 0")
     sampler = await backends.sampler(tenant, session)
     await backends.check_sampling(sampler, seq)
@@ -66,7 +66,7 @@ async def asample(request: web.Request) -> web.Response:
     except BadRequest as error:
         problem = error
         # No sequences will come; the SDK wants one id per sequence it asked for.
-        num_samples = num_samples if isinstance(num_samples, int) else 1
+        num_samples = num_samples if type(num_samples) is int else 1
         num_samples = min(max(num_samples, 1), limits.max_num_samples)
     digest = json_digest(value)
     if problem is not None:

@@ -26,6 +26,7 @@ def url_of(api: Api, path: str) -> str:
     """A route's path with something in its variable parts."""
     run_id = f"{ABSENT_SESSION}:train:0"
     filled = {"run_id": run_id, "session_id": ABSENT_SESSION, "request_id": f"{run_id}:1"}
+    filled |= {"org": "ann", "user": "kim", "key_id": "0" * 12, "job": "usage"}
     return api.url + path.format_map({"kind": "weights", "name": "x", "sampler_id": "s", **filled})
 
 

@@ -39,6 +39,9 @@ class Finished:
     response: bytes | None
     error: str | None = None
     category: Category = "server"
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_sampled_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +260,15 @@ class Engine:
             request_id = request.spec.request_id
             if request.is_finished and request_id in self._requests:
                 self.cancel(request_id)
-                finished.append(Finished(request_id, response_bytes(request)))
+                finished.append(
+                    Finished(
+                        request_id,
+                        response_bytes(request),
+                        num_prompt_tokens=len(request.spec.prompt),
+                        num_cached_tokens=request.num_cached_tokens or 0,
+                        num_sampled_tokens=sum(len(s.new_tokens) for s in request.sequences),
+                    )
+                )
         return finished
 
     def _fail(self, request: Request, error: Exception) -> Finished:

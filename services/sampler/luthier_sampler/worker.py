@@ -226,7 +226,7 @@ class Worker:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:
             body = await self._result_body(job, finished.response)
-            outcome = Outcome.completed(body, "protobuf")
+            outcome = Outcome.completed(body, "protobuf", usage=_usage(job, finished))
         await self._settle(job, outcome)
 
     async def _settle(self, job: SamplingJob, outcome: Outcome) -> None:
@@ -270,6 +270,15 @@ class Worker:
         key = keys.sample_result(job.tenant, job.sampling_session_id, job.seq)
         await outlasting_outage(lambda: self._blobs.put(key, response))
         return Body.stored(key, response)
+
+
+def _usage(job: SamplingJob, finished: Finished) -> str:
+    counts = (
+        finished.num_prompt_tokens,
+        finished.num_cached_tokens,
+        finished.num_sampled_tokens,
+    )
+    return " ".join([job.sampling_session_id, *map(str, counts)])
 
 
 def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from luthier_core import keys
+from luthier_core.blobs import outlasting_outage
 from luthier_core.service import WorkerParts, worker_main
 from luthier_trainer.execution import Executor
 from luthier_trainer.frames import Message
@@ -40,7 +41,11 @@ async def _work(parts: WorkerParts) -> None:
     )
     try:
         await parts.prepare(engine.start())
-        await client.set(keys.model_facts(wanted.name), json.dumps(engine.ready["facts"]))
+        facts = json.dumps(engine.ready["facts"])
+        await client.set(keys.model_facts(wanted.name), facts)
+        await outlasting_outage(
+            lambda: parts.blobs.put(keys.model_facts_object(wanted.name), facts.encode())
+        )
         worker = Worker(
             base_model=wanted.name,
             config=settings,

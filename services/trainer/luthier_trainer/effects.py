@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
-from luthier_core.errors import LuthierError
+from luthier_core.errors import BadRequest, LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Kind, Outcome
@@ -100,6 +100,8 @@ class RunEffects:
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
         self.spares_engine = False
         """Restores nothing: that has killed the engine too often."""
+        self.cancelled_to = -1
+        """Ops up to this seq that are not begun are to fail; see Oplog.cancel_queued."""
         self.execute_s = 0.0
         """How long the last step was with the engine."""
         self._context = context
@@ -179,6 +181,8 @@ class RunEffects:
             if step.action is Action.CLEAR_GRADIENT:
                 await self._executor.engine.clear_gradient(self._context.run_id)
                 return Executed()
+            if step.publish and step.op.seq <= self.cancelled_to and step.op.seq > 0:
+                raise BadRequest("cancelled by the owner of the run while it was queued")
             rest = await self._within_memory(step)
             if step.publish:
                 await failpoint("tr.mid")

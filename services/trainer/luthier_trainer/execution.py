@@ -1,7 +1,8 @@
 """Carries out one op: payload in, engine call, outcome bytes out."""
 
 import json
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +13,7 @@ from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, sa
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
+from luthier_core.proto import wire_pb2
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
 from luthier_core.types import (
     OptimStep,
@@ -86,19 +88,23 @@ class Executor:
         )
 
         async def finish() -> Outcome:
-            return Outcome.completed(await self._result_body(run, op, output), "protobuf")
+            body = await self._result_body(run, op, output)
+            metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
+            return Outcome.completed(body, "protobuf", metrics=_metrics(op.kind, metrics))
 
         return finish
 
     async def _optim_step(self, run: RunContext, op: Op, cycle: int) -> Finish:
         params = OptimStep.model_validate_json(await self._payload(op)).adam_params
         metrics = await self.engine.optim_step(run.run_id, params)
+        metrics = {**metrics, "clock_cycle": float(cycle)}
         return _json_outcome(
             {
-                "metrics": {**metrics, "clock_cycle": float(cycle)},
+                "metrics": metrics,
                 "learning_rates": [params.learning_rate],
                 "step_count": int(metrics["step"]),
-            }
+            },
+            metrics=_metrics(op.kind, metrics),
         )
 
     async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
@@ -237,8 +243,14 @@ def _completed(result: dict[str, Any]) -> Outcome:
     return Outcome.completed(Body.of(json.dumps(result).encode()))
 
 
-def _json_outcome(result: dict[str, Any]) -> Finish:
+def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
+    """What the metric history of the run keeps of an op; JSON has no NaN."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps({"kind": kind, "metrics": finite})
+
+
+def _json_outcome(result: dict[str, Any], *, metrics: str = "") -> Finish:
     async def finish() -> Outcome:
-        return _completed(result)
+        return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
 
     return finish

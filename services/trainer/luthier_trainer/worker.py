@@ -80,8 +80,8 @@ class Worker:
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
-        self._stepping = asyncio.Lock()
-        """Held while a step is under way, and while there is no engine."""
+        self._cycling = asyncio.Lock()
+        """Held while a cycle is under way, and while there is no engine."""
         self._watch = EngineWatch(executor.engine)
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
@@ -145,6 +145,8 @@ class Worker:
         `committed`: what this worker had committed before the header was read.
         """
         tenure = run.tenure
+        if header is not None:
+            run.effects.cancelled_to = header.cancelled_to
         if header is None or header.epoch != tenure.epoch or header.committed < committed:
             log.warning("leaving %s: its header is not what we left there", tenure.run_id)
             await self._forget(run)
@@ -305,7 +307,7 @@ class Worker:
         """Whenever the engine has died: leave every run; those with work are taken over anew."""
         while True:
             await self._watch.died()
-            async with self._stepping:  # who was under way has been blamed
+            async with self._cycling:  # who was under way has been blamed
                 await self._leave_all()
                 await self._watch.start_anew()
             self._news.set()
@@ -329,15 +331,15 @@ class Worker:
             await self._ready.wait()
             self._ready.clear()
             while share := plan(self._heads()):
-                await self._run_share(share, next(self._cycles))
+                async with self._cycling:
+                    await self._run_share(share, next(self._cycles))
 
     async def _run_share(self, share: Share, cycle: int) -> None:
         """Carry a share out; while another tenant waits, no more of it than must be."""
         for num_ops in range(1, len(share.kinds) + 1):
-            async with self._stepping:
-                self._executing = share.run_id
-                await self._run_step(share.run_id, cycle)
-                self._executing = ""
+            self._executing = share.run_id
+            await self._run_step(share.run_id, cycle)
+            self._executing = ""
             if share.may_end_after(num_ops) and self._others_wait(share.tenant):
                 return
 
