@@ -178,13 +178,6 @@ class Stack:
 
         return asyncio.run(read())
 
-    def _check_running(self) -> None:
-        """RuntimeError with its last words if `luthier up` has ended."""
-        assert self._process is not None
-        if self._process.poll() is not None:
-            said = self._log.read_text(errors="replace")[-LAST_WORDS:]
-            raise RuntimeError(f"luthier up ended with {self._process.returncode}:\n{said}")
-
     def _has_endpoint(self) -> bool:
         self._check_running()
         with contextlib.suppress(FileNotFoundError):  # nothing has been started yet
