@@ -59,8 +59,10 @@ class _TimedConnection(AbstractConnection):
     """
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if not self.is_connected:  # connecting has limits and retries of its own
-            await self.connect_check_health(check_health=False)
+        if not self.is_connected:
+            # One try: who sends tries again anyhow, and retries of retries would take 24 times as
+            # long as `connect` says. Not below: connecting has a limit of its own.
+            await self.connect_check_health(check_health=False, retry_socket_connect=False)
         try:
             async with asyncio.timeout(IO_TIMEOUT_S):
                 await super().send_packed_command(command, check_health)
