@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +27,10 @@ from luthier_trainer.engine_client import EngineClient
 
 log = logging.getLogger(__name__)
 
+GAP_PAUSE_S = 60.0
+"""Between two measurements of a run's `logprob_gap`, each of which is 13 forwards that it waits for:
+who saves for the sampler at every step must not pay them at every step."""
+
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
 
@@ -42,6 +47,8 @@ class RunContext:
     """Known once op 0 has been executed."""
     halvings: dict[int, int] = field(default_factory=dict)
     """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
+    gap_due: float = -math.inf
+    """When `logprob_gap` is measured again, on time.monotonic's clock."""
 
 
 class Executor:
@@ -138,13 +145,7 @@ class Executor:
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
         files = await self.engine.save(run.run_id, optimizer=False)
-        gap = await self.engine.logprob_gap(run.run_id)
-        if gap["logprob_gap:alarm"]:
-            log.error(
-                "run %s, seq %d: sampled logprobs are %.2g on average from the forward's",
-                *(run.run_id, op.seq, gap["logprob_gap:mean"]),
-            )
-        metrics = _metrics(op.kind, gap)
+        metrics = _metrics(op.kind, await self._gap(run, op))
 
         async def finish() -> Outcome:
             if wanted.path is None:
@@ -163,6 +164,19 @@ class Executor:
             return _saved(path, "save_weights_for_sampler", metrics=metrics)
 
         return finish
+
+    async def _gap(self, run: RunContext, op: Op) -> dict[str, float]:
+        """`logprob_gap:*` of the run's weights, or {} within GAP_PAUSE_S of the last one."""
+        if time.monotonic() < run.gap_due:
+            return {}
+        gap = await self.engine.logprob_gap(run.run_id)
+        run.gap_due = time.monotonic() + GAP_PAUSE_S
+        if gap["logprob_gap:alarm"]:
+            log.error(
+                "run %s, seq %d: sampled logprobs are %.2g on average from the forward's",
+                *(run.run_id, op.seq, gap["logprob_gap:mean"]),
+            )
+        return gap
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
