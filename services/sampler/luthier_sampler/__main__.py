@@ -12,6 +12,7 @@ from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import load_base_model
 from luthier_model.packed_linear import pack_linears
 from luthier_sampler.engine import Engine
+from luthier_sampler.engine_thread import EngineThread
 from luthier_sampler.worker import Worker
 
 
@@ -27,7 +28,7 @@ async def _work(parts: WorkerParts) -> None:
         lease=parts.lease,
         oplog=parts.oplog,
         blobs=parts.blobs,
-        engine=await parts.load(lambda: _load(parts.model, settings)),
+        engine=EngineThread(await parts.load(lambda: _load(parts.model, settings))),
     )
     await worker.run(parts.stop)
 
