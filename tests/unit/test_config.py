@@ -61,6 +61,13 @@ def test_a_place_that_is_missing_is_named(name: str):
         ({"models": [{"name": "a", "path": "/a", "dtype": "int8"}]}, ["models.dtype: 'int8'"]),
         ({"models": [{"name": "a", "path": "/a"}] * 2}, ["models", "there twice", "'a'"]),
         ({"sampler": {"sample_logprobs": "x"}}, ["sampler.sample_logprobs", "raw or tempered"]),
+        ({"sampler": {"engine": "tgi"}}, ["sampler.engine", "'tgi'", "torch or vllm"]),
+        (
+            {"sampler": {"engine": "vllm", "sample_logprobs": "tempered"}},
+            ["sampler.sample_logprobs", "must be raw"],
+        ),
+        ({"sampler": {"vllm_max_loras": 0}}, ["sampler.vllm_max_loras", "1 or more"]),
+        ({"sampler": {"vllm_arguments": "'"}}, ["sampler.vllm_arguments", "No closing quotation"]),
         ({"sampler": {"max_step_tokens": 1}}, ["sampler.max_step_tokens", "max_running"]),
         ({"trainer": {"max_runs": 1.5}}, ["trainer.max_runs: expected int", "1.5"]),
         ({"s3_secret_key": "x"}, ["s3_secret_key", "AWS_SECRET_ACCESS_KEY"]),
@@ -110,6 +117,7 @@ def configs(draw: st.DrawFn) -> Config:
     }
     ruled = {"port", "dtype", "sample_logprobs", "max_running", "max_step_tokens"}
     ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
+    ruled |= {"engine", "vllm_max_loras", "vllm_arguments"}
 
     def part(kind: type[Any]) -> Any:
         chosen = {}
