@@ -9,9 +9,11 @@ READY := $(VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test test-vllm up proto compat compat-newest \
 	bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
@@ -57,6 +59,17 @@ $(FUZZ_READY): tests/fuzz/requirements.txt
 
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-vllm: $(READY) $(VLLM_READY)       ## the vllm engine on a real vLLM, compared with the torch engine
+	LUTHIER_TEST_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/vllm
+
+# Of its own: vLLM needs other versions of libraries than we do. 3.5 GB. The packages that go again
+# are built for another torch than the one for CPUs, and vLLM needs them for images and sound only.
+$(VLLM_READY): tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_READY)
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)

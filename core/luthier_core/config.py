@@ -104,6 +104,9 @@ class TrainerConfig:
     """How long ops wait for an earlier one of their run that has not arrived, before they fail."""
 
 
+SAMPLER_ENGINES = ("torch", "vllm")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig:
     """A sampler worker."""
@@ -116,7 +119,7 @@ class SamplerConfig:
     vllm_max_loras: int = 8
     """Adapters that share one step of vLLM. It sets memory for rank 64 aside for each."""
     vllm_lm_head: bool = True
-    """Take adapters on lm_head. vLLM cannot give logprobs of prompts then, and asking is refused."""
+    """Take adapters on lm_head; vLLM has no logprobs of prompts then, so asking is refused."""
     vllm_arguments: str = ""
     """More arguments for vLLM's server, as in a shell: how it is spread over GPUs is its matter."""
     lease_s: float = 15.0
@@ -360,10 +363,12 @@ def _check(config: Config) -> None:
 
 
 def _check_sampler_engine(sampler: SamplerConfig) -> None:
-    if sampler.engine not in ("torch", "vllm"):
+    if sampler.engine not in SAMPLER_ENGINES:
         raise ConfigError(f"sampler.engine: {sampler.engine!r} is not torch or vllm")
     if sampler.engine == "vllm" and sampler.sample_logprobs != "raw":
         raise ConfigError("sampler.sample_logprobs: must be raw with sampler.engine vllm")
+    if sampler.engine == "vllm" and sampler.num_kv_blocks:
+        raise ConfigError("sampler.num_kv_blocks: with sampler.engine vllm set kv_cache_bytes")
     if sampler.vllm_max_loras < 1:
         raise ConfigError("sampler.vllm_max_loras: must be 1 or more")
     try:

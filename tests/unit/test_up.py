@@ -68,6 +68,8 @@ def up(*arguments: str) -> tuple[int, str]:
         (["--s3", "s3+http://host/bucket"], "AWS_ACCESS_KEY_ID"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
         (["--port", "70000"], "--port 70000"),
+        (["--sampler-engine", "tgi"], "must be torch or vllm"),
+        (["--vllm-python", "/usr/bin/python3"], "goes with --sampler-engine vllm"),
     ],
 )
 def test_a_malformed_argument_is_one_line_and_exit_2(

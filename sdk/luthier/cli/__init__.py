@@ -79,6 +79,17 @@ def up(
     ] = "",
     trainers: Annotated[int, typer.Option(min=1, help="Trainers per model.")] = 1,
     samplers: Annotated[int, typer.Option(min=1, help="Samplers per model.")] = 1,
+    sampler_engine: Annotated[
+        str, typer.Option(metavar="torch|vllm", help="What samplers generate with.")
+    ] = "torch",
+    vllm_python: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Interpreter of the environment that has vLLM. [default: Luthier's own]",
+            show_default=False,
+        ),
+    ] = "",
     run: Annotated[
         str,
         typer.Option(
@@ -109,6 +120,8 @@ def up(
                 s3_url=options.check_s3_url(s3) if s3 else "",
                 num_trainers=trainers,
                 num_samplers=samplers,
+                sampler_engine=options.check_sampler_engine(sampler_engine, vllm_python),
+                vllm_python=vllm_python,
                 command=run,
             ),
             os.environ,

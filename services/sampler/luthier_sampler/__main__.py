@@ -1,4 +1,4 @@
-"""Load the base model, take the lease, sample until told to stop."""
+"""Load the base model, or start vLLM with it, take the lease, sample until told to stop."""
 
 import os
 import sys
@@ -12,7 +12,8 @@ from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import load_base_model
 from luthier_model.packed_linear import pack_linears
 from luthier_sampler.engine import Engine
-from luthier_sampler.engine_thread import EngineThread
+from luthier_sampler.engine_thread import EngineThread, SamplerEngine
+from luthier_sampler.vllm_engine import start_vllm_engine
 from luthier_sampler.worker import Worker
 
 
@@ -21,16 +22,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _work(parts: WorkerParts) -> None:
-    settings = parts.config.sampler
     worker = Worker(
         base_model=parts.model.name,
-        config=settings,
+        config=parts.config.sampler,
         lease=parts.lease,
         oplog=parts.oplog,
         blobs=parts.blobs,
-        engine=EngineThread(await parts.load(lambda: _load(parts.model, settings))),
+        engine=await _engine(parts),
     )
     await worker.run(parts.stop)
+
+
+async def _engine(parts: WorkerParts) -> SamplerEngine:
+    wanted, settings = parts.model, parts.config.sampler
+    if settings.engine == "vllm":
+        return await parts.prepare(start_vllm_engine(wanted, settings, os.environ))
+    return EngineThread(await parts.load(lambda: _load(wanted, settings)))
 
 
 def _load(wanted: ModelConfig, settings: SamplerConfig) -> Engine:

@@ -71,6 +71,13 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`, then finish what is running, for DRAIN_S at most."""
+        try:
+            await self._work_until(stop)
+        finally:
+            await self._engine.close()
+        await self._lease.release()
+
+    async def _work_until(self, stop: asyncio.Event) -> None:
         await self._oplog.open_jobs(self._base_model)
         async with asyncio.TaskGroup() as group:
             lost = group.create_task(self._lease.keep(self._config.lease_renew_s))
@@ -91,8 +98,6 @@ class Worker:
             await self._drain()
             for task in (stepping, stopped, lost, listening, telling, following, *self._tasks):
                 task.cancel()
-        await self._engine.close()
-        await self._lease.release()
 
     # --- claiming ---------------------------------------------------------------------------------
 
