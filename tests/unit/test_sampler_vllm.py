@@ -21,7 +21,7 @@ from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, describe_base_model, load_base_model
 from luthier_model.lora import LoraSpec, init_adapter, target_modules
-from luthier_model.peft_io import adapter_files
+from luthier_model.peft_io import adapter_files, adapter_from_files
 from luthier_sampler import vllm_server
 from luthier_sampler.engine import Finished
 from luthier_sampler.sequence import SampleRequest
@@ -71,9 +71,9 @@ class Setup:
             [sys.executable, str(MOCK), str(socket), str(self.log)], environ={}, socket_path=socket
         )
         await self.server.start(self.news)
-        self.use(lm_head=False)
+        self.use()
 
-    def use(self, *, lm_head: bool) -> None:
+    def use(self, *, lm_head: bool = False, base_as_adapter: bool = False) -> None:
         """An engine with or without lm_head, with no adapters yet."""
         self.engine = VllmEngine(
             self.server,
@@ -87,6 +87,7 @@ class Setup:
             self.model.facts,
             max_model_len=MAX_MODEL_LEN,
             lm_head=lm_head,
+            base_as_adapter=base_as_adapter,
             news=self.news,
             close=self.server.close,
         )
@@ -142,6 +143,10 @@ def mocked(one_mock: Setup) -> Setup:
 def asks(request_id: str = "a", first: int = 1, **fields: object) -> SampleRequest:
     spec = SampleRequest(request_id=request_id, prompt=[first, 2, 4], max_tokens=2)
     return replace(spec, **fields)  # type: ignore[arg-type]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def response_of(finished: Finished) -> wire_pb2.SampleResponse:
@@ -256,7 +261,20 @@ async def test_mocked_with_lm_head_prompt_logprobs_are_refused_and_such_adapters
     for field in ({"prompt_logprobs": True}, {"topk_prompt_logprobs": 1}):
         with pytest.raises(Unsupported, match="vllm_lm_head = false"):
             await mocked.engine.add(asks("b", **field), mocked.read_files)
-    mocked.use(lm_head=False)
+    mocked.use()
+
+
+async def test_mocked_the_base_model_on_a_cpu_is_an_adapter_that_changes_nothing(
+    mocked: Setup,
+) -> None:
+    mocked.use(base_as_adapter=True)
+    tokens_of((await mocked.ends(asks()))[0])
+    mocked.use()
+    [body] = await mocked.asked("load")
+    assert [body["lora_name"]] == [asked["model"] for asked in await mocked.asked("complete")]
+    files = files_in(Path(str(body["lora_path"])))
+    adapter = adapter_from_files(files, mocked.model.lora_shapes, "cpu")
+    assert all(not pair.b.any() for pair in adapter.pairs.values())
 
 
 async def test_mocked_an_adapter_of_rank_128_is_refused(mocked: Setup) -> None:

@@ -116,8 +116,10 @@ async def test_greedy_tokens_and_logprobs_are_those_of_the_torch_engine_for_ever
     specs = [replace(spec, topk_sample_logprobs=3) for spec in specs]
     ours = expected(reference, specs)
     for spec, theirs, mine in zip(specs, await answers(engine, specs, adapters), ours, strict=True):
-        assert tokens(theirs) == tokens(mine), spec.adapter
         one, other = theirs.sequences[0], mine.sequences[0]
+        gap = np.abs(floats(one.logprobs) - floats(other.logprobs)).max()
+        print(f"{spec.request_id}: logprobs of greedy tokens differ by {gap:.1e}")
+        assert tokens(theirs) == tokens(mine), spec.adapter
         assert np.abs(floats(one.logprobs) - floats(other.logprobs)).max() < TOLERANCE
         top, other_top = one.topk_sampled_logprobs, other.topk_sampled_logprobs
         assert (top.k, top.length) == (other_top.k, other_top.length) == (3, 24)
@@ -192,6 +194,7 @@ async def test_stops_are_part_of_the_answer_as_in_the_torch_engine(
 
 async def test_what_is_streamed_adds_up_to_the_answer(engine: VllmEngine, adapters: Files) -> None:
     spec = greedy("streamed", streams=True, ignore_eos=True, num_samples=2, temperature=1.0)
+    spec = replace(spec, max_tokens=200)
     await engine.add(spec, lambda key: asyncio.sleep(0, adapters[key]))
     told: dict[int, list[int]] = {0: [], 1: []}
     finished: list[Finished] = []

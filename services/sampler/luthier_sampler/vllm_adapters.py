@@ -10,7 +10,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from luthier_core.errors import Unsupported
-from luthier_model.lora import LoraShape
+from luthier_model.lora import LoraShape, LoraSpec, init_adapter, target_modules
 from luthier_model.peft_io import adapter_files, adapter_from_files
 from luthier_sampler.engine_thread import ReadFiles
 from luthier_sampler.vllm_api import MAX_LORA_RANK
@@ -47,7 +47,10 @@ class VllmAdapters:
 
     @contextlib.asynccontextmanager
     async def use(self, key: str, read_files: ReadFiles) -> AsyncIterator[str]:
-        """The name that the server has for these weights. BadRequest, Unsupported, ServerGone."""
+        """The name that the server has for these weights. BadRequest, Unsupported, ServerGone.
+
+        An empty key is the base model as an adapter that changes nothing.
+        """
         self._num_users[key] += 1
         try:
             # One load for all who wait for the same adapter.
@@ -55,7 +58,7 @@ class VllmAdapters:
                 self._notice_new_server()
                 if key not in self._loaded:
                     incarnation = self._incarnation
-                    await self._load(key, await read_files(key))
+                    await self._load(key, await read_files(key) if key else self._no_change())
                     if incarnation == self._incarnation:
                         self._loaded[key] = None
                 else:
@@ -101,6 +104,11 @@ class VllmAdapters:
                 "sampler.vllm_lm_head = true only"
             )
         return adapter_files(adapter, "")
+
+    def _no_change(self) -> dict[str, bytes]:
+        spec = LoraSpec(rank=1, seed=0, train_unembed=False)  # its B is zero
+        shapes = {name: self._shapes[name] for name in target_modules(self._shapes, spec)}
+        return adapter_files(init_adapter(spec, shapes, "cpu"), "")
 
     async def _evict(self) -> None:
         unused = [key for key in self._loaded if key not in self._num_users]

@@ -48,6 +48,7 @@ class VllmEngine:
         *,
         max_model_len: int,
         lm_head: bool,
+        base_as_adapter: bool,
         news: asyncio.Event,
         close: Callable[[], Awaitable[None]],
     ) -> None:
@@ -56,6 +57,7 @@ class VllmEngine:
         self._facts = facts
         self._limits = Limits(facts.vocab_size, facts.max_context_tokens, max_model_len)
         self._lm_head = lm_head
+        self._base_as_adapter = base_as_adapter
         self._news = news
         self._close = close
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -134,7 +136,7 @@ class VllmEngine:
 
     @contextlib.asynccontextmanager
     async def _name_of(self, adapter: str, read_files: ReadFiles) -> AsyncIterator[str]:
-        if adapter:
+        if adapter or self._base_as_adapter:
             async with self._adapters.use(adapter, read_files) as name:
                 yield name
         else:
@@ -185,9 +187,8 @@ async def start_vllm_engine(
         # A short path: that of a socket may have 107 bytes.
         made = stack.enter_context(tempfile.TemporaryDirectory(prefix="luthier-vllm-"))
         folder, socket_path = Path(made), Path(made) / "server.sock"
-        argv = await start_arguments(
-            model, settings, socket_path, has_gpu=torch.cuda.is_available()
-        )
+        has_gpu = torch.cuda.is_available()
+        argv = await start_arguments(model, settings, socket_path, has_gpu=has_gpu)
         server = VllmServer(
             argv,
             environ=start_environ(environ, folder, num_threads=settings.num_threads),
@@ -209,6 +210,8 @@ async def start_vllm_engine(
             facts,
             max_model_len=described["max_model_len"],
             lm_head=settings.vllm_lm_head,
+            # In vLLM 0.32 on a CPU what has no adapter is computed with the one in the last slot.
+            base_as_adapter=not has_gpu,
             news=news,
             close=stack.pop_all().aclose,
         )

@@ -209,7 +209,9 @@ async def start_arguments(
     python = settings.vllm_python or sys.executable
     await _check_interpreter(python)
     dtype = {"auto": "bfloat16" if has_gpu else "float32"}.get(model.dtype, model.dtype)
-    num_loras = min(settings.vllm_max_loras, settings.max_adapters)
+    # On a CPU the base model is an adapter too (VllmEngine).
+    max_adapters = settings.max_adapters + (not has_gpu)
+    max_loras = min(settings.vllm_max_loras, settings.max_adapters) + (not has_gpu)
     return [
         *(python, str(Path(__file__).with_name("vllm_launch.py")), str(socket_path.parent)),
         *("--uds", str(socket_path)),
@@ -217,7 +219,7 @@ async def start_arguments(
         # Its sampling defaults would stand for what a request leaves out.
         *("--generation-config", "vllm"),
         *("--enable-lora", "--max-lora-rank", str(MAX_LORA_RANK)),
-        *("--max-loras", str(num_loras), "--max-cpu-loras", str(settings.max_adapters)),
+        *("--max-loras", str(max_loras), "--max-cpu-loras", str(max_adapters)),
         # With lm_head among them, vLLM 0.32 dies of a request for prompt logprobs.
         *(() if settings.vllm_lm_head else ("--lora-target-modules", *TARGETS)),
         *("--max-num-seqs", str(settings.max_running)),
