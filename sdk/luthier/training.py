@@ -75,7 +75,11 @@ class TrainingClient(Opening):
         loss_fn: types.LossFnType,
         loss_fn_config: Mapping[str, float | str] | None = None,
     ) -> APIFuture[types.ForwardBackwardOutput]:
-        """Loss and log probabilities (nats) of the data; gradients stay as they are."""
+        """Loss and log probabilities (nats) of the data; gradients stay as they are.
+
+        `loss_fn_outputs[i]["logprobs"]` of the result is float32 in the shape of the target_tokens
+        of `data[i]`: [T], or [T, K]. RequestFailedError names what is wrong with the data.
+        """
         return self._pass(data, loss_fn, loss_fn_config, forward_only=True)
 
     forward_async = handle_of(forward)
@@ -89,7 +93,7 @@ class TrainingClient(Opening):
         """Like forward, and adds the gradient of the loss to the run's.
 
         The loss is a sum over tokens and data, so parts may be sent one by one. `data` is read
-        before this returns. RequestFailedError names what is wrong with it.
+        before this returns. Outputs are those of forward; RequestFailedError names what is wrong.
         """
         return self._pass(data, loss_fn, loss_fn_config, forward_only=False)
 
