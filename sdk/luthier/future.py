@@ -25,8 +25,8 @@ class APIFuture(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """Waits for the result, at most `timeout` seconds; TimeoutError does not end the request.
 
-        Ctrl-C while waiting cancels it. RuntimeError on the thread of the client itself, which would
-        wait for ever.
+        Ctrl-C while waiting cancels it. RuntimeError on the thread of the client itself, which
+        would wait for ever.
         """
         if not self._future.done() and _on_loop(self._loop):
             raise RuntimeError("this would wait for itself: use await")
