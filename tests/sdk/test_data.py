@@ -279,6 +279,29 @@ def test_errors_travel_between_processes() -> None:
     assert copy.copy(luthier.NotFoundError("404: gone", 404)).status_code == 404
 
 
+async def test_nobody_polls_for_a_sample_that_is_there_and_its_result_is_acknowledged() -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def retrieve_futures(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        completions = [{"state": "finished", "request_id": "one"}] if len(asked) == 1 else []
+        return web.json_response({"completions": completions, "cursor": 1})
+
+    app = web.Application()
+    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
+    async with TestServer(app) as server:
+        session = Session(read_settings(str(server.make_url("")), "tml-any"))
+        poller = CompletionPoller(session, "s:sample:0", 0)
+        with poller.expecting():
+            await poller.wait("one")
+            poller.retrieved("one")
+        assert poller._poll is not None
+        await poller._poll
+        await session.close("success")
+    assert [one.get("timeout") for one in asked] == [None, 0.0]
+    assert asked[1]["retrieved_request_ids"] == ["one"]
+
+
 async def test_a_completion_that_is_reported_before_its_id_is_known_is_kept() -> None:
     reports = [[{"state": "finished", "request_id": "early"}], []]
 
