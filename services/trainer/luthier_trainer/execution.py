@@ -1,6 +1,7 @@
 """Carries out one op: payload in, engine call, outcome bytes out."""
 
 import json
+import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from luthier_core.types import (
     SaveWeightsForSampler,
 )
 from luthier_trainer.engine_client import EngineClient
+
+log = logging.getLogger(__name__)
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
@@ -135,10 +138,18 @@ class Executor:
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
         files = await self.engine.save(run.run_id, optimizer=False)
+        gap = await self.engine.logprob_gap(run.run_id)
+        if gap["logprob_gap:alarm"]:
+            log.error(
+                "run %s, seq %d: sampled logprobs are %.2g on average from the forward's",
+                *(run.run_id, op.seq, gap["logprob_gap:mean"]),
+            )
+        metrics = _metrics(op.kind, gap)
 
         async def finish() -> Outcome:
             if wanted.path is None:
-                return await self._save_ephemeral(run, op, wanted, files)
+                result = await self._save_ephemeral(run, op, wanted, files)
+                return _completed(result, metrics=metrics)
             await self._save(
                 run,
                 op,
@@ -149,7 +160,7 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
-            return _saved(path, "save_weights_for_sampler")
+            return _saved(path, "save_weights_for_sampler", metrics=metrics)
 
         return finish
 
@@ -173,8 +184,11 @@ class Executor:
 
     async def _save_ephemeral(
         self, run: RunContext, op: Op, wanted: SaveWeightsForSampler, files: dict[str, bytes]
-    ) -> Outcome:
-        """Weights of one sampling session: no path, no listing, one immutable record."""
+    ) -> dict[str, str]:
+        """Weights of one sampling session: no path, no listing, one immutable record.
+
+        In-flight ones move the other in-flight sessions of the run forward too.
+        """
         assert run.record is not None
         session_id = run.record.session_id
         sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
@@ -186,10 +200,16 @@ class Executor:
             base_model=run.record.base_model,
             model_path=None,
             weights=checkpoint.manifest_key,
+            inflight_run=run.run_id if wanted.kind == "inflight" else "",
             created_at=datetime.now(UTC),
         )
         await outlasting_outage(lambda: save_sampler(self._blobs, self._oplog.redis, record))
-        return _completed({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+        if record.inflight_run:
+            # Whether this moved them or came too late, the commit that follows says.
+            await self._oplog.publish(run.run_id, run.epoch, op.seq, record.weights)
+            channel = keys.sampling_published(record.base_model)
+            await self._oplog.redis.spublish(channel, run.run_id)
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
     async def _save(
         self,
@@ -235,12 +255,13 @@ class Executor:
         return Body.stored(key, output)
 
 
-def _saved(path: TinkerPath, kind: str) -> Outcome:
-    return _completed({"path": str(path), "tinker_path": str(path), "type": kind})
+def _saved(path: TinkerPath, kind: str, *, metrics: str = "") -> Outcome:
+    result = {"path": str(path), "tinker_path": str(path), "type": kind}
+    return _completed(result, metrics=metrics)
 
 
-def _completed(result: dict[str, Any]) -> Outcome:
-    return Outcome.completed(Body.of(json.dumps(result).encode()))
+def _completed(result: dict[str, Any], *, metrics: str = "") -> Outcome:
+    return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
 
 
 def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
@@ -251,6 +272,6 @@ def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
 
 def _json_outcome(result: dict[str, Any], *, metrics: str = "") -> Finish:
     async def finish() -> Outcome:
-        return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
+        return _completed(result, metrics=metrics)
 
     return finish
