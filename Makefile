@@ -11,8 +11,8 @@ FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
 TEST_PROCESSES ?= 2
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
-	bench bench-log build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto reference compat \
+	compat-newest bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -64,6 +64,9 @@ up: $(READY)                            ## the whole stack on this machine, tiny
 proto: $(READY)                         ## generate the code of our .proto anew
 	$(BIN)/python -m grpc_tools.protoc -I core --python_out=core --pyi_out=core \
 		core/luthier_core/proto/wire.proto
+
+reference: $(READY)                     ## docs/sdk-reference.md from the docstrings of the client
+	$(BIN)/python docs/sdk_reference.py
 
 compat: $(READY)                        ## every SDK release against a stack; writes docs/compatibility.md
 	$(BIN)/python -m tests.compat.matrix

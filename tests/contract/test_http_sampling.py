@@ -247,8 +247,13 @@ async def test_samplers_are_described_without_their_weights(api: Api):
     session = await api.session()
     base = await api.sampler(session)
     described = (await api.get(f"samplers/{base.session_id}")).json()
-    assert described == {"sampler_id": base.session_id, "base_model": BASE_MODEL}
     run = await api.run(session)
+    info = (await api.post("get_info", {"model_id": run.run_id})).json()
+    assert described == {
+        "sampler_id": base.session_id,
+        "base_model": BASE_MODEL,
+        "tokenizer_id": info["model_data"]["tokenizer_id"],
+    }
     path = (await api.result(await run.send("save_weights_for_sampler", path="x")))["path"]
     named = await api.sampler(session, sampling_session_seq_id=1, model_path=path)
     described = (await api.get(f"samplers/{named.session_id}")).json()
