@@ -28,8 +28,8 @@ from luthier_trainer.engine_client import EngineClient
 log = logging.getLogger(__name__)
 
 GAP_PAUSE_S = 60.0
-"""Between two measurements of a run's `logprob_gap`: it waits for 13 forwards each time, and who saves
-for the sampler at every step must not pay them at every step."""
+"""Between two measurements of a run's `logprob_gap`: it waits for 13 forwards each time, and who
+saves for the sampler at every step must not pay them at every step."""
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
