@@ -10,13 +10,18 @@ FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test test-s3 up proto compat compat-newest \
 	bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
 
-setup: $(READY)                         ## the environment with everything, made once
+set# A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
+test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
+	$(BIN)/python -m pytest --stores disk,moto,rgw --races 1000 \
+		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
+
+up: $(READY)                         ## the environment with everything, made once
 
 # torch by name first: a looser range pulls several GB of CUDA packages. Groups need pip 25.1.
 $(READY): pyproject.toml constraints.txt

@@ -1,12 +1,25 @@
-"""Real parts for every suite: a Valkey from the wheel, and the operation log on it."""
+"""Real parts for every suite: a Valkey from the wheel, the operation log on it, object stores."""
 
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis.asyncio as redis
+from tests.stores.kinds import KINDS, Store, running_store
 
 from luthier_core.oplog import Oplog, connect
 from luthier_core.testing import running_valkey
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stores", default="", help=f"object stores to test on: {', '.join(KINDS)}")
+    parser.addoption("--races", type=int, default=10, help="races of conditional writes per store")
+
+
+@pytest.fixture(scope="session")
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    """The object store that a suite is run on; each folder's conftest says which by default."""
+    with running_store(request.param) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
