@@ -140,6 +140,9 @@ def model_facts(base_model: str) -> str:
     return f"model:{base_model}"
 
 
+CHANGING = "changing"
+"""Hash: changes of checkpoints that are under way, or that died; see the registry's lists.py."""
+
 GENERATION = "sys:gen"
 """Which Redis this is; see generation.py."""
 GENERATION_OBJECT = "sys/gen"

@@ -52,13 +52,12 @@ class Listing:
         await self._add("samplers", record.sampling_session_id, {}, record.created_at, lists)
 
     async def add_checkpoint(self, record: CheckpointRecord) -> None:
-        row_id = f"{record.run_id}/{record.kind}/{record.name}"
         await self._add(
             "checkpoints",
-            row_id,
+            record.row_id,
             record.row(),
             record.created_at,
-            _checkpoint_lists(row_id),
+            _checkpoint_lists(record.row_id),
             expires_at=record.expires_at,
         )
 

@@ -1,5 +1,6 @@
 """A registry for each test that asks for one."""
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from luthier_core.config import Config, HousekeepingConfig, ModelConfig
 from luthier_core.registry_client import RegistryClient
 from luthier_core.testing import running_valkey
 
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     parametrize_stores(metafunc, ["disk"])
@@ -27,14 +30,19 @@ def valkey_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, valkey_url: str, store: Store) -> Iterator[Config]:
+def config(
+    tmp_path: Path, valkey_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Config]:
+    # For the services that a test starts as processes.
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     secret = tmp_path / "secret"
     secret.write_text("ab" * 32)
-    # Not below tmp_path: a socket's path has at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="lu-rg-") as folder:
+    # Not below tmp_path: a socket's path has at most 107 bytes, and a disk's fsync takes time.
+    with tempfile.TemporaryDirectory(prefix="lu-rg-", dir=MEMORY) as folder:
         yield Config(
             redis_url=valkey_url,
-            store_url=store.new_url(tmp_path),
+            store_url=store.new_url(Path(folder)),
             s3_access_key=ACCESS_KEY,
             s3_secret_key=SECRET_KEY,
             registry_url=f"unix://{folder}/s",

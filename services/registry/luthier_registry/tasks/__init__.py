@@ -13,7 +13,7 @@ from celery import Celery
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config
 from luthier_core.oplog import connect
-from luthier_registry.housekeeping import build_jobs
+from luthier_registry.housekeeping import GENERATION_S, SETTLE_S, build_jobs
 
 TASK = "luthier.job"
 MAX_JOB_S = 3600
@@ -63,7 +63,8 @@ async def run_job(config: Config, name: str) -> dict[str, Any]:
 def _schedule(config: Config) -> dict[str, float]:
     settings = config.housekeeping
     return {
-        "generation": 1.0,
+        "generation": GENERATION_S,
+        "lists": SETTLE_S,
         "usage": settings.usage_s,
         "storage": settings.storage_s,
         "expiry": settings.expiry_s,
