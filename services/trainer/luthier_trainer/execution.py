@@ -29,6 +29,9 @@ from luthier_trainer.optim import AdamParams
 
 T = TypeVar("T")
 
+RECOVERY_SEQS = 2**40
+"""From here on no op has a seq: manifests of recovery checkpoints cannot be taken for an op's."""
+
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
 
@@ -82,6 +85,18 @@ class Executor:
         LuthierError if the op fails and the state is as it was before.
         """
         return await self._handlers[op.kind](run, op, cycle)
+
+    async def save_recovery(self, run: RunContext, committed: int) -> TinkerPath | None:
+        """The state of a run that ends, after op `committed`, as a checkpoint that its owner lists.
+
+        None before op 0 was executed. May be repeated.
+        """
+        if run.record is None:
+            return None
+        files = await self.on_engine(self.engine.save, run.run_id, optimizer=True)
+        path = TinkerPath(run.run_id, "weights", f"recovery-{committed}")
+        await self._save(run, RECOVERY_SEQS + committed, "weights", path.name, files)
+        return path
 
     async def on_engine(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """The result of a call on the engine's thread."""
@@ -146,7 +161,7 @@ class Executor:
         async def finish() -> Outcome:
             await self._save(
                 run,
-                op,
+                op.seq,
                 "weights",
                 wanted.path,
                 files,
@@ -168,7 +183,7 @@ class Executor:
                 return await self._save_ephemeral(run, op, wanted, files)
             await self._save(
                 run,
-                op,
+                op.seq,
                 "sampler_weights",
                 wanted.path,
                 files,
@@ -186,7 +201,7 @@ class Executor:
 
         async def finish() -> Outcome:
             saved = await self._save(
-                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+                run, op.seq, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )
             return _completed(
                 {
@@ -205,7 +220,7 @@ class Executor:
         assert run.record is not None
         session_id = run.record.session_id
         sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
-        checkpoint = await self._save(run, op, "ephemeral", f"seq-{op.seq}", files)
+        checkpoint = await self._save(run, op.seq, "ephemeral", f"seq-{op.seq}", files)
         record = SamplerRecord(
             sampling_session_id=sampler_id,
             tenant=run.tenant,
@@ -221,7 +236,7 @@ class Executor:
     async def _save(
         self,
         run: RunContext,
-        op: Op,
+        seq: int,
         kind: CheckpointKind,
         name: str,
         files: dict[str, bytes],
@@ -236,7 +251,7 @@ class Executor:
                 run=record,
                 kind=kind,
                 name=name,
-                seq=op.seq,
+                seq=seq,
                 epoch=run.epoch,
                 files=files,
                 now=datetime.now(UTC),
