@@ -293,6 +293,11 @@ def model_facts_object(base_model: str) -> str:
     return f"sys/models/{base_model}.json"
 
 
+def store_probe(name: str) -> str:
+    """Written and deleted at the start of a service; see store_probe.py."""
+    return f"sys/probe/{name}"
+
+
 def sweep_candidates(tenant: str) -> str:
     """Objects that nothing needs, and since when that is known."""
     return f"sys/sweep/{tenant}.json"

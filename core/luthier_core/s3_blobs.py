@@ -185,6 +185,11 @@ class S3Blobs:
     async def delete(self, key: str) -> None:
         await self._send("DELETE", check_key(key), {200, 204, 404})
 
+    async def refuses_damaged(self, key: str) -> bool:
+        headers = {"Content-MD5": _content_md5(b"other bytes")}
+        reply = await self._send("PUT", check_key(key), {200, 400}, data=b"bytes", headers=headers)
+        return reply.status == 400
+
     def signed_url(self, key: str, expires_s: int) -> str:
         url: str = self._minio.get_presigned_url(
             "GET",

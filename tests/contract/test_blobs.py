@@ -4,17 +4,21 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from aiohttp import ClientSession, web
+from tests.stores.kinds import Store
 
 from luthier_core.blobs import PIECE_BYTES, BlobInfo, BlobMissing, Blobs, open_blobs
-from luthier_core.config import Config
+from luthier_core.config import Config, ModelConfig
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.errors import ConfigError, LuthierError, Unavailable
 from luthier_core.s3_blobs import S3Blobs
+from luthier_core.store_probe import broken_promises, check_store
 
 KEY = "t/ann/runs/0f3a:train:0/run.json"
 
@@ -226,6 +230,58 @@ async def test_a_signed_url_names_the_object_and_its_end(blobs: Blobs) -> None:
         async with ClientSession() as http, http.get(url) as response:
             assert await response.read() == b"content"
             assert response.headers["Content-Disposition"] == "attachment"
+
+
+class Forgetful:
+    """A store that ignores conditions and checksums, or some of them."""
+
+    def __init__(self, real: Blobs, *ignored: str) -> None:
+        self._real, self._ignored = real, ignored
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    async def put_if_absent(self, key: str, data: bytes) -> bool:
+        if "absent" in self._ignored:
+            await self._real.put(key, data)
+            return True
+        return await self._real.put_if_absent(key, data)
+
+    async def put_if_match(self, key: str, data: bytes, etag: str) -> str | None:
+        if "match" in self._ignored:
+            return await self._real.put(key, data)
+        return await self._real.put_if_match(key, data, etag)
+
+    async def refuses_damaged(self, key: str) -> bool:
+        return "checksum" not in self._ignored and await self._real.refuses_damaged(key)
+
+
+async def test_the_probe_finds_what_a_store_does_not_keep_and_leaves_it_as_it_was(
+    blobs: Blobs, store: Store
+) -> None:
+    known = {"moto": ["a damaged upload is stored"]}
+    assert await broken_promises(blobs) == known.get(store.kind, [])
+    assert [info.key async for info in blobs.list("")] == []
+
+
+@pytest.mark.parametrize(
+    ("ignored", "says"),
+    [
+        (("absent",), "create-if-absent replaces"),
+        (("match",), "a write under an old ETag"),
+        (("checksum",), "a damaged upload is stored"),
+    ],
+)
+async def test_a_store_that_cannot_fence_is_refused_to_several_trainers(
+    tmp_path: Path, ignored: tuple[str, ...], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store: Any = Forgetful(DiskBlobs(tmp_path, "", b""), *ignored)
+    alone = replace(config(tmp_path, "x"), models=(ModelConfig(name="m", path="/m"),))
+    await check_store(store, alone)
+    assert says in caplog.text
+    shared = replace(alone, models=(ModelConfig(name="m", path="/m", num_trainers=2),))
+    with pytest.raises(ConfigError, match=says):
+        await check_store(store, shared)
 
 
 # --- disk -----------------------------------------------------------------------------------------
