@@ -10,8 +10,8 @@ FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test test-s3 up proto compat compat-newest \
-	bench bench-log build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test test-s3 malicious up proto compat compat-newest \
+	bench bench-log bench-listing build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -20,6 +20,9 @@ set# A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph
 test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
 	$(BIN)/python -m pytest --stores disk,moto,rgw --races 1000 \
 		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
+
+malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
+	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
 
 up: $(READY)                         ## the environment with everything, made once
 
@@ -80,6 +83,9 @@ bench: $(READY)                         ## milliseconds per step through the who
 
 bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
 	$(BIN)/python benchmarks/bench_log.py
+
+bench-listing: $(READY)                 ## pages of 100,000 checkpoints and 10,000 runs
+	$(BIN)/python benchmarks/bench_listing.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

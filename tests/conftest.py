@@ -13,6 +13,7 @@ from luthier_core.testing import running_valkey
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stores", default="", help=f"object stores to test on: {', '.join(KINDS)}")
     parser.addoption("--races", type=int, default=10, help="races of conditional writes per store")
+    parser.addoption("--bombs", type=int, default=28, help="bodies that become too much when read")
 
 
 @pytest.fixture(scope="session")

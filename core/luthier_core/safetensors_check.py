@@ -45,14 +45,18 @@ def read_header(data: bytes, file: str) -> dict[str, TensorInfo]:
     begin = _LENGTH_BYTES + num_header
     entries = _entries(data[_LENGTH_BYTES:begin], file)
     tensors = {name: _tensor(name, entry, begin, file) for name, entry in entries.items()}
+    _check_layout(tensors, begin, len(data), file)
+    return tensors
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], begin: int, num_bytes: int, file: str) -> None:
     at = begin
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
         if tensor.start != at:
             raise InvalidField(f"{file}: tensor {name!r} begins at {tensor.start}, not at {at}")
         at = tensor.end
-    if at != len(data):
-        raise InvalidField(f"{file}: its tensors end at {at} of {len(data)} bytes")
-    return tensors
+    if at != num_bytes:
+        raise InvalidField(f"{file}: its tensors end at {at} of {num_bytes} bytes")
 
 
 def check_finite(data: bytes, tensors: Mapping[str, TensorInfo], file: str) -> None:
@@ -107,13 +111,17 @@ def _tensor(name: str, entry: Any, begin: int, file: str) -> TensorInfo:
         raise InvalidField(f"{file}: tensor {name[:200]!r} has shape {str(shape)[:100]}")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise InvalidField(f"{file}: tensor {name[:200]!r} has offsets {str(offsets)[:100]}")
+    _check_size(name, dtype, shape, offsets, file)
+    return TensorInfo(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+
+def _check_size(name: str, dtype: str, shape: list[int], offsets: list[int], file: str) -> None:
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]  # exact: these integers do not overflow
     if num_bytes == 0 or offsets[1] - offsets[0] != num_bytes:
         raise InvalidField(
             f"{file}: tensor {name[:200]!r} of {dtype}{shape} needs {num_bytes} bytes, at least 1; "
             f"its offsets are {offsets}"
         )
-    return TensorInfo(dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
 
 
 def _are_counts(values: Any) -> bool:

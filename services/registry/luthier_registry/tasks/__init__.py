@@ -16,6 +16,8 @@ from luthier_core.oplog import connect
 from luthier_registry.housekeeping import GENERATION_S, SETTLE_S, build_jobs
 
 TASK = "luthier.job"
+ACCEPT = ["json"]
+"""Nothing that can carry code (reliability S6)."""
 MAX_JOB_S = 3600
 """A job that takes longer is killed and done again."""
 
@@ -24,7 +26,7 @@ def make_app(config: Config) -> Celery:
     """The application: one task, and a beat that sends it for each job in its time."""
     app = Celery("luthier", broker=config.side_redis_url().replace("unix://", "redis+socket://"))
     app.conf.update(
-        accept_content=["json"],
+        accept_content=ACCEPT,
         task_serializer="json",
         result_serializer="json",
         task_ignore_result=True,
