@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
+TEST_PROCESSES ?= 2
 
 .PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test test-s3 malicious up proto compat compat-newest \
 	bench bench-log bench-listing build
@@ -63,7 +64,7 @@ $(FUZZ_READY): tests/fuzz/requirements.txt
 	touch $(FUZZ_READY)
 
 test: $(READY)                          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)
