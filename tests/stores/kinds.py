@@ -1,6 +1,7 @@
 """The object stores that one suite runs on: `--stores disk,moto,rgw`."""
 
 import contextlib
+import io
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,9 @@ def running_moto() -> Iterator[str]:
     dispatch, alone = DomainDispatcherApplication(create_backend_app), Lock()
 
     def application(environ: Any, start_response: Any) -> Any:
+        # Whole before the lock: a body that is streamed from this very server would wait for itself.
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
         with alone:
             return dispatch(environ, start_response)
 
