@@ -97,6 +97,11 @@ def sampling_cancelled(base_model: str, shard: str = "{s0}") -> str:
     return f"{shard}:cancel:{base_model}"
 
 
+def sampling_published(base_model: str) -> str:
+    """Sharded pub/sub channel that carries runs whose in-flight weights have moved: hints."""
+    return f"{{s0}}:published:{base_model}"
+
+
 def sampling_partials(request_id: str) -> str:
     """Sharded pub/sub channel that carries the tokens of one running sample so far: hints."""
     session = request_id.rpartition(":")[0]

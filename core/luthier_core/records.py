@@ -175,6 +175,8 @@ class SamplerRecord(Record):
     """tinker:// path; None for a base model and for ephemeral weights."""
     weights: str = ""
     """Object key of the checkpoint's manifest; empty for the base model."""
+    inflight_run: str = ""
+    """Run whose newest in-flight weights it follows, instead of those it was made with."""
     created_at: AwareDatetime
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.contract.gateway_client import (
     BASE_MODEL,
     Api,
+    Sampler,
     datum,
     floats_of,
     int64,
@@ -215,6 +216,31 @@ async def test_a_sampling_session_has_the_weights_of_the_moment_it_was_saved(api
     from_path = await api.sampler(session, sampling_session_seq_id=2, model_path=path)
     assert all_tokens(await from_path.sample(PROMPT, sampling_params=GREEDY)) == ephemeral
     assert ephemeral != before
+
+
+async def test_in_flight_sampling_sessions_have_the_weights_that_were_saved_last(api: Api):
+    run = await api.run()
+
+    async def save(number: int, kind: str) -> Sampler:
+        wanted = {"sampling_session_seq_id": number, "kind": kind}
+        saved = await api.result(await run.send("save_weights_for_sampler", **wanted))
+        return Sampler(api, saved["sampling_session_id"])
+
+    async def logprobs(sampler: Sampler) -> list[float]:
+        found = await sampler.sample(PROMPT, sampling_params=GREEDY, prompt_logprobs=True)
+        return floats_of(found.prompt_logprobs)[1:]
+
+    first, snapshot = await save(0, "inflight"), await save(1, "snapshot")
+    before = await logprobs(first)
+    assert before == await logprobs(snapshot)
+    await run.forward_backward(datum(PROMPT))
+    await run.step(learning_rate=0.5)
+    second = await save(2, "inflight")
+    assert second.session_id != first.session_id
+    after = await logprobs(second)
+    assert after == await logprobs(first)
+    assert after != before
+    assert before == await logprobs(snapshot)
 
 
 async def test_samplers_are_described_without_their_weights(api: Api):

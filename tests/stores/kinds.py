@@ -83,7 +83,7 @@ def running_moto() -> Iterator[str]:
     dispatch, alone = DomainDispatcherApplication(create_backend_app), Lock()
 
     def application(environ: Any, start_response: Any) -> Any:
-        # Whole before the lock: a body that is streamed from this very server would wait for itself.
+        # Whole before the lock: one that is streamed from this very server would wait for itself.
         length = int(environ.get("CONTENT_LENGTH") or 0)
         environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
         with alone:
