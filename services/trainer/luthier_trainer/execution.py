@@ -28,8 +28,8 @@ from luthier_trainer.engine_client import EngineClient
 log = logging.getLogger(__name__)
 
 GAP_PAUSE_S = 60.0
-"""Between two measurements of a run's `logprob_gap`, each of which is 13 forwards that it waits for:
-who saves for the sampler at every step must not pay them at every step."""
+"""Between two measurements of a run's `logprob_gap`, each of which is 13 forwards that it waits
+for: who saves for the sampler at every step must not pay them at every step."""
 
 RECOVERY_SEQS = 2**40
 """From here on no op has a seq: manifests of recovery checkpoints cannot be taken for an op's."""
