@@ -31,6 +31,9 @@ GAP_PAUSE_S = 60.0
 """Between two measurements of a run's `logprob_gap`: it waits for 13 forwards each time, and who
 saves for the sampler at every step must not pay them at every step."""
 
+RECOVERY_SEQS = 2**40
+"""From here on no op has a seq: manifests of recovery checkpoints cannot be taken for an op's."""
+
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
 
@@ -75,6 +78,18 @@ class Executor:
         LuthierError if the op fails and the state is as it was before.
         """
         return await self._handlers[op.kind](run, op, cycle)
+
+    async def save_recovery(self, run: RunContext, committed: int) -> TinkerPath | None:
+        """The state of a run that ends, after op `committed`, as a checkpoint that its owner lists.
+
+        None before op 0 was executed. May be repeated.
+        """
+        if run.record is None:
+            return None
+        files = await self.engine.save(run.run_id, optimizer=True)
+        path = TinkerPath(run.run_id, "weights", f"recovery-{committed}")
+        await self._save(run, RECOVERY_SEQS + committed, "weights", path.name, files)
+        return path
 
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
@@ -129,7 +144,7 @@ class Executor:
         async def finish() -> Outcome:
             await self._save(
                 run,
-                op,
+                op.seq,
                 "weights",
                 wanted.path,
                 files,
@@ -153,7 +168,7 @@ class Executor:
                 return _completed(result, metrics=metrics)
             await self._save(
                 run,
-                op,
+                op.seq,
                 "sampler_weights",
                 wanted.path,
                 files,
@@ -184,7 +199,7 @@ class Executor:
 
         async def finish() -> Outcome:
             saved = await self._save(
-                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+                run, op.seq, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )
             return _completed(
                 {
@@ -206,7 +221,7 @@ class Executor:
         assert run.record is not None
         session_id = run.record.session_id
         sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
-        checkpoint = await self._save(run, op, "ephemeral", f"seq-{op.seq}", files)
+        checkpoint = await self._save(run, op.seq, "ephemeral", f"seq-{op.seq}", files)
         record = SamplerRecord(
             sampling_session_id=sampler_id,
             tenant=run.tenant,
@@ -228,7 +243,7 @@ class Executor:
     async def _save(
         self,
         run: RunContext,
-        op: Op,
+        seq: int,
         kind: CheckpointKind,
         name: str,
         files: dict[str, bytes],
@@ -243,7 +258,7 @@ class Executor:
                 run=record,
                 kind=kind,
                 name=name,
-                seq=op.seq,
+                seq=seq,
                 epoch=run.epoch,
                 files=files,
                 now=datetime.now(UTC),
