@@ -72,14 +72,14 @@ async def asample(request: web.Request) -> web.Response:
     if problem is not None:
         job = Outcome.failure(problem.message, problem.category).fields()
     else:
-        payload = await _payload(backends, sampler, seq, body, digest)
+        stored = await payload(backends, sampler, seq, body, digest)
         job = {
             "session": session,
             "tenant": tenant,
             "weights": sampler.weights,
-            **payload.fields(),
+            **stored.fields(),
         }
-    await _enqueue(backends, sampler, str(seq), digest, job)
+    await enqueue(backends, sampler, str(seq), digest, job)
     request_id = f"{session}:{seq}"
     return json_response(
         {
@@ -89,9 +89,10 @@ async def asample(request: web.Request) -> web.Response:
     )
 
 
-async def _enqueue(
+async def enqueue(
     backends: Backends, sampler: SamplerRecord, seq: str, digest: str, job: dict[str, str | bytes]
 ) -> None:
+    """Queue a job, or what a refused request came to; TooManyRequests if the queue is full."""
     status = await backends.oplog.enqueue(
         tenant=sampler.tenant,
         base_model=sampler.base_model,
@@ -110,9 +111,10 @@ async def _enqueue(
         raise TooManyRequests(f"the sampling queue of {sampler.base_model} is full")
 
 
-async def _payload(
+async def payload(
     backends: Backends, sampler: SamplerRecord, seq: int, body: bytes, digest: str
 ) -> Body:
+    """The request of a job, stored if it is large."""
     if len(body) <= INLINE_LIMIT:
         return Body.of(body)
     key = keys.sample_payload(sampler.tenant, sampler.sampling_session_id, seq, digest)

@@ -30,6 +30,11 @@ class Answer:
         assert isinstance(value, dict)
         return value
 
+    def json_or_none(self) -> dict[str, Any] | None:
+        """The body, if it is JSON."""
+        is_json = self.headers["Content-Type"].startswith("application/json")
+        return self.json() if is_json else None
+
     @property
     def detail(self) -> str:
         """The sentence of an error."""
@@ -249,7 +254,9 @@ def _check_error(answer: Answer) -> None:
     """Holds for every answer of every test: no 409, and each error is an object with a sentence."""
     assert answer.status != 409, "the SDK repeats a request that is answered with 409 for minutes"
     if answer.status >= 400 and answer.status != 408:
-        detail = answer.json()["detail"]
+        value = answer.json()
+        # The OpenAI API has a form of its own.
+        detail = value["error"]["message"] if "error" in value else value["detail"]
         assert isinstance(detail, str)
         assert detail.strip(), answer
 

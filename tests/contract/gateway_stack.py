@@ -34,6 +34,11 @@ LETTERS = [chr(code) for code in range(33, 127)]
 EOS = len(LETTERS)
 VOCAB_SIZE = EOS + 1
 MAX_CONTEXT_TOKENS = 64
+CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}!{{ tool.function.name }}{% endfor %}"
+    "{% for message in messages %}{{ message.role[0] + message.content }}/{% endfor %}a"
+)
+"""Short: a conversation is to fit the context."""
 
 LIMITS = LimitsConfig(
     max_rank=16, max_datums=8, max_num_samples=32, max_seq_ahead=64, max_pending_ops=48
@@ -82,7 +87,9 @@ def save_tiny_model(folder: Path) -> None:
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder)
 
 
 @contextlib.contextmanager
