@@ -9,9 +9,13 @@ READY := $(VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
+MALFORMED ?= 6000
+COOKBOOK ?= 0.6.1
+COOKBOOK_VENV ?= .venv-cookbook
+COOKBOOK_READY := $(COOKBOOK_VENV)/.ready-$(COOKBOOK)
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
-	bench bench-log build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz malformed test up proto compat \
+	compat-newest cookbook bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -54,6 +58,9 @@ $(FUZZ_READY): tests/fuzz/requirements.txt
 	$(FUZZ_VENV)/bin/python -m pip install --quiet -r tests/fuzz/requirements.txt
 	touch $(FUZZ_READY)
 
+malformed: $(READY)                     ## MALFORMED malformed requests, a good client beside them
+	$(BIN)/python -m tests.fuzz.malformed_run --cases $(MALFORMED)
+
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
@@ -69,6 +76,17 @@ compat: $(READY)                        ## every SDK release against a stack; wr
 
 compat-newest: $(READY)                 ## what the newest SDK release on PyPI changes on the wire
 	$(BIN)/python -m tests.compat.newest
+
+cookbook: $(READY) $(COOKBOOK_READY)    ## the training loops of tinker_cookbook, as they are, on a stack
+	$(BIN)/python -m tests.cookbook.run --python $(COOKBOOK_VENV)/bin/python
+
+# Of its own: the cookbook must meet the official SDK, and nothing of ours.
+$(COOKBOOK_READY): tests/cookbook/requirements.txt
+	$(PYTHON) -m venv $(COOKBOOK_VENV)
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet -r tests/cookbook/requirements.txt
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --no-deps tinker_cookbook==$(COOKBOOK)
+	touch $(COOKBOOK_READY)
 
 bench: $(READY)                         ## milliseconds per step through the whole stack
 	$(BIN)/python benchmarks/bench_gateway.py
