@@ -155,7 +155,6 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", f"{_ORG}/audit/check"): Case(),
 }
 
-CASES[("POST", f"{API}/create_custom_loss")] = _REFUSED
 for _prefix in ("/oai/api/v1", "/v1"):
     CASES |= {
         ("GET", f"{_prefix}/models"): Case(),
