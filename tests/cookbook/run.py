@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ class Bench:
     folder: Path
 
     def run(self, name: str) -> str:
-        """What the recipe achieved."""
+        """How long the recipe took, and what it achieved."""
         recipe, log = RECIPES[name], self.folder / name
+        begun = time.monotonic()
         output = self.folder / f"{name}.log"
         with output.open("wb") as written:
             code = subprocess.run(
@@ -66,7 +68,8 @@ class Bench:
             ).returncode
         if code != 0:
             raise AssertionError(f"exit code {code}\n{output.read_text()[-3000:]}")
-        return recipe.check(read_lines(log / "metrics.jsonl"))
+        rows = read_lines(log / "metrics.jsonl")
+        return f"{time.monotonic() - begun:.0f} s, {recipe.check(rows)}"
 
     def checkpoint(self, name: str, kind: str) -> str:
         """The path of the last checkpoint of a recipe that has been run."""
