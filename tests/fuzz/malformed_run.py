@@ -31,6 +31,8 @@ ANSWER_S = 45
 """A request that takes longer hangs: the SDK gives up then."""
 WARM_UP = 0.1
 """Share of the cases after which the memory is measured for the first time."""
+PROGRESS = 1000
+"""Cases after which a line says how many there were."""
 
 
 class NotRefused(AssertionError):
@@ -136,7 +138,8 @@ async def good_client(api: Api, latencies_s: list[float], stop: asyncio.Event) -
     while not stop.is_set():
         begun = time.monotonic()
         gradient = await run.forward_backward()
-        update = await run.step()
+        # So little that the loss of the one datum does not reach 0 after thousands of steps.
+        update = await run.step(learning_rate=1e-6)
         sample = await sampler.send()
         assert (await api.training_output(gradient)).metrics["loss:sum"] > 0
         assert (await api.result(update))["metrics"]["grad_norm"] > 0
@@ -183,6 +186,8 @@ async def _send_with(senders: list[Sender], options: argparse.Namespace, pid: in
         stream = cases(seed, lambda: target)
         while not todo.empty():
             index = todo.get_nowait()
+            if index and index % PROGRESS == 0:
+                print(f"{index} sent", flush=True)
             target = await sender.prepare()
             await sender.send(*next(stream))
             rss = psutil.Process(pid).memory_info().rss
