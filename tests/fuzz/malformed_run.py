@@ -230,7 +230,7 @@ def check_objects(folder: Path) -> None:
     blobs = folder / "objects" / "blobs"
     tops = {path.name for path in blobs.iterdir()}
     tenants = {path.name for path in (blobs / "t").iterdir()}
-    assert tops <= {"keys", "sys", "t"}, tops
+    assert tops <= {"keys", "sys", "t", "usage"}, tops
     assert tenants <= set(KEYS), tenants
 
 
@@ -245,10 +245,10 @@ def main() -> int:
         running_gateway_stack(folder, max_body_bytes=MAX_BODY_BYTES) as stack,
     ):
         outcomes = asyncio.run(send_all(stack, options))
+        for name, count in sorted(outcomes.items()):
+            print(f"{count:7d}  {name}")
+        print(f"{outcomes.total()} malformed requests, seed {options.seed}")
         check_objects(folder)
-    for name, count in sorted(outcomes.items()):
-        print(f"{count:7d}  {name}")
-    print(f"{outcomes.total()} malformed requests, seed {options.seed}")
     return 0
 
 
