@@ -13,6 +13,7 @@ MALFORMED ?= 6000
 COOKBOOK ?= 0.6.1
 COOKBOOK_VENV ?= .venv-cookbook
 COOKBOOK_READY := $(COOKBOOK_VENV)/.ready-$(COOKBOOK)
+TEST_PROCESSES ?= 2
 
 .PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz malformed test up proto compat \
 	compat-newest cookbook bench bench-log build
@@ -62,7 +63,7 @@ malformed: $(READY)                     ## MALFORMED malformed requests, a good 
 	$(BIN)/python -m tests.fuzz.malformed_run --cases $(MALFORMED)
 
 test: $(READY)                          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)

@@ -59,8 +59,10 @@ class _TimedConnection(AbstractConnection):
     """
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if not self.is_connected:  # connecting has limits and retries of its own
-            await self.connect_check_health(check_health=False)
+        if not self.is_connected:
+            # One try: who sends tries again anyhow, and retries of retries would take 24 times as
+            # long as `connect` says. Not below: connecting has a limit of its own.
+            await self.connect_check_health(check_health=False, retry_socket_connect=False)
         try:
             async with asyncio.timeout(IO_TIMEOUT_S):
                 await super().send_packed_command(command, check_health)
@@ -214,6 +216,8 @@ class Recorded:
     """Seqs that failed."""
     digests: Mapping[int, str] = field(default_factory=dict)
     """seq -> digest of the run's state after it."""
+    halvings: Mapping[int, int] = field(default_factory=dict)
+    """seq -> how often its micro-batch was halved, also of an op that is not committed yet."""
 
 
 HEADER_FIELDS = [item.name for item in dataclasses.fields(RunHeader)]
@@ -344,6 +348,13 @@ class Oplog:
         Each attempt that was begun counts once.
         """
         return int(await self._call("blame", [keys.run_header(run_id)], [epoch, server, seq]))
+
+    async def halve(
+        self, run_id: str, epoch: int, seq: int, halvings: int, *, server: str = ANY_SERVER
+    ) -> str:
+        """Note how an op is going to be executed, which a replay repeats. OK | FENCED | ORDER."""
+        args = [epoch, server, seq, halvings]
+        return cast(bytes, await self._call("halve", [keys.run_header(run_id)], args)).decode()
 
     async def trim(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> str:
         """Drop the log up to seq: a snapshot at or after it is confirmed. OK | FENCED | ORDER."""
@@ -477,6 +488,11 @@ class Oplog:
                 int(name[2:]): value.decode()
                 for name, value in fields.items()
                 if name.startswith(b"s:")
+            },
+            halvings={
+                int(name[2:]): int(value)
+                for name, value in fields.items()
+                if name.startswith(b"m:")
             },
         )
 

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,16 +100,16 @@ def running_gateway_stack(
     with running_valkey() as redis_url:
         config = _configure(folder, redis_url, max_body_bytes)
         stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}")
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for role in ("registry", "gateway"):
-                processes.append(_start(folder, role))
+                processes[role] = _start(folder, role)
             for role in ("trainer", "sampler"):
-                processes.append(_start(folder, role, "--model", BASE_MODEL))
-            _wait_until_healthy(stack, folder)
+                processes[role] = _start(folder, role, "--model", BASE_MODEL)
+            _wait_until_healthy(stack, folder, processes)
             yield stack
         finally:
-            _stop(processes)
+            _stop(processes.values())
 
 
 def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
@@ -154,7 +154,7 @@ def _start(folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
         )
 
 
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
     """All drain at once; who does not within STOP_TIMEOUT_S is killed."""
     for process in processes:
         assert process.stdin is not None
@@ -167,10 +167,19 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
-    """Returns once every part is ready; TimeoutError with the parts' last words."""
+def _wait_until_healthy(
+    stack: GatewayStack, folder: Path, processes: Mapping[str, subprocess.Popen[bytes]]
+) -> None:
+    """Returns once every part is ready.
+
+    RuntimeError with its last words as soon as one has ended, TimeoutError with those of all.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
+        for role, process in processes.items():
+            if process.poll() is not None:
+                said = _last_words(folder, role)
+                raise RuntimeError(f"{role} ended with {process.returncode}:\n{said}")
         try:
             with urllib.request.urlopen(f"{stack.url}/api/v1/healthz", timeout=5):
                 return
@@ -179,8 +188,12 @@ def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
         except OSError:
             pass
         time.sleep(0.05)
-    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    logs = {role: _last_words(folder, role) for role in processes}
     raise TimeoutError(f"the stack did not get ready: {logs}")
+
+
+def _last_words(folder: Path, role: str) -> str:
+    return (folder / f"{role}.log").read_text(errors="replace")[-2000:]
 
 
 def _free_port() -> int:

@@ -184,6 +184,19 @@ def test_gradients_of_several_ops_add_up(new_engine: Callable[..., Engine]) -> N
     assert together.run_digest("run") == apart.run_digest("run")
 
 
+def test_halved_micro_batches_are_those_of_half_the_tokens(
+    new_engine: Callable[..., Engine],
+) -> None:
+    data = request(*(text(length) for length in (5, 6, 3, 4, 2, 6, 5)))
+    digests = []
+    for micro_batch_tokens, halvings in ((24, 2), (6, 0), (24, 0)):
+        engine = new_engine(micro_batch_tokens=micro_batch_tokens)
+        engine.create("run", LoraSpec(rank=4, seed=1))
+        engine.forward_backward("run", data, backward=True, clock_cycle=1, halvings=halvings)
+        digests.append(engine.run_digest("run"))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_an_op_that_fails_half_way_leaves_the_gradient_as_it_was(
     new_engine: Callable[..., Engine],
 ) -> None:

@@ -86,12 +86,13 @@ class Engine:
         )
 
     def forward_backward(
-        self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
+        self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int, halvings: int = 0
     ) -> bytes:
         """ForwardBackwardRequest -> ForwardBackwardOutput, both as protobuf bytes.
 
         With `backward`, the gradient of the loss is added to the run's; a loss that is not finite
-        is returned as it is. BadRequest for an unknown loss or a missing input.
+        is returned as it is. BadRequest for an unknown loss or a missing input. `halvings` of the
+        micro-batch take less memory, and add up the gradient in another order.
         """
         run = self._run(run_id)
         message = wire_pb2.ForwardBackwardRequest.FromString(request)
@@ -101,7 +102,7 @@ class Engine:
         logprobs: list[Array] = []
         total = 0.0
         with run.atomic_gradient() if backward else nullcontext(), torch.set_grad_enabled(backward):
-            for batch in micro_batches(examples, self._micro_batch_tokens):
+            for batch in micro_batches(examples, self._micro_batch_tokens >> halvings):
                 batch_logprobs_TK, batch_loss = self._score(run, batch, loss)
                 if backward:
                     batch_loss.backward()  # type: ignore[no-untyped-call]

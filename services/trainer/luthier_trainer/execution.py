@@ -1,13 +1,11 @@
-"""Carries out one op: payload in, engine call on its thread, outcome bytes out."""
+"""Carries out one op: payload in, engine call, outcome bytes out."""
 
-import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
@@ -23,11 +21,7 @@ from luthier_core.types import (
     SaveWeightsExternal,
     SaveWeightsForSampler,
 )
-from luthier_model.lora import LoraSpec
-from luthier_trainer.engine import Engine
-from luthier_trainer.optim import AdamParams
-
-T = TypeVar("T")
+from luthier_trainer.engine_client import EngineClient
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
@@ -43,28 +37,17 @@ class RunContext:
     """Of the tenure; known once the run has been taken over."""
     record: RunRecord | None = None
     """Known once op 0 has been executed."""
-
-
-def lora_spec(record: RunRecord) -> LoraSpec:
-    """What a run trains, as the model knows it."""
-    lora = record.lora
-    return LoraSpec(
-        rank=lora.rank,
-        seed=lora.seed,
-        train_attn=lora.train_attn,
-        train_mlp=lora.train_mlp,
-        train_unembed=lora.train_unembed,
-    )
+    halvings: dict[int, int] = field(default_factory=dict)
+    """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
 
 
 class Executor:
-    """The ops of all runs of one worker, one engine call at a time."""
+    """The ops of all runs of one worker."""
 
-    def __init__(self, engine: Engine, blobs: Blobs, oplog: Oplog) -> None:
+    def __init__(self, engine: EngineClient, blobs: Blobs, oplog: Oplog) -> None:
         self.engine = engine
         self._blobs = blobs
         self._oplog = oplog
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._handlers: dict[Kind, Callable[[RunContext, Op, int], Awaitable[Finish]]] = {
             Kind.CREATE_MODEL: self._create_model,
             Kind.FORWARD: self._forward_backward,
@@ -83,19 +66,11 @@ class Executor:
         """
         return await self._handlers[op.kind](run, op, cycle)
 
-    async def on_engine(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """The result of a call on the engine's thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: call(*args, **kwargs))
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
         source = body["source"]
-        await self.on_engine(self.engine.create, run.run_id, lora_spec(run.record))
+        await self.engine.create(run.run_id, run.record.lora)
         result = {"model_id": run.run_id, "type": "create_model"}
         if source is not None:
             await self._load(run, source)
@@ -104,12 +79,12 @@ class Executor:
 
     async def _forward_backward(self, run: RunContext, op: Op, cycle: int) -> Finish:
         request = await self._payload(op)
-        output = await self.on_engine(
-            self.engine.forward_backward,
+        output = await self.engine.forward_backward(
             run.run_id,
             request,
             backward=op.kind is Kind.FORWARD_BACKWARD,
             clock_cycle=cycle,
+            halvings=run.halvings.get(op.seq, 0),
         )
 
         async def finish() -> Outcome:
@@ -121,9 +96,7 @@ class Executor:
 
     async def _optim_step(self, run: RunContext, op: Op, cycle: int) -> Finish:
         params = OptimStep.model_validate_json(await self._payload(op)).adam_params
-        metrics = await self.on_engine(
-            self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
-        )
+        metrics = await self.engine.optim_step(run.run_id, params)
         metrics = {**metrics, "clock_cycle": float(cycle)}
         return _json_outcome(
             {
@@ -141,7 +114,7 @@ class Executor:
 
     async def _save_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeights.model_validate_json(await self._payload(op))
-        files = await self.on_engine(self.engine.save, run.run_id, optimizer=True)
+        files = await self.engine.save(run.run_id, optimizer=True)
 
         async def finish() -> Outcome:
             await self._save(
@@ -161,7 +134,7 @@ class Executor:
 
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
-        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+        files = await self.engine.save(run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
             if wanted.path is None:
@@ -182,7 +155,7 @@ class Executor:
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
-        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+        files = await self.engine.save(run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
             saved = await self._save(
@@ -246,9 +219,7 @@ class Executor:
 
     async def _load(self, run: RunContext, source: dict[str, Any]) -> None:
         files = await outlasting_outage(lambda: read_files(self._blobs, source["manifest"]))
-        await self.on_engine(
-            self.engine.load, run.run_id, files, optimizer=bool(source["optimizer"])
-        )
+        await self.engine.load(run.run_id, files, optimizer=bool(source["optimizer"]))
 
     async def _payload(self, op: Op) -> bytes:
         if op.body.inline is not None:
