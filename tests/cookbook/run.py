@@ -189,7 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--python", type=Path, required=True, help="that has tinker_cookbook")
-    parser.add_argument("--keep", type=Path, help="new folder for logs and data; default: none is kept")
+    parser.add_argument("--keep", type=Path, help="new folder for logs and data")
     options = parser.parse_args()
     unknown = set(options.recipes) - RECIPES.keys()
     if unknown:
