@@ -32,7 +32,7 @@ ANSWER_S = 45
 WARM_UP = 0.1
 """Share of the cases after which the memory is measured for the first time."""
 PROGRESS = 1000
-"""Cases after which a line says how many there were."""
+"""Cases after which a line says how many there were, and the gateway's memory."""
 
 
 class NotRefused(AssertionError):
@@ -187,7 +187,8 @@ async def _send_with(senders: list[Sender], options: argparse.Namespace, pid: in
         while not todo.empty():
             index = todo.get_nowait()
             if index and index % PROGRESS == 0:
-                print(f"{index} sent", flush=True)
+                rss = psutil.Process(pid).memory_info().rss
+                print(f"{index} sent, the gateway has {rss // 2**20} MiB", flush=True)
             target = await sender.prepare()
             await sender.send(*next(stream))
             rss = psutil.Process(pid).memory_info().rss
