@@ -158,6 +158,15 @@ class RunHeader:
         )
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Published:
+    """A run's in-flight sampler weights; a later save is larger."""
+
+    epoch: int
+    seq: int
+    manifest_key: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """What has become of one op of a run."""
@@ -380,6 +389,14 @@ class Oplog:
         """Move the in-flight sampler weights forward, never back. OK | STALE | FENCED."""
         reply = await self._call("publish", [keys.run_header(run_id)], [epoch, server, seq, key])
         return cast(bytes, reply).decode()
+
+    async def published(self, run_id: str) -> Published | None:
+        """The in-flight sampler weights of a run; None if it has saved none."""
+        fields = ("published_epoch", "published_seq", "published")
+        found = await cast(Any, self.redis.hmget(keys.run_header(run_id), fields))
+        if found[2] is None:
+            return None
+        return Published(int(found[0]), int(found[1]), found[2].decode())
 
     async def fail_range(
         self,
