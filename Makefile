@@ -22,15 +22,7 @@ TEST_PROCESSES ?= 2
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
 
-set# A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
-test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
-	$(BIN)/python -m pytest --stores disk,moto,rgw --races 1000 \
-		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
-
-malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
-	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
-
-up: $(READY)                         ## the environment with everything, made once
+setup: $(READY)                         ## the environment with everything, made once
 
 # torch by name first: a looser range pulls several GB of CUDA packages. Groups need pip 25.1.
 $(READY): pyproject.toml constraints.txt
@@ -73,6 +65,14 @@ malformed: $(READY)                     ## MALFORMED malformed requests, a good 
 
 test: $(READY)                          ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+# A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
+test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
+	$(BIN)/python -m pytest --stores disk,moto,rgw --races 1000 \
+		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
+
+malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
+	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)
