@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from luthier_core.errors import BadRequest
+from luthier_model.adapted_linear import widened
 from luthier_model.lora import (
     LORA_ALPHA,
     TARGETS,
@@ -22,7 +23,6 @@ from luthier_model.lora import (
     LoraShape,
     LoraSpec,
     target_modules,
-    widened,
 )
 
 CONFIG_FILE = "adapter_config.json"
