@@ -1,37 +1,51 @@
 """Runs training ops on the model: the only code of the trainer that computes.
 
 One thread at a time. What crosses its boundary is bytes, names and numbers, never a tensor, so that
-it can live in a process of its own. Each op runs alone: its bits depend on the op and the run's own
-state only, not on the neighbours, as long as the number of threads is the same.
+it can live in a process of its own.
+
+An op that runs alone has bits that depend on the op and the run's own state only, not on the
+neighbours, as long as the number of threads is the same. Ops that share a pass are computed as well
+but for rounding: the order of a sum depends on what lies beside it.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from luthier_core.errors import BadRequest, NotFound
-from luthier_core.losses import loss_config, loss_spec
-from luthier_core.proto import wire_pb2
-from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
-from luthier_model.logprobs import token_logprobs
-from luthier_model.lora import LoraSpec, Segment, init_adapter, target_modules
+from luthier_model.lora import LoraSpec, init_adapter, target_modules
 from luthier_model.peft_io import tensor_bytes, tensors_from
 from luthier_trainer.adapters import RunState
-from luthier_trainer.loss_metrics import loss_metrics
-from luthier_trainer.losses import Loss, loss_named
 from luthier_trainer.optim import AdamParams
-from luthier_trainer.packing import (
-    Array,
-    Example,
-    array_records,
-    decode_datum,
-    micro_batches,
-    pack,
-    unpack,
-)
+from luthier_trainer.packing import micro_batches
+from luthier_trainer.passes import Part, Request, Scores, decode_request, encode_output, score
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PassOp:
+    """A forward or, with `backward`, a forward_backward op."""
+
+    run_id: str
+    request: bytes
+    """A ForwardBackwardRequest."""
+    backward: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A PassOp, `index` among those that came with it."""
+
+    index: int
+    run: RunState
+    request: Request
+    backward: bool
 
 
 class StateCopy:
@@ -93,32 +107,28 @@ class Engine:
         With `backward`, the gradient of the loss is added to the run's; a loss that is not finite
         is returned as it is. BadRequest for an unknown loss or a missing input.
         """
-        run = self._run(run_id)
-        message = wire_pb2.ForwardBackwardRequest.FromString(request)
-        loss, spec = loss_named(message.loss_fn), loss_spec(message.loss_fn)
-        config = loss_config(message)
-        examples = [decode_datum(datum, spec, config) for datum in message.data]
-        logprobs: list[Array] = []
-        total = 0.0
-        with run.atomic_gradient() if backward else nullcontext(), torch.set_grad_enabled(backward):
-            for batch in micro_batches(examples, self._micro_batch_tokens):
-                batch_logprobs_TK, batch_loss = self._score(run, batch, loss)
-                if backward:
-                    batch_loss.backward()  # type: ignore[no-untyped-call]
-                logprobs += unpack(batch_logprobs_TK.detach().cpu().numpy(), batch)
-                total += batch_loss.item()
-        output = wire_pb2.ForwardBackwardOutput(
-            loss_fn_output_type="ArrayRecord",
-            loss_fn_outputs=array_records(logprobs),
-            metrics={
-                **loss_metrics(message.loss_fn, examples, logprobs),
-                "loss:sum": total,
-                "num_tokens:sum": float(sum(len(example.tokens) for example in examples)),
-                "clock_cycle:unique": float(clock_cycle),
-            },
-        )
-        encoded: bytes = output.SerializeToString()
-        return encoded
+        op = _Decoded(0, self._run(run_id), decode_request(request), backward)
+        return self._alone(op, clock_cycle)
+
+    def forward_backward_many(
+        self, ops: Sequence[PassOp], *, clock_cycle: int, fused: bool
+    ) -> Iterator[tuple[int, bytes | Exception]]:
+        """(index, output or error) of each op, as soon as it is known; each op fails for itself.
+
+        With `fused`, as many ops share a pass as `micro_batch_tokens` allows, which is what pays
+        where they are small; a larger op has passes of its own. Else it is forward_backward of one
+        op after the other.
+        """
+        decoded = []
+        for index, op in enumerate(ops):
+            try:
+                run, request = self._run(op.run_id), decode_request(op.request)
+            except Exception as error:
+                yield index, error
+            else:
+                decoded.append(_Decoded(index, run, request, op.backward))
+        for group in self._groups(decoded) if fused else [[op] for op in decoded]:
+            yield from self._carry_out(group, clock_cycle)
 
     def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float]:
         """One AdamW update from the summed gradient, which is cleared; the step's metrics.
@@ -131,6 +141,21 @@ class Engine:
             return run.optimizer.step(params)
         finally:
             run.clear_gradient()
+
+    def optim_step_many(
+        self, steps: Sequence[tuple[str, AdamParams]]
+    ) -> list[dict[str, float] | Exception]:
+        """The metrics or error of each run's step; each fails for itself.
+
+        One pass over each run's flat buffers, as many as that are: the bits are those of one alone.
+        """
+        outcomes: list[dict[str, float] | Exception] = []
+        for run_id, params in steps:
+            try:
+                outcomes.append(self.optim_step(run_id, params))
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
 
     def clear_gradient(self, run_id: str) -> None:
         self._run(run_id).clear_gradient()
@@ -179,17 +204,64 @@ class Engine:
             raise NotFound(f"training run {run_id!r}")
         return self._runs[run_id]
 
-    def _score(
-        self, run: RunState, examples: Sequence[Example], loss: Loss
-    ) -> tuple[Tensor, Tensor]:
-        """Logprobs [T, K] of the targets, and the loss, of one packed micro-batch."""
-        batch = pack(examples, self._model.device, self._model.compute_dtype)
-        segments = [Segment(0, len(batch.tokens_T), run.adapter)]
-        attention = PackedAttention(batch.lengths)
-        hidden_TD = self._model.hidden(
-            batch.tokens_T, batch.positions_T, attention, segments, recompute=self._recompute
+    def _groups(self, ops: Sequence[_Decoded]) -> Iterator[list[_Decoded]]:
+        """Ops that share a pass. Forwards have their own: no backward goes through their rows."""
+        for backward in (True, False):
+            group: list[_Decoded] = []
+            num_tokens = 0
+            for op in (op for op in ops if op.backward == backward):
+                if group and num_tokens + op.request.num_tokens > self._micro_batch_tokens:
+                    yield group
+                    group, num_tokens = [], 0
+                group.append(op)
+                num_tokens += op.request.num_tokens
+            if group:
+                yield group
+
+    def _carry_out(
+        self, group: Sequence[_Decoded], clock_cycle: int
+    ) -> Iterator[tuple[int, bytes | Exception]]:
+        if len(group) > 1:
+            try:
+                outputs = self._together(group, clock_cycle)
+            except Exception:
+                # One of them cannot be computed, or there is too little memory for all at once.
+                log.warning("%d ops failed in one pass: one by one", len(group), exc_info=True)
+            else:
+                yield from zip((op.index for op in group), outputs, strict=True)
+                return
+        for op in group:
+            try:
+                yield op.index, self._alone(op, clock_cycle)
+            except Exception as error:
+                yield op.index, error
+
+    def _alone(self, op: _Decoded, clock_cycle: int) -> bytes:
+        """The op in micro-batches, a pure function of its request."""
+        scores: list[Scores] = []
+        with op.run.atomic_gradient() if op.backward else nullcontext():
+            for examples in micro_batches(op.request.examples, self._micro_batch_tokens):
+                scores += self._score([Part(op.run.adapter, op.request, examples)], op.backward)
+            return encode_output(op.request, scores, clock_cycle)
+
+    def _together(self, group: Sequence[_Decoded], clock_cycle: int) -> list[bytes]:
+        """All ops in one pass; if it fails, all gradients are as before."""
+        parts = [Part(op.run.adapter, op.request, op.request.examples) for op in group]
+        runs = {id(op.run): op.run for op in group if op.backward}
+        with ExitStack() as stack:
+            for run in runs.values():
+                stack.enter_context(run.atomic_gradient())
+            scores = self._score(parts, bool(runs))
+            return [
+                encode_output(op.request, [part], clock_cycle)
+                for op, part in zip(group, scores, strict=True)
+            ]
+
+    def _score(self, parts: Sequence[Part], backward: bool) -> list[Scores]:
+        return score(
+            self._model,
+            parts,
+            backward=backward,
+            chunk_tokens=self._chunk_tokens,
+            recompute=self._recompute,
         )
-        logprobs_TK = token_logprobs(
-            self._model, hidden_TD, batch.targets_TK, segments, chunk_tokens=self._chunk_tokens
-        )
-        return logprobs_TK, loss(logprobs_TK, batch.loss_inputs_TK, batch.datum_T).sum()
