@@ -85,6 +85,9 @@ class TrainerConfig:
     """Threads of the matrix products. Fixed, so that a run's bits do not depend on the machine."""
     logprob_chunk_tokens: int = 1024
     """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
+    execution: str = "deterministic"
+    """deterministic: each op alone, so that a run's bits do not depend on its neighbours | fused:
+    small ops of several runs in one pass, faster, with the tolerance of docs/training-engine.md."""
     max_runs: int = 64
     """Runs that one worker owns at once."""
     snapshot_execute_s: float = 60.0
@@ -277,6 +280,8 @@ def _check(config: Config) -> None:
     for model in config.models:
         if model.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
+    if config.trainer.execution not in ("deterministic", "fused"):
+        raise ConfigError("trainer.execution: must be deterministic or fused")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     if config.sampler.max_running > config.sampler.max_step_tokens:

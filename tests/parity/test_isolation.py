@@ -1,4 +1,4 @@
-"""A run's weights do not depend on who else trains: not by a bit, or in shared passes by rounding."""
+"""A run's weights do not depend on who else trains: no bit, or in shared passes by rounding."""
 
 from pathlib import Path
 

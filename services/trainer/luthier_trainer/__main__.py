@@ -30,7 +30,8 @@ async def _work(parts: WorkerParts) -> None:
         logprob_chunk_tokens=settings.logprob_chunk_tokens,
         num_threads=settings.num_threads,
     )
-    executor = Executor(engine, parts.blobs, parts.oplog)
+    fused = settings.execution == "fused"
+    executor = Executor(engine, parts.blobs, parts.oplog, fused=fused)
     try:
         worker = Worker(
             base_model=wanted.name,

@@ -22,7 +22,8 @@ from luthier_core.types import (
     SaveWeightsForSampler,
 )
 from luthier_model.lora import LoraSpec
-from luthier_trainer.engine import Engine
+from luthier_trainer.engine import Engine, PassOp
+from luthier_trainer.gathering import Passes
 from luthier_trainer.optim import AdamParams
 
 T = TypeVar("T")
@@ -58,11 +59,14 @@ def lora_spec(record: RunRecord) -> LoraSpec:
 class Executor:
     """The ops of all runs of one worker, one engine call at a time."""
 
-    def __init__(self, engine: Engine, blobs: Blobs, oplog: Oplog) -> None:
+    def __init__(self, engine: Engine, blobs: Blobs, oplog: Oplog, *, fused: bool = False) -> None:
+        """With `fused`, forward_backwards that are executed at the same time share passes."""
         self.engine = engine
+        self.fused = fused
         self._blobs = blobs
         self._oplog = oplog
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._passes = Passes(engine, self.on_engine, fused=fused)
         self._handlers: dict[Kind, Callable[[RunContext, Op, int], Awaitable[Finish]]] = {
             Kind.CREATE_MODEL: self._create_model,
             Kind.FORWARD: self._forward_backward,
@@ -102,13 +106,8 @@ class Executor:
 
     async def _forward_backward(self, run: RunContext, op: Op, cycle: int) -> Finish:
         request = await self._payload(op)
-        output = await self.on_engine(
-            self.engine.forward_backward,
-            run.run_id,
-            request,
-            backward=op.kind is Kind.FORWARD_BACKWARD,
-            clock_cycle=cycle,
-        )
+        pass_op = PassOp(run.run_id, request, backward=op.kind is Kind.FORWARD_BACKWARD)
+        output = await self._passes.carry_out(pass_op, cycle)
 
         async def finish() -> Outcome:
             return Outcome.completed(await self._result_body(run, op, output), "protobuf")

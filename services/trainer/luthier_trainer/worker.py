@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence, Set
 from dataclasses import dataclass, field
 
 from luthier_core import keys
@@ -21,7 +21,6 @@ from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
-from luthier_core.ops import Kind
 from luthier_core.owner import Diverged, Owner, Step
 from luthier_core.protocol import (
     COMMIT_DEPTH,
@@ -38,7 +37,7 @@ from luthier_core.protocol import (
 )
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.planner import Head, Share, plan
+from luthier_trainer.planner import Head, Planner, Share, Waiting, estimated_tokens
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
@@ -46,6 +45,8 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
+CYCLE_TOKENS = 16 * 1024
+"""How long an op that comes now may wait for those that are under way."""
 
 
 @dataclass(slots=True)
@@ -72,9 +73,10 @@ class OwnedRun:
         return self.tenure.owner
 
     @property
-    def waiting_kinds(self) -> tuple[Kind, ...]:
-        """Of the ops that could be executed now, next first."""
-        return () if self.paused else tuple(op.kind for op in self.owner.queued)
+    def waiting(self) -> tuple[Waiting, ...]:
+        """The ops that could be executed now, next first."""
+        ops = () if self.paused else self.owner.queued
+        return tuple(Waiting(op.kind, estimated_tokens(op.kind, op.body.num_bytes)) for op in ops)
 
     @property
     def idle(self) -> bool:
@@ -113,8 +115,9 @@ class Worker:
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
-        self._executing = ""
-        """The run whose step is under way, whether or not it is still ours."""
+        self._executing: set[str] = set()
+        """The runs whose steps are under way, whether or not they are still ours."""
+        self._planner = Planner(CYCLE_TOKENS)
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -235,7 +238,7 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
-            if run_id == self._executing:
+            if run_id in self._executing:
                 continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
@@ -330,26 +333,40 @@ class Worker:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while share := plan(self._heads()):
-                await self._run_share(share, next(self._cycles))
+            while shares := self._planner.plan(self._heads()):
+                await self._run_cycle(shares, next(self._cycles))
 
-    async def _run_share(self, share: Share, cycle: int) -> None:
-        """Carry a share out; while another tenant waits, no more of it than must be."""
-        for num_ops in range(1, len(share.kinds) + 1):
-            self._executing = share.run_id
+    async def _run_cycle(self, shares: Sequence[Share], cycle: int) -> None:
+        """The shares, of different runs, one after the other, or so that they can share passes."""
+        tenants = {run.tenant for run in self._runs.values() if run.waiting}
+        if self._config.execution == "deterministic":
+            for share in shares:
+                await self._run_share(share, cycle, tenants)
+        else:
+            async with asyncio.TaskGroup() as group:
+                for share in shares:
+                    group.create_task(self._run_share(share, cycle, tenants))
+
+    async def _run_share(self, share: Share, cycle: int, tenants: Set[str]) -> None:
+        """Carry a share out; no more of it than must be if a tenant beside `tenants` comes."""
+        num_ops = 0
+        while num_ops < len(share.ops):
+            if (not num_ops or share.may_end_after(num_ops)) and self._another_waits(tenants):
+                break
+            self._executing.add(share.run_id)
             await self._run_step(share.run_id, cycle)
-            self._executing = ""
-            if share.may_end_after(num_ops) and self._others_wait(share.tenant):
-                return
+            self._executing.discard(share.run_id)
+            num_ops += 1
+        self._planner.give_back(share, num_ops)
+
+    def _another_waits(self, tenants: Set[str]) -> bool:
+        return any(run.waiting for run in self._runs.values() if run.tenant not in tenants)
 
     def _heads(self) -> list[Head]:
         return [
-            Head(run_id, run.tenant, run.waiting_kinds, run.last_cycle)
+            Head(run_id, run.tenant, run.waiting, run.last_cycle)
             for run_id, run in self._runs.items()
         ]
-
-    def _others_wait(self, tenant: str) -> bool:
-        return any(run.waiting_kinds for run in self._runs.values() if run.tenant != tenant)
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""
