@@ -10,7 +10,8 @@ FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long fuzz test up proto compat compat-newest bench bench-log build
+.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
+	bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -40,6 +41,9 @@ sim: $(READY)                           ## 500 simulated histories with faults, 
 
 sim-long: $(READY)                      ## 20,000, and how often each planted bug shows by chance
 	$(BIN)/python tests/simulation/run.py --histories 20000 --long
+
+cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
+	$(BIN)/python tests/cluster/run.py --trials 50 --planted
 
 fuzz: $(READY) $(FUZZ_READY)            ## generated requests for FUZZ_SECONDS, from the OpenAPI description
 	$(BIN)/python tests/fuzz/run.py --schemathesis $(FUZZ_VENV)/bin/st --seconds $(FUZZ_SECONDS)

@@ -241,5 +241,7 @@ def _read_line(process: subprocess.Popen[str]) -> str:
 def _end(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Ends its standard input; what it has found."""
     out, _ = process.communicate(timeout=DRAIN_TIMEOUT_S)
+    if not out.strip():
+        raise RuntimeError(f"{process.args} ended with {process.returncode} and said nothing")
     figures: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
     return figures

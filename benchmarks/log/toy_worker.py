@@ -40,10 +40,13 @@ class ToyEngine:
 
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         self._work()
-        return {}
+        return {"step": 1.0, "learning_rate": params.learning_rate}
 
     def clear_gradient(self, run_id: str) -> None:
         pass
+
+    def checksum(self, run_id: str) -> str:
+        return "0"
 
     def drop(self, run_id: str) -> None:
         pass

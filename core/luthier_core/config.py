@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from luthier_core.errors import ConfigError
 
@@ -129,6 +130,38 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PriceConfig:
+    """What the use of one base model costs, in USD per million tokens."""
+
+    model: str
+    train: float
+    prefill: float
+    """Prompt tokens that were computed."""
+    cached: float
+    """Prompt tokens that came from the cache."""
+    sample: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HousekeepingConfig:
+    """What is done again and again: counting, expiry, sweeping."""
+
+    runner: str = "registry"
+    """registry: on a timer of its own; celery: by workers and a beat that are started beside it."""
+    broker_url: str = ""
+    """Redis of Celery and of rate counters; empty: the next database of redis_url."""
+    usage_s: float = 30.0
+    """Usage is counted, and metrics are kept, this often; limits on tokens hold to within it."""
+    expiry_s: float = 300.0
+    storage_s: float = 300.0
+    sweep_s: float = 6 * 3600.0
+    """How often objects that nothing needs are looked for."""
+    trash_s: float = 24 * 3600.0
+    """How long such an object is kept after it was first found; at least as long as any op takes
+    to write files and then their manifest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole deployment. Every service reads the same file and uses its part."""
 
@@ -148,6 +181,11 @@ class Config:
     Needed behind a proxy that ends TLS or adds a path: the gateway does not see either.
     """
     models: tuple[ModelConfig, ...] = ()
+    prices: tuple[PriceConfig, ...] = ()
+    """By base model; usage of one that is not here has no cost."""
+    storage_usd_per_gigabyte_month: float = 0.0
+    """0: storage has no cost."""
+    housekeeping: HousekeepingConfig = field(default_factory=HousekeepingConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -166,6 +204,18 @@ class Config:
     @property
     def model_names(self) -> list[str]:
         return [model.name for model in self.models]
+
+    def side_redis_url(self) -> str:
+        """Where the counters of rates are, and Celery's queues: what may be lost."""
+        if self.housekeeping.broker_url:
+            return self.housekeeping.broker_url
+        url = urlsplit(self.redis_url)
+        if url.scheme == "unix":
+            query = dict(parse_qsl(url.query))
+            query["db"] = str(int(query.get("db", "0")) + 1)
+            return f"unix://{url.path}?{urlencode(query)}"
+        database = url.path.strip("/") or "0"
+        return urlunsplit(url._replace(path=f"/{int(database) + 1}"))
 
     def secret(self) -> bytes:
         """The server secret: API keys and service tokens are HMACs under it."""
@@ -212,9 +262,9 @@ def dump_config(config: Config) -> str:
         value = getattr(config, item.name)
         if item.name in _ENVIRON_ONLY:
             continue
-        if item.name == "models":
-            for model in value:
-                tables += ["", "[[models]]", *_toml_lines(model)]
+        if item.name in ("models", "prices"):
+            for part in value:
+                tables += ["", f"[[{item.name}]]", *_toml_lines(part)]
         elif dataclasses.is_dataclass(value):
             tables += ["", f"[{item.name}]", *_toml_lines(value)]
         else:
@@ -282,6 +332,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
     if config.trainer.execution not in ("deterministic", "fused"):
         raise ConfigError("trainer.execution: must be deterministic or fused")
+    if config.housekeeping.runner not in ("registry", "celery"):
+        raise ConfigError("housekeeping.runner: must be registry or celery")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     if config.sampler.max_running > config.sampler.max_step_tokens:
@@ -290,5 +342,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
     if config.gateway.tenant_requests_at_once < 1:
         raise ConfigError("gateway.tenant_requests_at_once: must be 1 or more")
+    if not 0 <= config.gateway.key_cache_s <= 60:
+        raise ConfigError("gateway.key_cache_s: a revoked key may work for 60 s at most")
     if config.gateway.poll_hold_s > 40:
         raise ConfigError("gateway.poll_hold_s: the SDK gives up after 45 s, so at most 40")

@@ -5,7 +5,8 @@
     │   ├── InvalidField                   ├── NotFound       404 user
     │   └── Unsupported                    ├── BodyTooLarge   413 user
     ├── Forbidden             403 user     ├── Unreadable     422 user
-    ├── Gone                  410 server   ├── Unavailable    503 server
+    ├── OutOfScope            403 user     ├── Unavailable    503 server
+    ├── Gone                  410 server   │
     └── TooManyRequests       429 server   └── CheckpointDamaged  500 server
 
 A 409 does not exist here: the official SDK retries it for minutes (wire protocol 1.6).
@@ -68,6 +69,12 @@ class Unauthorized(LuthierError):
 
 class Forbidden(LuthierError):
     """This download link is not valid, or its time has passed."""
+
+    status, category = 403, "user"
+
+
+class OutOfScope(LuthierError):
+    """This API key may not do that."""
 
     status, category = 403, "user"
 

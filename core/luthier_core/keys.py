@@ -97,6 +97,17 @@ def sampling_cancelled(base_model: str, shard: str = "{s0}") -> str:
     return f"{shard}:cancel:{base_model}"
 
 
+def sampling_partials(request_id: str) -> str:
+    """Sharded pub/sub channel that carries the tokens of one running sample so far: hints."""
+    session = request_id.rpartition(":")[0]
+    return f"{sampling_shard(session)}:part:{request_id}"
+
+
+def sampling_usage(shard: str = "{s0}") -> str:
+    """Stream of what finished samples have used, until it is counted."""
+    return f"{shard}:usage"
+
+
 # --- Redis: workers and sessions ------------------------------------------------------------------
 
 
@@ -130,6 +141,8 @@ def model_facts(base_model: str) -> str:
 
 
 GENERATION = "sys:gen"
+"""Which Redis this is; see generation.py."""
+GENERATION_OBJECT = "sys/gen"
 
 # --- Redis: indexes for listing (rebuildable from the bucket) -------------------------------------
 
@@ -142,6 +155,40 @@ def index_order(tenant: str, what: str) -> str:
 def index_rows(tenant: str, what: str) -> str:
     """Hash id -> JSON list row, beside index_order."""
     return f"{{t:{tenant}}}:row:{what}"
+
+
+def metrics_cursor(tenant: str) -> str:
+    """Hash run id -> highest seq whose metrics are in the history and counted as usage."""
+    return f"{{t:{tenant}}}:metrics"
+
+
+def samples_cursor(tenant: str) -> str:
+    """Hash shard -> the last entry of its usage stream that is counted for this tenant."""
+    return f"{{t:{tenant}}}:samples"
+
+
+def usage(tenant: str, period: str) -> str:
+    """Hash `run or sampling session|kind|base model` -> amount; period: an hour, 2026010203."""
+    return f"{{t:{tenant}}}:usage:{period}"
+
+
+def used(tenant: str, period: str) -> str:
+    """Hash `key id|kind|base model` -> amount; period: a day, 20260102, or a month, 202601."""
+    return f"{{t:{tenant}}}:used:{period}"
+
+
+def stored(tenant: str) -> str:
+    """Hash key id -> bytes of its checkpoints; `at`: when that was, `total`: of all keys."""
+    return f"{{t:{tenant}}}:stored"
+
+
+COUNTED_RUNS = "usage:runs"
+"""Set of the runs whose latest ops may not be counted yet."""
+
+
+def audit_head(tenant: str) -> str:
+    """`number sha256` of the last audit entry: what a cut at the chain's end is noticed by."""
+    return f"{{t:{tenant}}}:audit"
 
 
 # --- object store ---------------------------------------------------------------------------------
@@ -226,3 +273,40 @@ def sample_result(tenant: str, sampling_session_id: str, seq: int | str) -> str:
 def api_key_record(key_hmac: str) -> str:
     """Tenant and scopes of one API key, named by the HMAC of the key under the server secret."""
     return f"keys/{key_hmac}.json"
+
+
+def metrics_segment(tenant: str, run_id: str, first_seq: int) -> str:
+    """Metrics of the ops from this seq on, as many as there were; immutable."""
+    return f"{run_prefix(tenant, run_id)}metrics/{first_seq:010}.json"
+
+
+def samples_segment(shard: str, first_entry: str) -> str:
+    """What the samples from this entry of the usage stream on have used; immutable."""
+    return f"usage/samples/{shard.strip('{}')}/{first_entry}.json"
+
+
+def model_facts_object(base_model: str) -> str:
+    """The same as model_facts, for when Redis was wiped."""
+    return f"sys/models/{base_model}.json"
+
+
+def sweep_candidates(tenant: str) -> str:
+    """Objects that nothing needs, and since when that is known."""
+    return f"sys/sweep/{tenant}.json"
+
+
+def org_record(org_id: str) -> str:
+    return f"orgs/{org_id}.json"
+
+
+def project_record(tenant: str, project_id: str) -> str:
+    return f"t/{tenant}/projects/{project_id}.json"
+
+
+def user_record(tenant: str, user_id: str) -> str:
+    return f"t/{tenant}/users/{user_id}.json"
+
+
+def audit_entry(tenant: str, number: int) -> str:
+    """One event, create-if-absent; numbers are dense from 0."""
+    return f"t/{tenant}/audit/{number:012}.json"

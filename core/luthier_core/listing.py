@@ -17,6 +17,8 @@ from luthier_core import keys
 from luthier_core.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
 
 EXPIRING = "expiring"
+EXPIRED = "expired"
+"""Off the lists, and not yet swept."""
 NO_EXTERNAL = "checkpoints/no-external"
 """All checkpoints but external weights: a list that names one fails in SDKs before 0.28."""
 
@@ -161,6 +163,14 @@ class Listing:
             )
         ]
 
+    async def expired(self, now: datetime) -> list[str]:
+        """run/kind/name of what has expired and is not yet swept."""
+        await self._drop_expired(now)
+        return await self.ids(EXPIRED)
+
+    async def swept(self, row_id: str) -> None:
+        await cast(Any, self._redis.zrem(keys.index_order(self._tenant, EXPIRED), row_id))
+
     async def _add(
         self,
         table: str,
@@ -199,6 +209,7 @@ class Listing:
             pipe.multi()  # type: ignore[no-untyped-call]
             for row_id in expired:
                 self._remove(pipe, row_id.decode())
+                pipe.zadd(keys.index_order(self._tenant, EXPIRED), {row_id: now.timestamp()})
             try:
                 await pipe.execute()
             except WatchError:

@@ -5,6 +5,7 @@
 -- side by side during an upgrade.
 
 local DIGEST_CHARS = 32
+local MAX_USAGE_ENTRIES = 1000000
 
 local function num(value, default)
   return tonumber(value or default)
@@ -464,11 +465,19 @@ local function store_sample(keys, seq, clone, ttl, fields)
   return true
 end
 
--- settle(header, outcome, jobs, completions, channel; seq, clone, group, entry id, ttl ms,
+-- settle(header, outcome, jobs, completions, channel, usage; seq, clone, group, entry id, ttl ms,
 --        outcome fields ...) -> OK | ALREADY
--- The first outcome of a sampling job wins; the job leaves the stream in the same step.
+-- The first outcome of a sampling job wins; the job leaves the stream in the same step, and what it
+-- used is counted once. Nobody who counts is awaited: the oldest entries go when there are too many.
 local function settle(keys, args)
-  local stored = store_sample(keys, args[1], args[2], args[5], rest(args, 6))
+  local fields = rest(args, 6)
+  local stored = store_sample(keys, args[1], args[2], args[5], fields)
+  local usage = field_of(fields, 'usage')
+  if stored and usage then
+    local h = redis.call('HMGET', keys[1], 'tenant', 'base_model')
+    redis.call('XADD', keys[6], 'MAXLEN', '~', MAX_USAGE_ENTRIES, '*', 'tenant', h[1],
+      'model', h[2], 'usage', usage)
+  end
   redis.call('XACK', keys[3], args[3], args[4])
   redis.call('XDEL', keys[3], args[4])
   return stored and 'OK' or 'ALREADY'

@@ -7,6 +7,7 @@ does that by itself for some seconds, which hides a restart of Redis.
 import asyncio
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,16 @@ class _TimedConnection(AbstractConnection):
     async def read_response(
         self, disable_decoding: bool = False, timeout: float | None = None, **options: Any
     ) -> Any:
-        limit_s = IO_TIMEOUT_S if timeout is None else timeout
-        return await super().read_response(disable_decoding, limit_s, **options)
+        if timeout is not None:
+            return await super().read_response(disable_decoding, timeout, **options)
+        try:
+            # A limit given to redis-py itself returns None, and keeps a connection on which the
+            # reply is still to come: the next caller would take it for its own.
+            async with asyncio.timeout(IO_TIMEOUT_S):
+                return await super().read_response(disable_decoding, math.inf, **options)
+        except TimeoutError:
+            await self.disconnect(nowait=True)
+            raise RedisTimeoutError(f"not answered within {IO_TIMEOUT_S:g} s") from None
 
 
 def connect(url: str) -> redis.Redis:
@@ -119,6 +128,8 @@ class RunHeader:
     """Milliseconds since the epoch when the oldest gap was first seen; 0: there is none."""
     lost: int
     """A seq that the client has sent and that is not here; -1: none is known of."""
+    cancelled_to: int = -1
+    """The run's owner wants nothing up to this seq any more."""
 
     @property
     def pending(self) -> bool:
@@ -141,6 +152,7 @@ class RunHeader:
             told=int(text[8]),
             gap_since=int(text[9] or 0),
             lost=int(text[10] or -1),
+            cancelled_to=int(text[11] or -1),
         )
 
 
@@ -391,6 +403,18 @@ class Oplog:
     async def told(self, run_id: str, seq: int) -> None:
         """The client has been given the error of this seq."""
         await self._call("told", [keys.run_header(run_id)], [seq])
+
+    async def cancel_queued(self, run_id: str) -> int:
+        """Let every op that is queued now and not begun fail; how many those are at most.
+
+        The worker sees it within a second. Ops that come later are executed.
+        """
+        header = await self.header(run_id)
+        if header is None or not header.pending:
+            return 0
+        key = keys.run_header(run_id)
+        await cast(Any, self.redis.hset(key, "cancelled_to", header.admitted))
+        return header.admitted - header.committed
 
     async def header(self, run_id: str) -> RunHeader | None:
         """The run's header, or None if there is no such run."""
@@ -658,7 +682,10 @@ class Oplog:
         """Store the outcome of a job unless one is stored, and take the job off. OK | ALREADY."""
         reply = await self._call(
             "settle",
-            _sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
+            [
+                *_sample_keys(job.sampling_session_id, job.seq, job.clone, base_model),
+                keys.sampling_usage(keys.sampling_shard(job.sampling_session_id)),
+            ],
             [
                 *(job.seq, job.clone, keys.SAMPLING_GROUP, job.entry_id, OUTCOME_TTL_MS),
                 *_flat(outcome.fields()),

@@ -145,14 +145,25 @@ class Outcome:
     encoding: Literal["json", "protobuf", "text"] = "json"
     """What the bytes of the body are; the message of a failure is text."""
     category: Category = "unknown"
+    metrics: str = ""
+    """JSON of an OpMetrics: what is kept of a training op when its outcome no longer is."""
+    usage: str = ""
+    """Of a sample: its session, prompt tokens, those of them from the cache, generated tokens."""
 
     @property
     def failed(self) -> bool:
         return self.state != "completed"
 
     @classmethod
-    def completed(cls, body: Body, encoding: Literal["json", "protobuf"] = "json") -> Self:
-        return cls(state="completed", body=body, encoding=encoding)
+    def completed(
+        cls,
+        body: Body,
+        encoding: Literal["json", "protobuf"] = "json",
+        *,
+        metrics: str = "",
+        usage: str = "",
+    ) -> Self:
+        return cls(state="completed", body=body, encoding=encoding, metrics=metrics, usage=usage)
 
     @classmethod
     def failure(cls, message: str, category: Category) -> Self:
@@ -160,10 +171,12 @@ class Outcome:
         return cls(state="failed", body=body, encoding="text", category=category)
 
     def fields(self) -> dict[str, str | bytes]:
+        more = {"metrics": self.metrics, "usage": self.usage}
         return {
             "state": self.state,
             "encoding": self.encoding,
             "category": self.category,
+            **{name: value for name, value in more.items() if value},
             **self.body.fields(),
         }
 
@@ -174,6 +187,8 @@ class Outcome:
             state=fields[b"state"].decode(),
             encoding=cast(Any, fields.get(b"encoding", b"json").decode()),
             category=cast(Category, category),
+            metrics=fields.get(b"metrics", b"").decode(),
+            usage=fields.get(b"usage", b"").decode(),
             body=Body.from_fields(fields),
         )
 
@@ -201,6 +216,8 @@ class SamplingJob:
     """Object key of the checkpoint manifest whose adapter samples; empty for the base model."""
     body: Body
     """JSON of the asample request."""
+    streams: bool = False
+    """Somebody reads its tokens while it runs."""
 
     @property
     def request_id(self) -> str:
@@ -216,4 +233,5 @@ class SamplingJob:
             tenant=fields[b"tenant"].decode(),
             weights=fields[b"weights"].decode(),
             body=Body.from_fields(fields),
+            streams=fields.get(b"streams") == b"1",
         )

@@ -8,10 +8,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights", "ephemeral"]
 FinishReason = Literal["success", "errored", "interrupted"]
+
+USER_SCOPES = ("read", "train", "sample")
+SCOPES = (*USER_SCOPES, "admin", "operator")
+"""`admin` is over its own organisation, `operator` over all of them."""
 
 _CHECKPOINT_TYPES = {
     "weights": "training",
@@ -72,6 +76,8 @@ class SessionRecord(Record):
     user_metadata: dict[str, Any] | None = None
     sdk_version: str = ""
     project_id: str | None = None
+    key_id: str = ""
+    """Of the API key that created it: usage of the session counts for this key."""
     display_name: str | None = None
     status: Literal["active", "finished"] = "active"
     finish_reason: FinishReason | None = None
@@ -81,7 +87,7 @@ class SessionRecord(Record):
         """What a search looks at (wire protocol 8.4), in the record's own terms."""
         kept = ("session_id", "created_at", "project_id", "display_name", "user_metadata")
         return self.model_dump(
-            mode="json", include={*kept, "status", "finish_reason", "finish_detail"}
+            mode="json", include={*kept, "key_id", "status", "finish_reason", "finish_detail"}
         )
 
 
@@ -173,13 +179,79 @@ class PublishedRunRecord(Record):
     tenant: str
 
 
+class Limits(BaseModel):
+    """What a key, or a whole organisation, may use; None is no limit.
+
+    Rates and queues are refused with 429 for as long as they last. What is used up (tokens,
+    storage, money) is refused until its period is over.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_s: float | None = Field(None, gt=0)
+    queued_bytes: int | None = Field(None, ge=0)
+    """Payload bytes of ops that wait in the queues of all its runs."""
+    concurrent_runs: int | None = Field(None, ge=0)
+    trained_tokens_per_day: int | None = Field(None, ge=0)
+    sampled_tokens_per_day: int | None = Field(None, ge=0)
+    """Prompt tokens that were computed, and generated tokens. A day is one of UTC."""
+    stored_bytes: int | None = Field(None, ge=0)
+    usd_per_month: float | None = Field(None, ge=0)
+    """By the prices of the configuration; what has none costs nothing."""
+
+
+NO_LIMITS = Limits()
+
+
 class ApiKeyRecord(Record):
     """`keys/{hmac}.json`: what an API key may do. The key itself is stored nowhere."""
 
     tenant: str
-    scopes: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = USER_SCOPES
     created_at: AwareDatetime
     name: str = ""
     note: str = ""
+    project_id: str | None = None
+    """What the key creates belongs to this project; None: to any."""
+    user_id: str | None = None
+    limits: Limits = NO_LIMITS
+    expires_at: AwareDatetime | None = None
     revoked_at: AwareDatetime | None = None
     """The record stays: a key that is configured again must not come back to life."""
+
+
+class OrgRecord(Record):
+    """`orgs/{org}.json`: a tenant."""
+
+    org_id: str
+    name: str
+    created_at: AwareDatetime
+    disabled: bool = False
+    """None of its keys is believed any more."""
+    limits: Limits = NO_LIMITS
+    """Of all its keys together."""
+
+
+class ProjectRecord(Record):
+    """`t/{org}/projects/{project}.json`."""
+
+    project_id: str
+    name: str
+    created_at: AwareDatetime
+
+
+class UserRecord(Record):
+    """`t/{org}/users/{user}.json`: a person whose keys carry the name."""
+
+    user_id: str
+    email: str
+    name: str = ""
+    created_at: AwareDatetime
+
+
+class Identity(Record):
+    """What the gateway has to know about a key: itself, and its organisation's limits."""
+
+    key: ApiKeyRecord
+    email: str = ""
+    tenant_limits: Limits = NO_LIMITS

@@ -15,11 +15,12 @@ import orjson
 
 from luthier_core import errors
 from luthier_core.auth import service_token
+from luthier_core.caller import CALLER, REFUSAL
 from luthier_core.config import Config
 from luthier_core.errors import BodyTooLarge, ConfigError, LuthierError, NotFound, Unavailable
 from luthier_core.records import (
-    ApiKeyRecord,
     CheckpointRecord,
+    Identity,
     Record,
     RunRecord,
     SamplerRecord,
@@ -31,6 +32,10 @@ R = TypeVar("R", bound=Record)
 MAX_BODY_BYTES = 1024 * 1024
 """Largest request that the registry reads."""
 TENANT_HEADER = "X-Luthier-Tenant"
+ACTOR_HEADER = "X-Luthier-Actor"
+"""Id of the API key on whose behalf the gateway calls."""
+PROJECT_HEADER = "X-Luthier-Project"
+"""Project of that key, percent-encoded, if it has one."""
 
 MAX_TRIES = 12
 """Some 8 s in all while nothing listens: a parent restarts the registry sooner than that."""
@@ -73,9 +78,9 @@ class RegistryClient:
         """Unavailable unless the registry, its Redis and its object store answer; asked once."""
         await self._call("GET", "/readyz", max_tries=1)
 
-    async def get_key(self, key_hmac: str) -> ApiKeyRecord:
-        """Whose key this is; NotFound if nobody's."""
-        return await self._record(ApiKeyRecord, "GET", f"/keys/{_part(key_hmac)}")
+    async def get_key(self, key_hmac: str) -> Identity:
+        """Whose key this is and what it may do; NotFound if nobody's, or no longer."""
+        return await self._record(Identity, "GET", f"/keys/{_part(key_hmac)}")
 
     async def revoke_key(self, key_hmac: str) -> None:
         """End the key for good; NotFound if it is nobody's."""
@@ -167,6 +172,8 @@ class RegistryClient:
         }
         if lora_config is not None:
             body["lora_config"] = lora_config
+        if refusal := REFUSAL.get():
+            body["refusal"] = refusal.detail
         return await self._record(RunRecord, "POST", "/runs", tenant, body)
 
     async def describe_run(
@@ -262,6 +269,12 @@ class RegistryClient:
         path = f"/samplers/{_part(sampling_session_id)}"
         return await self._record(SamplerRecord, "GET", path, tenant)
 
+    async def admin(
+        self, method: str, path: str, tenant: str = "", body: Any = None
+    ) -> dict[str, Any]:
+        """One call of the admin REST: the gateway forwards it as it is, below /admin."""
+        return await self._object(method, f"/admin{path}", tenant, body)
+
     # --- plumbing ---------------------------------------------------------------------------------
 
     async def _record(
@@ -289,6 +302,10 @@ class RegistryClient:
         if data is not None and len(data) > MAX_BODY_BYTES:
             raise BodyTooLarge(f"metadata of {len(data)} bytes; at most {MAX_BODY_BYTES}")
         headers = {TENANT_HEADER: tenant} if tenant else {}
+        if caller := CALLER.get():
+            headers[ACTOR_HEADER] = caller.key_id
+            if caller.project_id is not None:
+                headers[PROJECT_HEADER] = quote(caller.project_id, safe="")
         for attempt in range(max_tries):
             if attempt:
                 await asyncio.sleep(random.uniform(0.05, 0.4) * min(attempt, 4))
@@ -318,10 +335,17 @@ def _error(status: int, body: bytes) -> LuthierError:
     return Unavailable(f"the registry answered {status}")
 
 
+_MAX_NAME_CHARS = 256
+
+
 def _part(text: str) -> str:
-    """One part of a path, whatever a client put into it; NotFound for what would walk the path."""
-    if text in ("", ".", ".."):
-        raise NotFound(repr(text))
+    """One part of a path, whatever a client put into it.
+
+    NotFound for what would walk the path, and for what is too long to be a name: the registry could
+    not read such a request line.
+    """
+    if text in ("", ".", "..") or len(text) > _MAX_NAME_CHARS:
+        raise NotFound(repr(text[:100]))
     return quote(text, safe=":")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from luthier_core.blobs import Blobs, open_blobs
 from luthier_core.config import Config, ModelConfig, load_config
 from luthier_core.errors import ConfigError
+from luthier_core.generation import Generation
 from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
 from luthier_core.oplog import Oplog, connect
 from luthier_core.redis_server import check_server
@@ -20,6 +21,7 @@ from luthier_core.telemetry import setup_logging
 T = TypeVar("T")
 Environ = Mapping[str, str]
 
+CONFIRM_S = 1.0
 EXIT_REFUSED = 2
 """The configuration or the machine does not allow a start; one line on standard error says why."""
 
@@ -92,11 +94,20 @@ async def _open_worker(
         stack.push_async_callback(client.aclose)
         await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
-        await oplog.load_library()
         blobs = await stack.enter_async_context(open_blobs(config))
+        await _confirmed(Generation(client, blobs), stop)
+        await oplog.load_library()
         lease = WorkerLease(oplog, name, role=role, base_model=model.name, lease_s=settings.lease_s)
         await lease.take()
         yield WorkerParts(config, model, stop, oplog, blobs, lease, settings.lease_renew_s)
+
+
+async def _confirmed(generation: Generation, stop: asyncio.Event) -> None:
+    """Returns once this Redis is the one that the store knows, or at a stop."""
+    while not (stop.is_set() or await generation.is_confirmed()):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONFIRM_S):
+                await stop.wait()
 
 
 def _parser(role: str, name: str | None = None) -> argparse.ArgumentParser:

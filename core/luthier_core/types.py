@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
+from luthier_core.part_limits import check_json_parts
 
 Int32 = Annotated[int, Field(ge=0, lt=2**31)]
 Int64 = Annotated[int, Field(ge=0, lt=2**63)]
@@ -72,7 +73,8 @@ def parse(model: type[W], body: bytes) -> W:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; Unreadable if it is none, too deep, or has too many names."""
+    """The JSON object in a body; Unreadable if it is none, too deep, or has too many parts."""
+    check_json_parts(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -392,7 +394,7 @@ class TinkerPath(WireModel):
 
 
 class CreateSamplingSession(WireModel):
-    """POST create_sampling_session: of a base model, or of saved weights."""
+    """POST create_sampling_session: of a base model, or of saved weights, with or without it."""
 
     session_id: str
     sampling_session_seq_id: Int32
@@ -401,8 +403,8 @@ class CreateSamplingSession(WireModel):
 
     @model_validator(mode="after")
     def _names_weights(self) -> Self:
-        if (self.base_model is None) == (self.model_path is None):
-            raise ValueError("exactly one of base_model and model_path is required")
+        if self.base_model is None and self.model_path is None:
+            raise ValueError("base_model or model_path is required")
         return self
 
 

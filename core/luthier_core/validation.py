@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
 from luthier_core.losses import RATIO_MASK, LossSpec, loss_config, loss_spec
+from luthier_core.part_limits import check_forward_backward_parts
 from luthier_core.prompt_targets import PromptTargets
 from luthier_core.proto import wire_pb2 as wire
 from luthier_core.types import Sample
@@ -42,7 +43,8 @@ class ModelLimits:
 
 
 def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
-    """The protobuf request; Unreadable if the bytes are none."""
+    """The protobuf request; Unreadable if the bytes are none, or have too many parts."""
+    check_forward_backward_parts(body)
     request = wire.ForwardBackwardRequest()
     try:
         request.ParseFromString(body)

@@ -11,6 +11,7 @@ from aiohttp.typedefs import Handler
 from redis.exceptions import OutOfMemoryError
 
 from luthier_core.blobs import open_blobs
+from luthier_core.caller import CALLER
 from luthier_core.config import Config
 from luthier_core.errors import LuthierError, NotFound, TooManyRequests, Unavailable
 from luthier_core.futures import Futures
@@ -18,21 +19,29 @@ from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.redis_server import check_server
 from luthier_core.registry_client import RegistryClient
 from luthier_gateway import (
+    access,
+    admin,
     checkpoints,
     files,
     forward_backward,
     futures,
     health,
     openapi,
+    queues,
     rest,
     sampling,
     sessions,
     training,
+    usage,
 )
 from luthier_gateway.auth import Authenticator, Turns
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import refuse_too_old
-from luthier_gateway.web_io import error_response, json_response
+from luthier_gateway.generation import GENERATION, NOT_CONFIRMED, GenerationWatch
+from luthier_gateway.openai import errors as openai_errors
+from luthier_gateway.openai import handlers as openai
+from luthier_gateway.quotas import QUOTAS, Quotas
+from luthier_gateway.web_io import error_response
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +76,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
         web.post(f"{API}/save_weights_external", training.save_weights_external),
         web.post(f"{API}/load_weights", training.load_weights),
+        web.post(f"{API}/create_custom_loss", training.refuse_custom_loss),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/join_sampling_session", sampling.join_sampling_session),
         web.post(f"{API}/asample", sampling.asample),
@@ -75,6 +85,10 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/cancel_future", futures.cancel_future),
         web.get(f"{API}/futures/{{request_id}}", futures.future_status),
         *_bookkeeping_routes(),
+        *openai.routes(),
+        *admin.routes(f"{API}/admin"),
+        *usage.routes(API),
+        *queues.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -106,9 +120,7 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.delete(f"{API}/auth/apikey/me", rest.revoke_own_key),
         web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),
         web.post(f"{API}/auth/token", rest.refuse_key_exchange),
-        web.get(f"{API}/audit", rest.refuse_audit),
-        web.get(f"{API}/billing/usage/events", rest.refuse_billing),
-        web.get(f"{API}/billing/usage/checkpoints/current", rest.refuse_billing),
+        web.get(f"{API}/audit", rest.get_audit),
     ]
 
 
@@ -125,14 +137,20 @@ def build_app(config: Config) -> web.Application:
         handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
+    access.check_rules(route for route in routes() if needs_key(route.path))
     description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
     # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
     app[openapi.DESCRIPTION] = json.dumps(description).encode()
 
     async def backends(app: web.Application) -> AsyncIterator[None]:
-        async with open_backends(config) as opened:
-            app[BACKENDS] = opened
-            yield
+        async with open_backends(config) as opened, openai.open_openai(opened) as shared:
+            app[BACKENDS], app[openai.OPENAI] = opened, shared
+            watch = app[GENERATION] = GenerationWatch(opened.oplog, opened.blobs)
+            watching = asyncio.create_task(watch.keep_looking(config.gateway.recheck_s))
+            async with connect(config.side_redis_url()) as counters:
+                app[QUOTAS] = Quotas(config, opened.oplog, counters)
+                yield
+            await _cancel(watching)
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)
@@ -147,7 +165,6 @@ async def open_backends(config: Config) -> AsyncIterator[Backends]:
         stack.push_async_callback(client.aclose)
         await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
-        await oplog.load_library()
         blobs = await stack.enter_async_context(open_blobs(config))
         registry = await stack.enter_async_context(RegistryClient(config))
         futures = Futures(client, recheck_s=config.gateway.recheck_s)
@@ -179,38 +196,59 @@ async def hold_failed_polls(request: web.Request, handler: Handler) -> web.Strea
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error becomes `{"detail": ...}` with its status; ours are logged, theirs are not."""
+    """Every error becomes `{"detail": ...}` with its status; ours are logged, theirs are not.
+
+    The OpenAI API has a form of its own.
+    """
+    respond = openai_errors.error_response if openai.is_openai(request.path) else error_response
     try:
         return await handler(request)
     except LuthierError as error:
-        return error_response(error)
+        if error.status in (404, 410) and not await request.app[GENERATION].still_holds():
+            return respond(Unavailable(NOT_CONFIRMED))
+        return respond(error)
     except OutOfMemoryError:
-        return error_response(TooManyRequests("the operation log is full until more is executed"))
+        return respond(TooManyRequests("the operation log is full until more is executed"))
     except REDIS_ERRORS:
         log.warning("redis is away", exc_info=True)
-        return error_response(Unavailable("the operation log"))
+        return respond(Unavailable("the operation log"))
     except web.HTTPNotFound:
-        return error_response(NotFound(f"{request.method} {request.path}"))
+        return respond(NotFound(f"{request.method} {request.path}"))
     except web.HTTPException as error:
-        return json_response({"detail": error.reason, "category": "user"}, error.status)
+        refused = LuthierError(error.reason)
+        refused.status, refused.category = error.status, "user"
+        return respond(refused)
     except Exception:
         log.exception("unexpected error in %s %s", request.method, request.path)
-        return error_response(LuthierError("an unexpected error; the server's log has it"))
+        return respond(LuthierError("an unexpected error; the server's log has it"))
 
 
 @web.middleware
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """All but health checks and signed links need a key; its tenant is put into the request.
 
-    And an SDK that this server can serve, which its user is told before anything else. Polls aside,
-    a tenant's requests take turns.
+    And an SDK that this server can serve, which its user is told before anything else. A tenant's
+    requests take turns, but for those that wait.
     """
+    CALLER.set(None)  # this task is the connection's: each of its requests sets its own
     if not needs_key(request.path):
         return await handler(request)
-    refuse_too_old(request)
+    if not await request.app[GENERATION].is_confirmed():
+        raise Unavailable(NOT_CONFIRMED)
     backends = request.app[BACKENDS]
-    tenant = request[TENANT] = await backends.auth.tenant(request.headers.get("X-API-Key"))
+    if openai.is_openai(request.path):
+        key = openai.api_key(request)
+    else:
+        refuse_too_old(request)
+        key = request.headers.get("X-API-Key")
+    caller = await backends.auth.caller(key)
+    access.check(request, caller)
+    tenant = request[TENANT] = caller.tenant
+    CALLER.set(caller)
     if request.path in POLLS:
+        return await handler(request)
+    await request.app[QUOTAS].check(request, caller)
+    if request.path in openai.GENERATING:
         return await handler(request)
     async with backends.turns.of(tenant):
         return await handler(request)

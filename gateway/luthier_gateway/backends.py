@@ -100,7 +100,7 @@ class Backends:
         """
         run = await self.live_run(tenant, run_id)
         session_id = run.facts["session_id"]
-        if await self._is_finished(session_id):
+        if await self.is_finished(session_id):
             standing = await self.oplog.standing(run_id, seq)
             if not standing.is_accepted:
                 raise BadRequest(f"session {session_id} is finished")
@@ -109,12 +109,12 @@ class Backends:
     async def check_sampling(self, sampler: SamplerRecord, seq: int) -> None:
         """BadRequest for a new sample of a session that is finished."""
         outcome = keys.sampling_outcome(sampler.sampling_session_id, seq)
-        if await self._is_finished(sampler.session_id) and not await self.oplog.redis.exists(
+        if await self.is_finished(sampler.session_id) and not await self.oplog.redis.exists(
             outcome
         ):
             raise BadRequest(f"session {sampler.session_id} is finished")
 
-    async def _is_finished(self, session_id: str) -> bool:
+    async def is_finished(self, session_id: str) -> bool:
         """Whether the client has closed the session: no new work is taken any more."""
         status = await cast(
             Awaitable[bytes | None],
@@ -131,9 +131,12 @@ class Backends:
         if not weights_access_token:
             return None
         try:
-            return await self.auth.tenant(weights_access_token)
+            bearer = await self.auth.caller(weights_access_token)
         except Unauthorized:
             raise InvalidField("weights_access_token: it is no key of this server") from None
+        if "read" not in bearer.scopes:
+            raise InvalidField("weights_access_token: this key may not read")
+        return bearer.tenant
 
     async def model_facts(self, base_model: str) -> dict[str, Any]:
         """Facts of a configured base model; Unavailable until one of its workers has started."""

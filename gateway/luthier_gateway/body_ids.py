@@ -5,6 +5,8 @@ from typing import TypeGuard
 
 import orjson
 
+from luthier_core.part_limits import read_varint
+
 _MODEL_ID_TAG = 0x0A  # field 1, length-delimited
 _SEQ_ID_TAG = 0x10  # field 2, varint
 
@@ -36,12 +38,12 @@ def read_protobuf_ids(head: bytes) -> tuple[str, int] | None:
     try:
         if head[0] != _MODEL_ID_TAG:
             return None
-        length, at = _varint(head, 1)
+        length, at = read_varint(head, 1)
         model_id = head[at : at + length].decode()
         at += length
         if head[at] != _SEQ_ID_TAG:
             return None
-        seq, _ = _varint(head, at + 1)
+        seq, _ = read_varint(head, at + 1)
     except (IndexError, UnicodeDecodeError):
         return None
     return (model_id, seq) if _is_seq(seq) else None
@@ -49,16 +51,3 @@ def read_protobuf_ids(head: bytes) -> tuple[str, int] | None:
 
 def _is_seq(value: object) -> TypeGuard[int]:
     return type(value) is int and 1 <= value < 2**31
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at += 1
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise IndexError("varint of more than ten bytes")

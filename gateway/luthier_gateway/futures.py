@@ -43,7 +43,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
     config = backends.config.gateway
     future = _parse_id(wanted.request_id)
     try:
-        _check_room(backends)
+        check_room(backends)
     except TooManyRequests:
         if not is_before(request, PATIENT_POLLS_SINCE):
             raise
@@ -74,7 +74,7 @@ async def future_status(request: web.Request) -> web.Response:
     if outcome is None:
         state = await queue_state(backends, tenant, future)
         return json_response({**status, "queue_state": state.state, "reason": state.reason})
-    body = await _bytes_of(backends.blobs, outcome.body)
+    body = await bytes_of(backends.blobs, outcome.body)
     if outcome.failed:
         status |= {"status": "failed", "error": body.decode(), "category": outcome.category}
     else:
@@ -90,7 +90,7 @@ async def retrieve_futures(request: web.Request) -> web.Response:
     wanted = parse(RetrieveFutures, await read_body(request, MAX_SMALL_BODY))
     session, clone = wanted.target.sampling_session_id, wanted.target.cloned_sampler_id
     await backends.sampler(tenant, session)
-    _check_room(backends)
+    check_room(backends)
     hold_s = backends.config.gateway.poll_hold_s
     timeout_s = hold_s if wanted.timeout is None else min(wanted.timeout, hold_s)
     try:
@@ -145,7 +145,8 @@ def _parse_id(request_id: str) -> FutureId:
     return future
 
 
-def _check_room(backends: Backends) -> None:
+def check_room(backends: Backends) -> None:
+    """TooManyRequests if as many requests wait for results as this process allows."""
     if backends.futures.num_waiting >= backends.config.gateway.max_open_polls:
         raise TooManyRequests("too many requests wait for results on this gateway")
 
@@ -201,7 +202,7 @@ async def _result(
     request: web.Request, blobs: Blobs, future: FutureId, outcome: Outcome
 ) -> web.Response:
     """Protobuf for who accepts it, and JSON for everybody else."""
-    body = await _bytes_of(blobs, outcome.body)
+    body = await bytes_of(blobs, outcome.body)
     if outcome.failed:
         return json_response({"error": body.decode(), "category": outcome.category})
     if outcome.encoding == "protobuf":
@@ -225,7 +226,8 @@ def _transcode(future: FutureId, body: bytes) -> bytes:
 _TO_JSON = {"sample": sample_json, "train": forward_backward_json}
 
 
-async def _bytes_of(blobs: Blobs, body: Body) -> bytes:
+async def bytes_of(blobs: Blobs, body: Body) -> bytes:
+    """The bytes of an outcome; Gone if they have expired."""
     if body.inline is not None:
         return body.inline
     try:

@@ -11,17 +11,20 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from luthier_core import answers, rest_types, types
+from luthier_core import admin_types, answers, rest_types, types
 from luthier_gateway import (
+    admin,
     checkpoints,
     files,
     forward_backward,
     futures,
     health,
+    queues,
     rest,
     sampling,
     sessions,
     training,
+    usage,
 )
 from luthier_gateway.web_io import MAX_PAGE
 
@@ -38,6 +41,16 @@ _QUERY: dict[str, dict[str, Any]] = {
     "offset": {"type": "integer", "minimum": 0, "maximum": 2**31},
     "access_scope": {"type": "string", "enum": list(rest.ACCESS_SCOPES)},
     "project_id": {"type": "string"},
+    "event_type": {
+        "type": "string",
+        "enum": ["all", "checkpoints", "projects", "teams", "organizations"],
+    },
+    "day": {"type": "string", "format": "date"},
+    "starting_on": {"type": "string", "format": "date-time"},
+    "ending_before": {"type": "string", "format": "date-time"},
+    "by": {"type": "string", "enum": ["run", "session", "key", "project"]},
+    "format": {"type": "string", "enum": ["json", "csv"]},
+    "after": {"type": "integer", "minimum": -1},
 }
 _PAGE = ("limit", "offset")
 
@@ -87,6 +100,7 @@ OPERATIONS: dict[Handler, Operation] = {
     ),
     training.save_weights_external: Operation(types.SaveWeightsExternal, answers.UntypedFuture),
     training.load_weights: Operation(types.LoadWeights, answers.UntypedFuture),
+    training.refuse_custom_loss: Operation(answer=None),
     sampling.create_sampling_session: Operation(
         types.CreateSamplingSession, answers.CreatedSamplingSession
     ),
@@ -120,9 +134,36 @@ OPERATIONS: dict[Handler, Operation] = {
     rest.get_own_key: Operation(answer=answers.OwnKey),
     rest.revoke_own_key: Operation(),
     rest.refuse_trace_export: Operation(answer=None),
-    rest.refuse_audit: Operation(answer=None),
-    rest.refuse_billing: Operation(answer=None),
+    rest.get_audit: Operation(answer=admin_types.AuditEntries, query=("event_type", "day")),
+    usage.usage_events: Operation(
+        answer=admin_types.UsageEvents, query=("starting_on", "ending_before")
+    ),
+    usage.stored_checkpoints: Operation(
+        answer=admin_types.StoredCheckpoints, query=("project_id",)
+    ),
+    usage.run_metrics: Operation(answer=admin_types.RunMetrics, query=("after", "limit")),
+    usage.org_usage: Operation(
+        answer="any", query=("starting_on", "ending_before", "by", "format")
+    ),
+    queues.list_queues: Operation(answer=admin_types.Queues),
+    queues.session_queue: Operation(answer=admin_types.SessionQueue),
+    queues.cancel_queued: Operation(answer=admin_types.CancelledQueue),
+    usage.list_jobs: Operation(answer=admin_types.Jobs),
+    usage.run_job: Operation(answer="any"),
     rest.refuse_key_exchange: Operation(answer=None),
+    admin.list_orgs: Operation(answer=admin_types.Orgs),
+    admin.create_org: Operation(admin_types.CreateOrg, admin_types.Org),
+    admin.get_org: Operation(answer=admin_types.Org),
+    admin.update_org: Operation(admin_types.UpdateOrg, admin_types.Org),
+    admin.list_projects: Operation(answer=admin_types.Projects),
+    admin.create_project: Operation(admin_types.CreateProject, admin_types.Project),
+    admin.list_users: Operation(answer=admin_types.Users),
+    admin.create_user: Operation(admin_types.CreateUser, admin_types.User),
+    admin.delete_user: Operation(answer="any"),
+    admin.list_keys: Operation(answer=admin_types.Keys),
+    admin.create_key: Operation(admin_types.CreateKey, admin_types.NewKey),
+    admin.revoke_key: Operation(answer=admin_types.Key),
+    admin.check_audit: Operation(answer=admin_types.AuditCheck),
 }
 
 

@@ -1,7 +1,10 @@
 """Bookkeeping calls about runs, sessions and keys, forwarded to the registry."""
 
+from urllib.parse import urlencode
+
 from aiohttp import web
 
+from luthier_core.auth import key_id
 from luthier_core.errors import InvalidField, Unsupported
 from luthier_core.rest_types import SearchSessions, SetProject
 from luthier_core.types import parse
@@ -9,6 +12,7 @@ from luthier_gateway.backends import BACKENDS, TENANT
 from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, page_of, read_body
 
 ACCESS_SCOPES = ("owned", "accessible")
+_AUDIT_QUERY = (("event_type", "all"), ("day", ""))
 
 
 async def list_training_runs(request: web.Request) -> web.Response:
@@ -80,16 +84,17 @@ async def get_sampler(request: web.Request) -> web.Response:
 
 async def get_own_key(request: web.Request) -> web.Response:
     """What the presented key is called and whom it belongs to."""
-    name, record = await request.app[BACKENDS].auth.look_up(request.headers["X-API-Key"])
+    name, identity = await request.app[BACKENDS].auth.look_up(request.headers["X-API-Key"])
+    record = identity.key
     return json_response(
         {
             # The API wants a number; these 48 bits of the HMAC name the key and open nothing.
-            "key_id": int(name[:12], 16),
+            "key_id": int(key_id(name), 16),
             "name": record.name or f"key-{name[:8]}",
             "note": record.note,
             "details": {
                 "org_details": {"name": record.tenant},
-                "user_details": {"email": record.tenant},
+                "user_details": {"email": identity.email or record.tenant},
             },
         }
     )
@@ -108,14 +113,14 @@ async def refuse_trace_export(request: web.Request) -> web.Response:
     raise Unsupported("trace_export: this server records no traces")
 
 
-async def refuse_audit(request: web.Request) -> web.Response:
-    """Not offered: this server keeps no audit log."""
-    raise Unsupported("audit: this server keeps no audit log")
-
-
-async def refuse_billing(request: web.Request) -> web.Response:
-    """Not offered: this server keeps no account of usage."""
-    raise Unsupported("billing: this server keeps no account of usage")
+async def get_audit(request: web.Request) -> web.Response:
+    """What was done to checkpoints, projects, users and keys on one day."""
+    query = {name: request.query.get(name, default) for name, default in _AUDIT_QUERY}
+    return json_response(
+        await request.app[BACKENDS].registry.admin(
+            "GET", f"/audit?{urlencode(query)}", request[TENANT]
+        )
+    )
 
 
 async def refuse_key_exchange(request: web.Request) -> web.Response:

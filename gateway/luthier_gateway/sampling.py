@@ -51,7 +51,7 @@ async def asample(request: web.Request) -> web.Response:
     raw = await read_body(request, backends.config.gateway.max_body_bytes)
     value = await off_loop_if_large(len(raw), read_object, raw)
     session, seq = value.get("sampling_session_id"), value.get("seq_id")
-    if not isinstance(session, str) or not isinstance(seq, int) or not 0 <= seq < 2**63:
+    if not isinstance(session, str) or type(seq) is not int or not 0 <= seq < 2**63:
         raise InvalidField("sampling_session_id must be a string and seq_id an integer from 0")
     sampler = await backends.sampler(tenant, session)
     await backends.check_sampling(sampler, seq)
@@ -66,20 +66,20 @@ async def asample(request: web.Request) -> web.Response:
     except BadRequest as error:
         problem = error
         # No sequences will come; the SDK wants one id per sequence it asked for.
-        num_samples = num_samples if isinstance(num_samples, int) else 1
+        num_samples = num_samples if type(num_samples) is int else 1
         num_samples = min(max(num_samples, 1), limits.max_num_samples)
     digest = json_digest(value)
     if problem is not None:
         job = Outcome.failure(problem.message, problem.category).fields()
     else:
-        payload = await _payload(backends, sampler, seq, body, digest)
+        stored = await payload(backends, sampler, seq, body, digest)
         job = {
             "session": session,
             "tenant": tenant,
             "weights": sampler.weights,
-            **payload.fields(),
+            **stored.fields(),
         }
-    await _enqueue(backends, sampler, str(seq), digest, job)
+    await enqueue(backends, sampler, str(seq), digest, job)
     request_id = f"{session}:{seq}"
     return json_response(
         {
@@ -89,9 +89,10 @@ async def asample(request: web.Request) -> web.Response:
     )
 
 
-async def _enqueue(
+async def enqueue(
     backends: Backends, sampler: SamplerRecord, seq: str, digest: str, job: dict[str, str | bytes]
 ) -> None:
+    """Queue a job, or what a refused request came to; TooManyRequests if the queue is full."""
     status = await backends.oplog.enqueue(
         tenant=sampler.tenant,
         base_model=sampler.base_model,
@@ -110,9 +111,10 @@ async def _enqueue(
         raise TooManyRequests(f"the sampling queue of {sampler.base_model} is full")
 
 
-async def _payload(
+async def payload(
     backends: Backends, sampler: SamplerRecord, seq: int, body: bytes, digest: str
 ) -> Body:
+    """The request of a job, stored if it is large."""
     if len(body) <= INLINE_LIMIT:
         return Body.of(body)
     key = keys.sample_payload(sampler.tenant, sampler.sampling_session_id, seq, digest)

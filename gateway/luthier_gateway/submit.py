@@ -9,6 +9,7 @@ import orjson
 from aiohttp import web
 
 from luthier_core import keys
+from luthier_core.caller import CALLER, REFUSAL
 from luthier_core.errors import (
     BadRequest,
     LuthierError,
@@ -47,7 +48,8 @@ def json_digest(value: dict[str, Any]) -> str:
 def ids_of(value: dict[str, Any]) -> tuple[str, int]:
     """(model_id, seq_id) of a training request; Unreadable if they are not there."""
     run_id, seq = value.get("model_id"), value.get("seq_id")
-    if not isinstance(run_id, str) or not isinstance(seq, int) or not 1 <= seq < 2**31:
+    # A bool is an int to isinstance, and none to Redis.
+    if not isinstance(run_id, str) or type(seq) is not int or not 1 <= seq < 2**31:
         raise Unreadable("model_id must be a string and seq_id an integer from 1 to 2147483647")
     return run_id, seq
 
@@ -106,7 +108,7 @@ async def submit(
         digest=digest,
         body=body,
         payload_key=keys.op_payload(tenant, run_id, seq, digest),
-        problem=problem.message if problem else None,
+        problem=_message(problem, seq),
     )
 
     async def perform(effect: Effect) -> Any:
@@ -139,7 +141,12 @@ async def submit_creation(
     facts: dict[str, Any],
 ) -> web.Response:
     """Admit op 0, which makes the run's header, and tell the workers of its base model."""
-    header = {"base_model": base_model, "facts": orjson.dumps(facts).decode()}
+    caller = CALLER.get()
+    header = {
+        "base_model": base_model,
+        "facts": orjson.dumps(facts).decode(),
+        "key_id": caller.key_id if caller else "",
+    }
     return await submit(
         backends,
         tenant,
@@ -201,6 +208,12 @@ async def _use_up_seq(
         base_model=run.base_model,
         problem=problem,
     )
+
+
+def _message(problem: LuthierError | None, seq: int) -> str | None:
+    """Why the op fails at once. A run that is being made is refused before, or not at all."""
+    problem = problem or (REFUSAL.get() if seq else None)
+    return problem.message if problem else None
 
 
 def _accepted(run_id: str, seq: int) -> web.Response:

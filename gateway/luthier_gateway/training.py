@@ -10,6 +10,7 @@ from luthier_core.errors import (
     InvalidField,
     LuthierError,
     NotFound,
+    Unsupported,
 )
 from luthier_core.ops import Kind
 from luthier_core.records import RunRecord
@@ -177,6 +178,14 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
     )
 
 
+async def refuse_custom_loss(request: web.Request) -> web.Response:
+    """Not offered: the SDK runs a custom loss in the client unless client/config says otherwise."""
+    raise Unsupported(
+        "create_custom_loss: this server runs no uploaded loss; forward_backward_custom computes "
+        "it in the client"
+    )
+
+
 async def _submit_json(request: web.Request, model: type[WireModel], kind: Kind) -> web.Response:
     backends, tenant = request.app[BACKENDS], request[TENANT]
     value = await read_training_body(request, MAX_JSON_BODY, read_object, kind)
@@ -245,7 +254,7 @@ def _check_creation(backends: Backends, wanted: CreateModel) -> None:
 async def _run_id_of(backends: Backends, tenant: str, value: dict[str, Any]) -> str:
     """The id of the run that a refused creation asked for; its session must be the tenant's."""
     session_id, index = value.get("session_id"), value.get("model_seq_id")
-    if not isinstance(session_id, str) or not isinstance(index, int) or index < 0:
+    if not isinstance(session_id, str) or type(index) is not int or index < 0:
         raise InvalidField("session_id must be a string and model_seq_id an integer from 0")
     await backends.registry.get_session(tenant, session_id)
     return f"{session_id}:train:{index}"

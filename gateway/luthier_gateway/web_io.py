@@ -65,13 +65,25 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
         else:
             return b"".join(parts)
     except _TooMuchCompressed:
-        problem, tail = f"at most {MAX_COMPRESSED_BYTES} bytes compressed", b""
+        problem = f"at most {MAX_COMPRESSED_BYTES} bytes compressed"
+        head, tail = _head_of(parts), b""
     except web.RequestPayloadError:
         raise Unreadable("Transfer-Encoding and the body disagree") from None
     else:
         problem = f"at most {max_bytes} bytes after decompression"
-        tail = await _drain(pieces, parts[-1], max_bytes * MAX_DRAIN)
-    raise OversizeBody(problem, b"".join(parts)[:HEAD_BYTES], tail)
+        head, last = _head_of(parts), parts[-1]
+        parts.clear()  # nobody needs it, and its end may be long in coming
+        tail = await _drain(pieces, last, max_bytes * MAX_DRAIN)
+    raise OversizeBody(problem, head, tail)
+
+
+def _head_of(parts: list[bytes]) -> bytes:
+    head = b""
+    for part in parts:
+        if len(head) >= HEAD_BYTES:
+            break
+        head += part[: HEAD_BYTES - len(head)]
+    return head
 
 
 async def _pieces(request: web.Request, encoding: str) -> AsyncIterator[bytes]:

@@ -89,6 +89,8 @@ class Client:
     async def play(self, enough: asyncio.Event) -> None:
         """Create the run and train it until it is `enough`; returns once every op has ended."""
         await self._create()
+        if any(answer.error for answer in self.sent[0].answers):
+            return  # the ordered exception has met the creation: there is nothing to train
         async with asyncio.TaskGroup() as ops:
             while not enough.is_set():
                 first = len(self.sent)

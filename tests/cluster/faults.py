@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from tests.cluster.history import History
 from tests.cluster.processes import LEASE_S, Cluster, Part
 
@@ -17,9 +18,12 @@ from luthier_core.failpoints import POINTS
 FIRE_S = 30.0
 """An order that nobody has come to by then is a mistake of the test."""
 LOOK_S = 0.01
+LOCKS = Path("/proc/locks")
 TAKING_OVER = ("tr.acquire", "tr.restore", "tr.replay")
 """Points that are only reached when somebody has died."""
 OTHER_STOPS = ("tr.acquire", "tr.begin", "tr.exec", "sn.cas", "sn.trim")
+FENCED_BY_EPOCH = ("tr.begin", "tr.commit", "sn.trim")
+"""Until the next owner's first commit nothing but its epoch refuses what a zombie does here."""
 SELDOM = (*TAKING_OVER, "tr.begin", "sn.trim", "tr.put_res")
 
 GATEWAY_POINTS = sorted(point for point in POINTS if point.startswith("gw."))
@@ -64,6 +68,10 @@ def _shuffled(rng: random.Random, *orders: list[tuple[str, str]]) -> list[Fault]
     return faults
 
 
+def _holds_lock(pid: int) -> bool:
+    return any(f" {pid} " in line for line in LOCKS.read_text().splitlines())
+
+
 @contextlib.asynccontextmanager
 async def _within(seconds: float, what: str) -> AsyncIterator[None]:
     """TimeoutError that says what has not happened."""
@@ -72,6 +80,10 @@ async def _within(seconds: float, what: str) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise TimeoutError(f"not within {seconds:g} s: {what}") from None
+
+
+Owned = list[tuple[str, int]]
+"""Runs of one worker, and how many owners each had had by then."""
 
 
 class Injector:
@@ -85,6 +97,7 @@ class Injector:
         self._ordered = ""
         self._parts = parts
         self._folder: Path = cluster.folder / parts[0].role
+        self._order_file = self._folder / "order"
         self._history = history
         self._rng = rng
 
@@ -99,7 +112,8 @@ class Injector:
             if fault.action == "kill9":
                 await self._gone(pid)
             elif fault.action == "stop":
-                await self._freeze(next(part for part in self._parts if part.pid == pid))
+                frozen = next(part for part in self._parts if part.pid == pid)
+                await self._freeze(frozen, fault.point)
 
     @property
     def num_killed(self) -> int:
@@ -109,7 +123,7 @@ class Injector:
         new = self._folder / "new"
         self._ordered = f"{fault.point} {fault.action} {fault.at_hit}"
         new.write_text(self._ordered)
-        new.rename(self._folder / "order")
+        new.rename(self._order_file)
 
     async def _taken(self, within_s: float = FIRE_S) -> int:
         """The process that has taken the order; TimeoutError if none does."""
@@ -134,7 +148,8 @@ class Injector:
         raise TimeoutError("nobody took a run over")
 
     def _owners(self) -> list[Part]:
-        names = {run.owners[-1].partition("/")[0] for run in self._history.runs.values()}
+        runs = self._history.runs.values()
+        names = {run.owners[-1].partition("/")[0] for run in runs if run.owners}
         return [part for part in self._parts if part.name in names]
 
     async def _gone(self, pid: int) -> None:
@@ -143,16 +158,50 @@ class Injector:
             while any(part.pid == pid for part in self._parts):
                 await asyncio.sleep(LOOK_S)
 
-    async def _freeze(self, part: Part) -> None:
-        """Let it sleep until others have its runs and have worked on them, then wake it up."""
+    async def _freeze(self, part: Part, point: str) -> None:
+        """Let it sleep until others have its runs, then wake it up.
+
+        Either while the next owner has acquired a run and committed nothing, or when all its runs
+        have gone on without it.
+        """
+        async with _within(FIRE_S, f"{part.name} stops"):
+            while psutil.Process(part.pid).status() != psutil.STATUS_STOPPED:
+                await asyncio.sleep(LOOK_S)
+        await self._unlock(part)
         mine = [
             (run_id, len(run.owners))
             for run_id, run in self._history.runs.items()
             if run.owners and run.owners[-1].partition("/")[0] == part.name
         ]
-        await asyncio.sleep(LEASE_S)
-        for run_id, num_owners in mine:
-            async with _within(FIRE_S, f"the take-over of {run_id} from {part.name}"):
-                await self._history.owner_after(run_id, num_owners)
-        await asyncio.sleep(LOOK_S * self._rng.randrange(30))
+        if point in FENCED_BY_EPOCH:
+            await self._hold_up_next_owner(part, mine)
+        else:
+            await asyncio.sleep(LEASE_S)
+            async with _within(FIRE_S, f"the take-over of {part.name}'s runs"):
+                while not self._are_taken(mine):
+                    await asyncio.sleep(LOOK_S)
         part.send(signal.SIGCONT)
+
+    async def _hold_up_next_owner(self, part: Part, mine: Owned) -> None:
+        """Returns when one who has acquired a run is slow to go on, or too late for that."""
+        self._order(Fault("tr.restore", "delay", 1))
+        async with _within(FIRE_S, f"the take-over of {part.name}'s runs"):
+            while self._order_file.exists() and not self._are_taken(mine):
+                await asyncio.sleep(LOOK_S)
+        try:
+            self._order_file.unlink()
+        except FileNotFoundError:
+            await self._taken()
+            self.done["woken before the next owner's first commit"] += 1
+
+    def _are_taken(self, mine: Owned) -> bool:
+        """Whether each run has been acquired again since then."""
+        runs = self._history.runs
+        return all(len(runs[run_id].owners) > num_owners for run_id, num_owners in mine)
+
+    async def _unlock(self, part: Part) -> None:
+        """Not frozen with a file lock of the disk store, which would hold up who takes over."""
+        while _holds_lock(part.pid):
+            part.send(signal.SIGCONT)
+            await asyncio.sleep(LOOK_S)
+            part.send(signal.SIGSTOP)

@@ -10,11 +10,31 @@ import re
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Self
 
 _LINE = re.compile(rb'^\+?[\d.]+ \[\d+ (\S+)\] "(\w+)"(.*)$')
 _ARGUMENT = re.compile(rb'"((?:[^"\\]|\\.)*)"')
 _RUN_KEY = re.compile(r"\{(.+:train:\d+)\}:(h|log|r:(\d+))")
 MAX_LINE_BYTES = 4 * 1024 * 1024
+
+
+OWNERS_CALLS = ("begin", "commit", "trim", "release", "ffwd", "publish", "fail_range", "blame")
+"""Functions whose first argument is the caller's epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of the function library."""
+
+    name: str
+    epoch: int
+
+    @classmethod
+    def of(cls, arguments: list[str]) -> Self:
+        """From name, number of keys, keys, arguments."""
+        name = arguments[0].removeprefix("lu1_")
+        first = 2 + int(arguments[1])
+        return cls(name, int(arguments[first]) if name in OWNERS_CALLS else 0)
 
 
 @dataclass(slots=True)
@@ -29,6 +49,10 @@ class RunHistory:
     """seq -> how often its outcome was written"""
     owners: list[str] = field(default_factory=list)
     """name/incarnation of each who acquired it"""
+    epoch: int = 0
+    """Of the newest owner."""
+    stale_writes: list[str] = field(default_factory=list)
+    """Calls that wrote something under another epoch than the newest."""
     num_trims: int = 0
     num_refused: int = 0
     """Commits that were fenced, late or out of order."""
@@ -39,9 +63,7 @@ class History:
 
     def __init__(self) -> None:
         self.runs: defaultdict[str, RunHistory] = defaultdict(RunHistory)
-        self.changed = asyncio.Event()
-        """Set at every step; who waits clears it."""
-        self._call: tuple[str, list[str]] = ("", [])
+        self._call = _Call("", 0)
         self._has_committed = True
         self._run = ""
 
@@ -53,13 +75,16 @@ class History:
         arguments = [argument.decode("latin-1") for argument in _ARGUMENT.findall(rest)]
         if source != b"lua":
             self._end_of_call()
-            self._call = (arguments[0], arguments[2:]) if command == "FCALL" else ("", [])
+            self._call = _Call.of(arguments) if command == "FCALL" else _Call("", 0)
         elif key := _RUN_KEY.fullmatch(arguments[0]):
             self._inner(command, key, arguments[1:])
-        self.changed.set()
 
     def _inner(self, command: str, key: re.Match[str], arguments: list[str]) -> None:
-        run, name = self.runs[key[1]], self._call[0].removeprefix("lu1_")
+        run, name = self.runs[key[1]], self._call.name
+        if name in OWNERS_CALLS and command not in ("HMGET", "HGET"):
+            stale = self._call.epoch != run.epoch
+            if stale and name not in run.stale_writes:
+                run.stale_writes.append(name)
         match command, key[2].partition(":")[0], name:
             case "XADD", "log", _:
                 fields = dict(zip(arguments[1::2], arguments[2::2], strict=True))
@@ -71,9 +96,10 @@ class History:
                 run.outcomes[int(key[3])] += 1
             case "HSET", "h", "commit" if arguments[0] == "committed":
                 self._has_committed = True
-                run.commits.append((int(self._call[1][3]), int(arguments[1])))
+                run.commits.append((self._call.epoch, int(arguments[1])))
             case "HSET", "h", "acquire":
                 run.owners.append(arguments[3])
+                run.epoch = int(arguments[1])
             case "HMGET", "h", "commit":
                 self._run, self._has_committed = key[1], False
 
@@ -85,12 +111,6 @@ class History:
     async def follow(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             self._line(line)
-
-    async def owner_after(self, run_id: str, num_owners: int) -> None:
-        """Returns once the run has been acquired more often than that."""
-        while len(self.runs[run_id].owners) <= num_owners:
-            self.changed.clear()
-            await self.changed.wait()
 
 
 @contextlib.asynccontextmanager

@@ -83,6 +83,8 @@ def _check_history(verdict: Verdict, client: Client, history: RunHistory) -> Non
     verdict.expect(seqs == sorted(seqs), f"{run_id}: committed out of order")
     epochs = [epoch for epoch, _ in history.commits]
     verdict.expect(epochs == sorted(epochs), f"{run_id}: an older epoch committed")
+    stale = history.stale_writes
+    verdict.expect(not stale, f"{run_id}: written under an epoch that was taken over: {stale}")
     lost = client.sent.keys() - history.outcomes.keys()
     verdict.expect(not lost, f"{run_id}: accepted and never committed: {sorted(lost)}")
 

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -77,6 +76,10 @@ def _plant(library: str) -> None:
     Oplog.load_library = load_library  # type: ignore[method-assign]
 
 
+class Ended(Exception):
+    """A process has ended by itself; with its last words."""
+
+
 class Part:
     """One process, kept running until `stop`."""
 
@@ -87,8 +90,7 @@ class Part:
         self._process: Any = None
         self.pid = 0
         self._stdin: Connection | None = None
-        self.exits: Counter[int] = Counter()
-        """Exit codes; minus the signal if one ended it."""
+        self.num_killed = 0
 
     def start(self) -> None:
         reader, self._stdin = _FORKS.Pipe(duplex=False)
@@ -115,9 +117,8 @@ class Part:
         return int(self._process.exitcode)
 
     def reap(self) -> None:
-        """Note how the process that has ended did, and forget it."""
+        """Forget the process that has ended."""
         assert self._stdin is not None
-        self.exits[self._process.exitcode] += 1
         self._stdin.close()
         self._process.close()
 
@@ -166,17 +167,28 @@ class Cluster:
     async def keep(self, part: Part) -> None:
         """Start a part again whenever it is killed, as the supervisor of `luthier up` does.
 
-        RuntimeError with its last words if it ends otherwise.
+        Ended if it ends otherwise.
         """
         while True:
             if (code := await part.wait()) != -signal.SIGKILL:
                 words = (self.folder / f"{part.name}.log").read_text()[-3000:]
-                raise RuntimeError(f"{part.name} ended with exit code {code}:\n{words}")
+                raise Ended(f"{part.name} ended with exit code {code}:\n{words}")
             part.reap()
+            part.num_killed += 1
             if part.role == "trainer":
                 # Whoever reaps a worker deletes its lease: take-over need not wait for its end.
                 await self.redis.delete(keys.worker_lease(part.name))
             part.start()
+
+    async def describe(self, run_id: str) -> str:
+        """Where a run is, and what the trainers last said of it."""
+        oplog = Oplog(self.redis)
+        live = run_id in await oplog.live_runs(BASE_MODEL)
+        lines = [f"{await oplog.header(run_id)}, {'' if live else 'not '}listed as live"]
+        for part in self.trainers:
+            log = (self.folder / f"{part.name}.log").read_text().splitlines()
+            lines += [line[:500] for line in log if run_id in line][-4:]
+        return "\n".join(lines)
 
     async def store_key(self) -> None:
         async with open_blobs(self.config) as blobs:

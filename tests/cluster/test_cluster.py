@@ -28,7 +28,6 @@ def test_every_failpoint_was_hit_and_every_kind_of_fault_happened(trial: Trial) 
     assert trial.faults["stop"] == 4
     assert trial.faults["raise"] == 1
     counters = trial.verdict.counters
-    assert counters.refused_commits > 0, "no zombie has tried to commit"
     assert counters.trims > 0, "no snapshot was made"
     assert counters.take_overs > NUM_RUNS
     assert counters.executed > counters.committed, "nothing was replayed"

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.simulation.toy import State
 
+from luthier_core.errors import NotFound
 from luthier_core.ops import INLINE_LIMIT, Kind, digest_of
 from luthier_core.proto import wire_pb2
 
@@ -18,7 +19,7 @@ LARGE_DATUM_TOKENS = 1200
 
 
 class ToyEngine:
-    """States of runs by run id; KeyError for a run that is not here."""
+    """States of runs by run id; NotFound for a run that is not here, as in the real one."""
 
     def __init__(self) -> None:
         self.states: dict[str, State] = {}
@@ -30,7 +31,7 @@ class ToyEngine:
         self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
     ) -> bytes:
         kind = Kind.FORWARD_BACKWARD if backward else Kind.FORWARD
-        state = self._apply(run_id, kind, request, self.states[run_id])
+        state = self._apply(run_id, kind, request, self._state(run_id))
         large = len(request) > INLINE_LIMIT
         output = wire_pb2.ForwardBackwardOutput(
             loss_fn_output_type=state.result(digest_of(request), large=large).decode(),
@@ -41,26 +42,31 @@ class ToyEngine:
 
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         step = str(params.learning_rate).encode()
-        state = self._apply(run_id, Kind.OPTIM_STEP, step, self.states[run_id])
-        return {"state": float(int(state.digest[:12], 16))}
+        state = self._apply(run_id, Kind.OPTIM_STEP, step, self._state(run_id))
+        return {"state": float(int(state.digest[:12], 16)), "step": float(state.num_steps)}
 
     def clear_gradient(self, run_id: str) -> None:
-        self.states[run_id] = self.states[run_id].without_gradient()
+        self.states[run_id] = self._state(run_id).without_gradient()
 
     def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
-        return {"state.json": json.dumps(asdict(self.states[run_id])).encode()}
+        return {"state.json": json.dumps(asdict(self._state(run_id))).encode()}
 
     def copy_state(self, run_id: str) -> "ToyCopy":
-        return ToyCopy(self.states[run_id])
+        return ToyCopy(self._state(run_id))
 
     def take_state(self, run_id: str, spec: Any, data: bytes) -> None:
         self.states[run_id] = State(**json.loads(data))
 
     def checksum(self, run_id: str) -> str:
-        return self.states[run_id].digest
+        return self._state(run_id).digest
 
     def drop(self, run_id: str) -> None:
         self.states.pop(run_id, None)
+
+    def _state(self, run_id: str) -> State:
+        if run_id not in self.states:
+            raise NotFound(f"training run {run_id!r}")
+        return self.states[run_id]
 
     def _apply(self, run_id: str, kind: Kind, op: bytes, before: State) -> State:
         self.states[run_id] = before.applied(kind, digest_of(op))
@@ -68,6 +74,8 @@ class ToyEngine:
 
 
 class ToyCopy:
+    """A state on its way into a snapshot."""
+
     def __init__(self, state: State) -> None:
         self._state = state
 

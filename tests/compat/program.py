@@ -10,14 +10,17 @@ import asyncio
 import inspect
 import itertools
 import json
+import os
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import tinker
 import torch
@@ -40,25 +43,53 @@ LOCAL = frozenset(
 )
 """Not calls of the server: what the SDK keeps to itself, or asks of its user."""
 
-JWT = "needs the JWT exchange, which a server of one's own has no issuer for"
-LATER = "not part of this release"
-REFUSED = {
-    "RestClient.whoami": JWT,
-    "RestClient.get_audit_log": LATER,
-    "AdminClient.get_audit_log": LATER,
-    "RestClient.get_billing_usage": LATER,
-    "AdminClient.get_billing_usage": LATER,
-    "RestClient.get_current_checkpoint_storage_usage": LATER,
-    "AdminClient.get_current_checkpoint_storage_usage": LATER,
-    "RestClient.export_session_trace": LATER,
-    "feature: dimuon": "the only optimizer is AdamW",
-    "feature: age encryption": "external weights are stored as the store encrypts them",
-    "feature: image": "models read text only",
-}
-"""What may be refused, and the reason that users read."""
 
-OUR_FAULT = (AssertionError, AttributeError, NameError, TypeError, TimeoutError)
-"""No server refuses with these: this program is wrong, or the answer is."""
+@dataclass(frozen=True)
+class Refusal:
+    """Something that the server may refuse, and how it has to."""
+
+    reason: str
+    """What users read in the report."""
+    says: str
+    """Part of the server's own sentence: anything else that goes wrong is no refusal."""
+
+
+LATER = "comes with a later version"
+AUDIT = Refusal(LATER, "keeps no audit log")
+BILLING = Refusal(LATER, "keeps no account of usage")
+REFUSED = {
+    "RestClient.whoami": Refusal(
+        "needs the JWT exchange, which a server of one's own has no issuer for",
+        "there is no exchange",
+    ),
+    "RestClient.get_audit_log": AUDIT,
+    "AdminClient.get_audit_log": AUDIT,
+    "RestClient.get_billing_usage": BILLING,
+    "AdminClient.get_billing_usage": BILLING,
+    "RestClient.get_current_checkpoint_storage_usage": BILLING,
+    "AdminClient.get_current_checkpoint_storage_usage": BILLING,
+    "RestClient.export_session_trace": Refusal(LATER, "records no traces"),
+    "ServiceClient.create_custom_loss": Refusal(
+        f"the loss runs in the client; running it on the server {LATER}", "runs no uploaded loss"
+    ),
+    "feature: dimuon": Refusal("the only optimizer is AdamW", "supported is 'adamw'"),
+    "feature: stable_reinforce": Refusal("no public definition of this loss", "stable_reinforce"),
+    "feature: age encryption": Refusal(
+        "external weights are stored as the store encrypts them", "age_encryption_recipients"
+    ),
+    "feature: image": Refusal("models read text only", "'image'"),
+    "feature: image asset pointer": Refusal("models read text only", "'image_asset_pointer'"),
+    "feature: audio": Refusal("models read text only", "'dmel'"),
+}
+"""What may be refused: everything else has to work."""
+
+
+class Refused(Exception):
+    """A request of this program, not of the SDK, was answered with a 4xx."""
+
+    def __init__(self, status_code: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status_code = status_code
 
 
 class Absent(Exception):
@@ -88,6 +119,18 @@ async def resolve_async(value: Any) -> Any:
         while inspect.isawaitable(value):
             value = await value
     return value
+
+
+def post(path: str, value: dict[str, Any]) -> None:
+    """A request that no release sends by itself; raises Refused for a 4xx."""
+    headers = {"X-API-Key": os.environ["TINKER_API_KEY"], "Content-Type": "application/json"}
+    url = f"{os.environ['TINKER_BASE_URL']}/api/v1/{path}"
+    request = urllib.request.Request(url, json.dumps(value).encode(), headers)
+    try:
+        urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            raise Refused(error.code, error.read().decode()) from None
 
 
 def invoke(name: str, call: Call) -> None:
@@ -146,9 +189,32 @@ def sum_of_logprobs(data: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tens
     return total, {"total": float(total)}
 
 
-def per_datum_loss(logprobs: torch.Tensor, scale: torch.Tensor) -> Any:
-    loss = -(logprobs * scale).sum()
+def per_datum_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> Any:
+    loss = -(logprobs * weights).sum()
     return loss, {"custom/loss:sum": loss}
+
+
+def runs_on_the_server(w: SimpleNamespace, handle: Any) -> bool:
+    """Whether the server took the traced loss; the SDK runs the loss itself if it did not."""
+    output = resolve(w.training.forward_backward_custom(w.data, handle))
+    assert output.metrics["custom/loss:sum"] > 0, output.metrics
+    if handle.loss_id is None:
+        post("create_custom_loss", {"session_id": w.session_id, "custom_loss_seq_id": 0})
+    return handle.loss_id is not None
+
+
+class Whoami:
+    """`whoami`, which reads a token that the SDK gets from the server beforehand."""
+
+    def __init__(self, rest: Any) -> None:
+        self._rest = rest
+
+    def whoami(self) -> Any:
+        try:
+            return resolve(self._rest.whoami())
+        except RuntimeError:  # there is no token
+            post("auth/token", {})
+            raise
 
 
 def scored(count: int) -> Callable[[Any], bool]:
@@ -198,7 +264,9 @@ def calls(w: SimpleNamespace) -> dict[str, Call]:
         "ServiceClient.create_sampling_client": Call(service, lambda: args(base_model=BASE_MODEL)),
         "ServiceClient.create_rest_client": Call(service, args),
         "ServiceClient.create_custom_loss": Call(
-            service, lambda: args(per_datum_loss, {"logprobs": 1, "scale": 1})
+            service,
+            lambda: args(per_datum_loss, {"logprobs": 1, "weights": 1}),
+            partial(runs_on_the_server, w),
         ),
         "ServiceClient.copy_weights": Call(
             service, lambda: args(w.state), lambda r: r.startswith("tinker://")
@@ -287,7 +355,7 @@ def calls(w: SimpleNamespace) -> dict[str, Call]:
         ),
         "RestClient.assign_session_project": Call(rest, lambda: args(w.session_id, "project")),
         "RestClient.export_session_trace": Call(rest, lambda: args(w.session_id)),
-        "RestClient.whoami": Call(rest, args),
+        "RestClient.whoami": Call(lambda: Whoami(w.rest), args, lambda r: r.user_urn),
         "RestClient.get_audit_log": Call(rest, args),
         "RestClient.get_billing_usage": Call(rest, lambda: hours),
         "RestClient.get_current_checkpoint_storage_usage": Call(rest, args),
@@ -408,16 +476,59 @@ def age_encryption(w: SimpleNamespace) -> None:
     resolve(run.save_weights_external(w.name(), age_encryption_recipients=["age1x"]))
 
 
-def image(w: SimpleNamespace) -> None:
-    fields = set(inspect.signature(types.ImageChunk).parameters)
-    sizes = {"expected_tokens": 2} if "expected_tokens" in fields else {}
-    sizes |= {"height": 1, "width": 1, "tokens": 2} if "height" in fields else {}
-    chunk = types.ImageChunk(data=b"x", format="png", **sizes)
+def losses(w: SimpleNamespace) -> None:
+    inputs = {"target_tokens": tensor(TOKENS), "logprobs": tensor([-1.0] * 6)}
+    inputs |= {"advantages": tensor([1.0] * 6)}
+    datum = types.Datum(model_input=w.prompt, loss_fn_inputs=inputs)
+    for name in set(get_args(types.LossFnType)) - {"cross_entropy", "stable_reinforce", "custom"}:
+        assert scored(1)(resolve(w.training.forward_backward([datum], name))), name
+
+
+def stable_reinforce(w: SimpleNamespace) -> None:
+    if "stable_reinforce" not in get_args(types.LossFnType):
+        raise Absent
+    resolve(w.training.forward_backward(w.data, "stable_reinforce"))
+
+
+def forward_chunk(w: SimpleNamespace, chunk: Any) -> None:
+    """Scores a prompt of this one chunk, which stands for two tokens.
+
+    In a run of its own: a release that cannot send a chunk has counted the request all the same,
+    and later requests of the run would wait for it.
+    """
+    run = resolve(w.service.create_lora_training_client(BASE_MODEL, rank=2))
     datum = types.Datum(
         model_input=types.ModelInput(chunks=[chunk]),
         loss_fn_inputs={"target_tokens": tensor([6, 7]), "weights": tensor([1.0, 1.0])},
     )
-    resolve(w.training.forward([datum], "cross_entropy"))
+    try:
+        resolve(run.forward([datum], "cross_entropy"))
+    except ValueError as error:
+        raise Absent from error  # the SDK has the type, and no way to send it
+
+
+def sizes(chunk: Any) -> dict[str, int]:
+    """How releases say that a chunk stands for two tokens."""
+    wanted = {"expected_tokens": 2, "height": 1, "width": 1, "tokens": 2}
+    fields = inspect.signature(chunk).parameters
+    return {name: value for name, value in wanted.items() if name in fields}
+
+
+def image(w: SimpleNamespace) -> None:
+    chunk = types.ImageChunk
+    forward_chunk(w, chunk(data=b"x", format="png", **sizes(chunk)))
+
+
+def image_asset_pointer(w: SimpleNamespace) -> None:
+    chunk = types.ImageAssetPointerChunk
+    forward_chunk(w, chunk(location="tinker://x", format="png", **sizes(chunk)))
+
+
+def audio(w: SimpleNamespace) -> None:
+    chunk = getattr(types, "DmelChunk", None)
+    if chunk is None:
+        raise Absent
+    forward_chunk(w, chunk(dmel=b"\0\1\2"))  # a header only: float32, one dimension, of two
 
 
 FEATURES: dict[str, Callable[[SimpleNamespace], None]] = {
@@ -428,9 +539,13 @@ FEATURES: dict[str, Callable[[SimpleNamespace], None]] = {
     "feature: top-k prompt logprobs": topk_prompt_logprobs,
     "feature: top-k sample logprobs": topk_sample_logprobs,
     "feature: stop tokens": stops,
+    "feature: every loss function": losses,
+    "feature: stable_reinforce": stable_reinforce,
     "feature: dimuon": dimuon,
     "feature: age encryption": age_encryption,
     "feature: image": image,
+    "feature: image asset pointer": image_asset_pointer,
+    "feature: audio": audio,
 }
 
 
@@ -457,11 +572,19 @@ def outcome(name: str, run: Callable[[], object]) -> dict[str, str]:
     except Absent:
         return {"name": name, "state": "absent", "reason": ""}
     except Exception as error:
-        if name in REFUSED and not isinstance(error, OUR_FAULT):
-            return {"name": name, "state": "refused", "reason": REFUSED[name]}
+        if name in REFUSED and is_refusal(error, REFUSED[name].says):
+            return {"name": name, "state": "refused", "reason": REFUSED[name].reason}
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
         return {"name": name, "state": "fails", "reason": reason}
     return {"name": name, "state": "works", "reason": ""}
+
+
+def is_refusal(error: Exception, says: str) -> bool:
+    """A 4xx, or a failed future whose fault is the user's, with the sentence that is expected."""
+    status = getattr(error, "status_code", None)
+    category = str(getattr(error, "category", "")).lower().rpartition(".")[2]
+    refused = 400 <= status < 500 if status is not None else category == "user"
+    return refused and says in str(error)
 
 
 def main() -> int:

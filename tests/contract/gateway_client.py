@@ -30,6 +30,11 @@ class Answer:
         assert isinstance(value, dict)
         return value
 
+    def json_or_none(self) -> dict[str, Any] | None:
+        """The body, if it is JSON."""
+        is_json = self.headers["Content-Type"].startswith("application/json")
+        return self.json() if is_json else None
+
     @property
     def detail(self) -> str:
         """The sentence of an error."""

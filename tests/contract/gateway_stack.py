@@ -34,6 +34,11 @@ LETTERS = [chr(code) for code in range(33, 127)]
 EOS = len(LETTERS)
 VOCAB_SIZE = EOS + 1
 MAX_CONTEXT_TOKENS = 64
+CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}!{{ tool.function.name }}{% endfor %}"
+    "{% for message in messages %}{{ message.role[0] + message.content }}/{% endfor %}a"
+)
+"""Short: a conversation is to fit the context."""
 
 LIMITS = LimitsConfig(
     max_rank=16, max_datums=8, max_num_samples=32, max_seq_ahead=64, max_pending_ops=48
@@ -82,14 +87,18 @@ def save_tiny_model(folder: Path) -> None:
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder)
 
 
 @contextlib.contextmanager
-def running_gateway_stack(folder: Path) -> Iterator[GatewayStack]:
+def running_gateway_stack(
+    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES
+) -> Iterator[GatewayStack]:
     """All parts, ready; `folder` must have a short path, for the sockets in it."""
     with running_valkey() as redis_url:
-        config = _configure(folder, redis_url)
+        config = _configure(folder, redis_url, max_body_bytes)
         stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}")
         processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -103,7 +112,7 @@ def running_gateway_stack(folder: Path) -> Iterator[GatewayStack]:
             _stop(processes)
 
 
-def _configure(folder: Path, redis_url: str) -> Config:
+def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
     secret = os.urandom(32)
@@ -115,7 +124,7 @@ def _configure(folder: Path, redis_url: str) -> Config:
         secret_file=str(folder / "secret"),
         models=(ModelConfig(name=BASE_MODEL, path=str(folder / "model"), dtype="float32"),),
         gateway=GatewayConfig(
-            port=_free_port(), max_body_bytes=MAX_BODY_BYTES, poll_hold_s=POLL_HOLD_S
+            port=_free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),
         limits=LIMITS,
     )

@@ -2,8 +2,10 @@
 
 import asyncio
 
+import pytest
 from redis import asyncio as redis
 
+from luthier_core import oplog
 from luthier_core.oplog import MAX_CONNECTIONS, connect
 
 LIMIT_S = 5.0
@@ -22,6 +24,17 @@ async def test_a_command_loses_no_cancellation_wherever_it_arrives(valkey: redis
         task.cancel()
         await asyncio.wait([task], timeout=LIMIT_S)
         assert task.cancelled(), f"cancelled after {num_iterations} iterations: goes on"
+
+
+async def test_a_reply_that_comes_too_late_is_nobody_elses(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oplog, "IO_TIMEOUT_S", 0.05)
+    async with connect(valkey_url) as client:
+        await client.mset({"x": "of x", "y": "of y"})
+        await client.client_pause(300)
+        assert await asyncio.gather(client.get("x"), client.get("y")) == [b"of x", b"of y"]
+        assert await asyncio.gather(client.get("y"), client.get("x")) == [b"of y", b"of x"]
 
 
 async def test_more_calls_at_once_than_connections_wait_and_are_all_answered(

@@ -243,3 +243,19 @@ async def test_an_object_without_what_is_needed_says_what(api: Api, endpoint: st
 async def test_json_without_its_content_type_is_read(api: Api):
     answer = await api.call("POST", "create_session", b"{}", content_type="text/plain")
     assert answer.status == 200
+
+
+@pytest.mark.parametrize("endpoint", ["optim_step", "forward_backward", "forward", "asample"])
+async def test_a_seq_id_that_is_a_bool_is_refused(api: Api, endpoint: str):
+    run, sampler = await api.run(), await api.sampler()
+    ids = {"model_id": run.run_id, "sampling_session_id": sampler.session_id, "seq_id": True}
+    answer = await api.post(endpoint, ids)
+    assert answer.status in (400, 422)
+    assert "seq_id" in answer.detail
+
+
+async def test_an_id_of_any_length_is_just_not_there(api: Api):
+    for name in ("x" * 300, "é" * 5000):
+        answer = await api.post("session_heartbeat", {"session_id": name})
+        assert answer.status == 404
+        assert len(answer.detail) < 500

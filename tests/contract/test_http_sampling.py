@@ -238,8 +238,7 @@ async def test_a_sampling_session_sent_again_is_the_same(api: Api):
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ({}, "base_model and model_path"),
-        ({"base_model": BASE_MODEL, "model_path": "tinker://a/b/c"}, "base_model and model_path"),
+        ({}, "base_model or model_path"),
         ({"base_model": "huge"}, BASE_MODEL),
         ({"model_path": "weights/x"}, "tinker://"),
         ({"base_model": BASE_MODEL, "sampling_session_seq_id": -1}, "sampling_session_seq_id"),

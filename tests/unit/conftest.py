@@ -8,7 +8,7 @@ import pytest
 import redis.asyncio as redis
 from tests.unit.registry_stack import Clock, Stack, serving
 
-from luthier_core.config import Config, ModelConfig
+from luthier_core.config import Config, HousekeepingConfig, ModelConfig
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.registry_client import RegistryClient
 from luthier_core.testing import running_valkey
@@ -31,6 +31,7 @@ def config(tmp_path: Path, valkey_url: str) -> Iterator[Config]:
             store_url=f"file://{tmp_path}/store",
             registry_url=f"unix://{folder}/s",
             secret_file=str(secret),
+            housekeeping=HousekeepingConfig(runner="celery", trash_s=3600),  # only when asked for
             models=(
                 ModelConfig(name="tiny", path="/models/tiny"),
                 ModelConfig(name="other", path="/models/other"),

@@ -51,6 +51,7 @@ def test_a_place_that_is_missing_is_named(name: str):
         ({"gateway": {"port": 70_000}}, ["gateway.port: 70000", "0..65535"]),
         ({"gateway": {"poll_hold_s": "1"}}, ["gateway.poll_hold_s: expected float", "'1'"]),
         ({"gateway": {"poll_hold_s": 60}}, ["gateway.poll_hold_s", "at most 40"]),
+        ({"gateway": {"key_cache_s": 61}}, ["gateway.key_cache_s", "60 s at most"]),
         ({"gateway": {"tenant_requests_at_once": 0}}, ["tenant_requests_at_once", "1 or more"]),
         ({"gateway": 8080}, ["gateway: expected a table"]),
         ({"redis_url": 1}, ["redis_url: expected str", "1"]),
@@ -109,7 +110,7 @@ def configs(draw: st.DrawFn) -> Config:
         float: st.floats(allow_nan=False, max_value=40),
     }
     ruled = {"port", "dtype", "sample_logprobs", "execution", "max_running", "max_step_tokens"}
-    ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once"}
+    ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
 
     def part(kind: type[Any]) -> Any:
         chosen = {}

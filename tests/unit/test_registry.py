@@ -51,7 +51,7 @@ async def test_an_api_key_is_found_by_its_hmac_alone(stack: Stack) -> None:
     name = key_hmac(stack.config.secret(), "tml-1234")
     record = ApiKeyRecord(tenant="ann", scopes=("train",), created_at=stack.clock())
     await stack.blobs.put(keys.api_key_record(name), record.to_bytes())
-    assert await stack.client.get_key(name) == record
+    assert (await stack.client.get_key(name)).key == record
     for wrong in ("0" * 64, "tml-1234", "..", "../keys", name.upper()):
         with pytest.raises(NotFound):
             await stack.client.get_key(wrong)
@@ -371,6 +371,22 @@ async def test_a_sampling_session_is_bound_to_its_weights_for_good(stack: Stack)
     await stack.client.delete_checkpoint("ann", run.run_id, "sampler_weights", "x")
     assert await stack.client.create_sampler("ann", base_model="other", **wanted) == sampler
     assert await stack.client.get_sampler("ann", sampler.sampling_session_id) == sampler
+
+
+async def test_weights_may_be_named_with_their_base_model_but_not_with_another(
+    stack: Stack,
+) -> None:
+    run = await stack.run()
+    path = (await stack.save(run, kind="sampler_weights")).tinker_path
+    wanted: dict[str, Any] = {"session_id": run.session_id, "model_path": path}
+    sampler = await stack.client.create_sampler(
+        "ann", base_model="tiny", sampling_session_seq_id=0, **wanted
+    )
+    assert (sampler.base_model, sampler.model_path) == ("tiny", path)
+    with pytest.raises(InvalidField, match=r"base_model='other'.*'tiny'"):
+        await stack.client.create_sampler(
+            "ann", base_model="other", sampling_session_seq_id=1, **wanted
+        )
 
 
 @pytest.mark.parametrize(

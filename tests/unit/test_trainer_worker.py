@@ -281,7 +281,8 @@ async def rig(
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
         await lease.take()
-        executor = Executor(new_engine(), blobs, oplog)
+        fused = settings.execution == "fused"
+        executor = Executor(new_engine(), blobs, oplog, fused=fused)
         executors.append(executor)
         if watch is not None:
             watch.watch(executor.engine, monkeypatch)
@@ -382,6 +383,35 @@ async def test_runs_do_not_change_each_others_bits(rig: Rig):
         await rig.client.completed(run_id)
         ops = [op for number in range(4) for op in (gradient(number), None)]
         assert trainer.engine.run_digest(run_id) == rig.reference(run_id, *ops, seed=seed)
+
+
+async def test_in_fused_execution_runs_share_passes_and_a_replay_is_accepted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    run_ids = [f"{number:032x}:train:0" for number in range(4)]
+    shared: list[int] = []
+    whole = Engine.forward_backward_many
+
+    def watched(engine: Engine, ops: Any, **kwargs: Any) -> Any:
+        shared.append(len({op.run_id for op in ops}))
+        return whole(engine, ops, **kwargs)
+
+    monkeypatch.setattr(Engine, "forward_backward_many", watched)
+    for run_id in run_ids:
+        await rig.client.create(run_id)
+        await rig.client.forward_backward(run_id, gradient(0))
+        await rig.client.step(run_id)
+    first = await rig.start("t0", execution="fused")
+    for run_id in run_ids:
+        await rig.client.completed(run_id)
+    assert max(shared) > 1
+
+    await first.die()
+    second = await rig.start("t1", execution="fused")
+    for run_id in run_ids[:2]:
+        await rig.client.forward_backward(run_id, gradient(1))
+        await rig.client.completed(run_id)
+    assert second.epoch_of(run_ids[0]) > 1
 
 
 async def test_a_payload_in_the_store_is_fetched_and_a_large_result_is_put_there(rig: Rig):

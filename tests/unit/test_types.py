@@ -344,10 +344,10 @@ WRONG: dict[str, tuple[type[WireModel], dict[str, Any], list[str]]] = {
         {"model_id": None},
         ["model_id and seq_id, or session_id and model_seq_id"],
     ),
-    "weights named twice": (
+    "no weights to sample from": (
         CreateSamplingSession,
-        {"model_path": "tinker://a/weights/x"},
-        ["exactly one of base_model and model_path"],
+        {"base_model": None},
+        ["base_model or model_path is required"],
     ),
     "reason": (
         FinishSession,

@@ -1,22 +1,36 @@
 """The `luthier` command. Heavy imports wait until a command needs them."""
 
 import importlib.util
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:  # the console script exists without its extra too
+    raise SystemExit("luthier: the command needs its extra: pip install 'luthier[cli]'") from None
 
 from luthier import __version__
+from luthier.cli import admin, checkpoints, runs, server
+from luthier.cli.remote import JsonOption
 
 SERVER_MODULES = ("psutil", "redis", "minio", "torch", "transformers", "peft", "safetensors")
 
 app = typer.Typer(
     help="Luthier: post-train language models on your own machines.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(runs.app, name="run")
+app.add_typer(checkpoints.app, name="checkpoint")
+app.add_typer(server.sessions, name="session")
+app.add_typer(server.models, name="model")
+app.command()(server.usage)
+app.command()(server.chat)
+app.add_typer(admin.app, name="admin")
 
 DataOption = Annotated[
     Path | None,
@@ -105,7 +119,7 @@ def up(
 
 
 @app.command()
-def status(data: DataOption = None) -> None:
+def status(data: DataOption = None, as_json: JsonOption = False) -> None:
     """Show the parts of the running stack, their memory, and its time to ready."""
     from rich.console import Console
 
@@ -117,6 +131,9 @@ def status(data: DataOption = None) -> None:
     if stack is None:
         typer.echo(f"luthier status: nothing runs on {folder}", err=True)
         raise typer.Exit(1)
+    if as_json:
+        typer.echo(json.dumps(asdict(stack), indent=2))
+        return
     console = Console()
     console.print(parts_table(stack.parts, with_pss=True))
     ready = (

@@ -1,6 +1,5 @@
 """The data folder of one stack: where things are in it, its lock, and its secrets."""
 
-import base64
 import contextlib
 import fcntl
 import os
@@ -11,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from luthier_core.auth import new_api_key
 from luthier_core.errors import ConfigError
 
 ORPHAN_WAIT_S = 25.0
@@ -26,6 +26,7 @@ class DataFolder:
         self.config_file = path / "luthier.toml"
         self.secret_file = path / "secret"
         self.api_key_file = path / "api-key"
+        self.admin_key_file = path / "admin-key"
         self.status_file = path / "status.json"
         self.endpoint_file = path / "endpoint"
         self.logs = path / "logs"
@@ -47,11 +48,11 @@ class DataFolder:
 
     def api_key(self) -> tuple[str, bool]:
         """The key of the default tenant, and whether it was made just now."""
-        if self.api_key_file.exists():
-            return self.api_key_file.read_text().strip(), False
-        random = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("=")
-        write_private(self.api_key_file, f"tml-{random}\n")
-        return f"tml-{random}", True
+        return _key_in(self.api_key_file)
+
+    def admin_key(self) -> str:
+        """The operator's key, which `luthier admin` uses on this machine."""
+        return _key_in(self.admin_key_file)[0]
 
     def log_file(self, part: str) -> Path:
         return self.logs / f"{part}.log"
@@ -146,6 +147,15 @@ def runtime_folder(environ: Mapping[str, str]) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _key_in(path: Path) -> tuple[str, bool]:
+    """The API key in a file, and whether it was made just now."""
+    if path.exists():
+        return path.read_text().strip(), False
+    key = new_api_key()
+    write_private(path, f"{key}\n")
+    return key, True
 
 
 def write_private(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from luthier_core.errors import ConfigError
+from luthier_core.records import USER_SCOPES
 
 TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -27,6 +28,7 @@ class ApiKey:
 
     key: str = field(repr=False)
     tenant: str = "default"
+    scopes: tuple[str, ...] = USER_SCOPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from luthier_core.errors import ConfigError
 
 KILLED = 130
 """Exit code after a second Ctrl-C."""
+ADMIN_SCOPES = ("read", "admin", "operator")
 RUN_READY_S = 300.0
 """How long `--run` waits for the stack before it gives up."""
 COMMAND_GRACE_S = 5.0
@@ -85,7 +86,8 @@ async def _up(options: UpOptions, environ: Mapping[str, str]) -> int:
             environ=environ,
         )
         write_private(folder.config_file, dump_config(config))
-        await register_keys(config, secret, api_keys)
+        admin_key = ApiKey(folder.admin_key(), scopes=ADMIN_SCOPES)
+        await register_keys(config, secret, [*api_keys, admin_key])
         specs = service_specs(config, folder, environ)
         if not options.redis_url:
             specs.insert(0, _prepare_valkey(folder, runtime, environ))

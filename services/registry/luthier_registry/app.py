@@ -4,6 +4,8 @@ Every call but /livez and /readyz carries the service token; all but /keys name 
 in X-Luthier-Tenant. An error is {"error": class, "detail", "category"} under its status.
 """
 
+import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -24,10 +26,15 @@ from luthier_core.errors import (
 )
 from luthier_core.oplog import REDIS_ERRORS, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
-from luthier_registry import checkpoint_calls
+from luthier_core.usage import Prices
+from luthier_registry import admin_calls, checkpoint_calls, usage_calls
+from luthier_registry.audit import Audit
+from luthier_registry.audited import TENANT_OF_EVENT, record_event
 from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
+from luthier_registry.housekeeping import build_jobs
+from luthier_registry.identity import Identities
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -39,13 +46,20 @@ from luthier_registry.requests import (
 )
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.usage import Usage
 from luthier_registry.web_io import (
+    AUDIT,
     CHECKPOINTS,
     COPIES,
+    IDENTITIES,
+    JOBS,
     SESSIONS,
     STORE,
+    USAGE,
+    actor_of,
     json_of,
     page_of,
+    project_of,
     tenant_of,
 )
 
@@ -57,7 +71,7 @@ OPEN_PATHS = frozenset({"/livez", "/readyz"})
 def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
     """The application; its connections open when it starts and close when it stops."""
     app = web.Application(
-        middlewares=[answer_errors, _authenticate(service_token(config.secret()))],
+        middlewares=[answer_errors, _authenticate(service_token(config.secret())), record_event],
         client_max_size=MAX_BODY_BYTES,
     )
     app.add_routes(
@@ -77,6 +91,8 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             web.get("/runs", list_runs),
             web.get("/runs/{run}", get_run),
             *checkpoint_calls.routes(),
+            *admin_calls.routes(),
+            *usage_calls.routes(),
             web.post("/samplers", create_sampler),
             web.get("/samplers/{sampler}", get_sampler),
         ]
@@ -93,12 +109,26 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[CHECKPOINTS] = checkpoints
             sessions = Sessions(blobs, client, config.secret(), clock=now)
             app[SESSIONS] = sessions
+            app[IDENTITIES] = Identities(blobs, client, config.secret(), clock=now)
+            app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
-            yield
+            app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
+            jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
+            async with contextlib.AsyncExitStack() as running:
+                if config.housekeeping.runner == "registry":
+                    keeping = asyncio.create_task(jobs.keep_running())
+                    running.push_async_callback(_cancel, keeping)
+                yield
 
     app.cleanup_ctx.append(store)
     return app
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 # --- middlewares ----------------------------------------------------------------------------------
@@ -162,16 +192,25 @@ async def readyz(request: web.Request) -> web.Response:
 
 
 async def get_key(request: web.Request) -> web.Response:
-    return json_of(await request.app[STORE].api_key(request.match_info["key"]))
+    return json_of(await request.app[IDENTITIES].identity(request.match_info["key"]))
 
 
 async def revoke_key(request: web.Request) -> web.Response:
-    return json_of(await request.app[STORE].revoke_key(request.match_info["key"]))
+    record = await request.app[IDENTITIES].revoke(request.match_info["key"])
+    request[TENANT_OF_EVENT] = record.tenant
+    return json_of(record)
 
 
 async def create_session(request: web.Request) -> web.Response:
     wanted = parse(CreateSession, await request.read())
-    return json_of(await request.app[SESSIONS].create(tenant_of(request), wanted))
+    return json_of(
+        await request.app[SESSIONS].create(
+            tenant_of(request),
+            wanted,
+            key_id=actor_of(request),
+            key_project=project_of(request),
+        )
+    )
 
 
 async def list_sessions(request: web.Request) -> web.Response:
@@ -206,7 +245,10 @@ async def set_project(request: web.Request) -> web.Response:
     wanted = parse(SetProject, await request.read())
     return json_of(
         await request.app[SESSIONS].set_project(
-            tenant_of(request), request.match_info["session"], wanted.project_id
+            tenant_of(request),
+            request.match_info["session"],
+            wanted.project_id,
+            key_project=project_of(request),
         )
     )
 

@@ -18,6 +18,8 @@ SESSION_ID = re.compile(r"[0-9a-f]{32}")
 RUN_ID = re.compile(r"[0-9a-f]{32}:train:\d{1,10}")
 SAMPLER_ID = re.compile(r"[0-9a-f]{32}:sample:\d{1,10}")
 KEY_HMAC = re.compile(r"[0-9a-f]{64}")
+KEY_ID = re.compile(r"[0-9a-f]{12}")
+SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class RecordStore:

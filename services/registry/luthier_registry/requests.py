@@ -47,6 +47,8 @@ class CreateRun(Body):
     user_metadata: dict[str, str] | None = None
     source_path: str | None = None
     access_tenant: str | None = None
+    refusal: str | None = None
+    """Why no new run may be made just now."""
 
 
 class CreateSampler(Body):

@@ -14,7 +14,7 @@ import redis.asyncio as redis
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs
-from luthier_core.errors import BadRequest
+from luthier_core.errors import BadRequest, InvalidField
 from luthier_core.records import FinishReason, SessionRecord, as_strings
 from luthier_registry.record_store import SESSION_ID, RecordStore, check_id, cursor
 from luthier_registry.requests import CreateSession, SearchSessions
@@ -35,14 +35,27 @@ class Sessions(RecordStore):
         super().__init__(blobs, client, clock=clock)
         self._secret = secret
 
-    async def create(self, tenant: str, wanted: CreateSession) -> SessionRecord:
-        """A new session; under one idempotency key always the same."""
+    async def create(
+        self,
+        tenant: str,
+        wanted: CreateSession,
+        *,
+        key_id: str = "",
+        key_project: str | None = None,
+    ) -> SessionRecord:
+        """A new session; under one idempotency key always the same.
+
+        It belongs to the project of the key that made it, if that has one.
+        """
+        project_id = within_project(key_project, wanted.project_id)
         session_id = self.new_id("session", tenant, wanted.idempotency_key)
         record = SessionRecord(
             session_id=session_id,
             tenant=tenant,
             created_at=self._clock(),
-            **wanted.model_dump(exclude={"idempotency_key"}),
+            project_id=project_id,
+            key_id=key_id,
+            **wanted.model_dump(exclude={"idempotency_key", "project_id"}),
         )
         return await self.put(record)
 
@@ -103,8 +116,11 @@ class Sessions(RecordStore):
         await self._note_status(record)
         return record
 
-    async def set_project(self, tenant: str, session_id: str, project_id: str) -> SessionRecord:
+    async def set_project(
+        self, tenant: str, session_id: str, project_id: str, *, key_project: str | None = None
+    ) -> SessionRecord:
         """Move the session with its runs into a project."""
+        within_project(key_project, project_id)
         return await self._change_session(
             tenant, session_id, lambda now: now.model_copy(update={"project_id": project_id})
         )
@@ -138,3 +154,10 @@ class Sessions(RecordStore):
         if record.status != "active":
             raise BadRequest(f"session_id={session_id!r} is finished")
         return record
+
+
+def within_project(key_project: str | None, wanted: str | None) -> str | None:
+    """The project that something is to belong to; InvalidField if the key is of another one."""
+    if key_project is not None and wanted not in (None, key_project):
+        raise InvalidField(f"project_id={wanted!r}: this API key is of project {key_project!r}")
+    return key_project if key_project is not None else wanted

@@ -1,4 +1,4 @@
-"""Training runs, sampling sessions and API keys.
+"""Training runs and sampling sessions.
 
 Every method names the tenant it works for. What is foreign and what is absent raise one NotFound.
 """
@@ -14,9 +14,8 @@ from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.checkpoints import TinkerPath, save_sampler
 from luthier_core.config import Config
-from luthier_core.errors import BadRequest, InvalidField, NotFound, Unsupported
+from luthier_core.errors import BadRequest, InvalidField, NotFound, TooManyRequests, Unsupported
 from luthier_core.records import (
-    ApiKeyRecord,
     CheckpointRecord,
     LoraConfig,
     RunRecord,
@@ -25,7 +24,6 @@ from luthier_core.records import (
 )
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.record_store import (
-    KEY_HMAC,
     RUN_ID,
     SAMPLER_ID,
     SESSION_ID,
@@ -38,7 +36,7 @@ from luthier_registry.sessions import Sessions
 
 
 class Store(RecordStore):
-    """Runs, sampling sessions and API keys of one deployment."""
+    """Runs and sampling sessions of one deployment."""
 
     def __init__(
         self,
@@ -58,26 +56,7 @@ class Store(RecordStore):
     async def check(self) -> None:
         """Raises what Redis or the object store raise when they are away."""
         await self._redis.execute_command("PING")  # type: ignore[no-untyped-call]
-        await self._blobs.head(keys.GENERATION)
-
-    async def api_key(self, key_hmac: str) -> ApiKeyRecord:
-        """What the key may do; NotFound also once it is revoked."""
-        check_id(KEY_HMAC, key_hmac, "key")
-        record = await self._read(ApiKeyRecord, keys.api_key_record(key_hmac), "key")
-        if record.revoked_at is not None:
-            raise NotFound("key")
-        return record
-
-    async def revoke_key(self, key_hmac: str) -> ApiKeyRecord:
-        """End a key for good."""
-        await self.api_key(key_hmac)
-        ending = {"revoked_at": self._clock()}
-        return await self._update(
-            ApiKeyRecord,
-            keys.api_key_record(key_hmac),
-            "key",
-            lambda now: now.model_copy(update=ending) if now.revoked_at is None else now,
-        )
+        await self._blobs.head(keys.GENERATION_OBJECT)
 
     # --- training runs ----------------------------------------------------------------------------
 
@@ -90,6 +69,8 @@ class Store(RecordStore):
             record = RunRecord.from_bytes(await self._blobs.get(key))
         except BlobMissing:
             await self._sessions.get_active(tenant, wanted.session_id)
+            if wanted.refusal is not None:
+                raise TooManyRequests(wanted.refusal) from None
             base_model, lora = await self._what_to_train(tenant, wanted)
             record = RunRecord(
                 run_id=run_id,
@@ -290,6 +271,11 @@ class Store(RecordStore):
                 )
             source = await self._checkpoints.read(tenant, path)
             self._check_model(source.base_model)
+            if wanted.base_model not in (None, source.base_model):
+                raise InvalidField(
+                    f"base_model={wanted.base_model!r}: model_path has weights of "
+                    f"{source.base_model!r}; leave base_model out"
+                )
             return source.base_model, source.manifest_key
         if wanted.base_model is None:
             raise InvalidField("base_model or model_path is required")

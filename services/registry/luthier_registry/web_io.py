@@ -1,28 +1,54 @@
 """Parts of a request to the registry, and answers."""
 
 import re
+from typing import Any
+from urllib.parse import unquote
 
 from aiohttp import web
 
 from luthier_core.checkpoints import PATH_KINDS, TinkerPath, check_name
 from luthier_core.errors import InvalidField, NotFound
 from luthier_core.records import Record
-from luthier_core.registry_client import TENANT_HEADER
+from luthier_core.registry_client import ACTOR_HEADER, PROJECT_HEADER, TENANT_HEADER
+from luthier_registry.audit import Audit
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
+from luthier_registry.identity import Identities
+from luthier_registry.jobs import Jobs
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.usage import Usage
 
 STORE = web.AppKey("store", Store)
 SESSIONS = web.AppKey("sessions", Sessions)
 CHECKPOINTS = web.AppKey("checkpoints", Checkpoints)
 COPIES = web.AppKey("copies", Copies)
+IDENTITIES = web.AppKey("identities", Identities)
+AUDIT = web.AppKey("audit", Audit)
+USAGE = web.AppKey("usage", Usage)
+JOBS = web.AppKey("jobs", Jobs)
+DETAILS = web.RequestKey("details", dict[str, Any])
+"""What a handler adds to the audit entry of its call."""
 MAX_PAGE = 1000
 
 
 def tenant_of(request: web.Request) -> str:
     """The caller's tenant, from the gateway."""
     return check_name(request.headers.get(TENANT_HEADER, ""), TENANT_HEADER)
+
+
+def actor_of(request: web.Request) -> str:
+    """Id of the API key on whose behalf the gateway calls; empty for the service itself."""
+    actor = request.headers.get(ACTOR_HEADER, "")
+    if not re.fullmatch(r"[0-9a-f]{12}|", actor):
+        raise InvalidField(f"{ACTOR_HEADER}={actor[:50]!r}")
+    return actor
+
+
+def project_of(request: web.Request) -> str | None:
+    """The project of that key, if it has one."""
+    project = request.headers.get(PROJECT_HEADER)
+    return None if project is None else unquote(project)
 
 
 def path_of(request: web.Request) -> TinkerPath:

@@ -19,6 +19,7 @@ from luthier_model.peft_io import adapter_from_files
 from luthier_sampler.adapters import AdapterCache
 from luthier_sampler.admission import Limits, check
 from luthier_sampler.kv_cache import BlockManager
+from luthier_sampler.partials import new_tokens
 from luthier_sampler.response import response_bytes
 from luthier_sampler.runner import Runner
 from luthier_sampler.sampling import Tokenizer, sample, stop_reason, uniform
@@ -38,6 +39,9 @@ class Finished:
     response: bytes | None
     error: str | None = None
     category: Category = "server"
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_sampled_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +186,12 @@ class Engine:
         failed = [self._fail(r, _not_finite(r)) for r in dict.fromkeys(diverged)]
         return failed + self._collect()
 
+    def partials(self) -> dict[str, str]:
+        """request_id -> message of the tokens that are new since the last call; who streams."""
+        streaming = (request for request in self._requests.values() if request.spec.streams)
+        messages = ((request.spec.request_id, new_tokens(request)) for request in streaming)
+        return {request_id: message for request_id, message in messages if message}
+
     def _advance(self, chunks: Sequence[Chunk]) -> list[Request]:
         """Run the model and give the next token to each sequence whose tokens are all computed.
 
@@ -250,7 +260,15 @@ class Engine:
             request_id = request.spec.request_id
             if request.is_finished and request_id in self._requests:
                 self.cancel(request_id)
-                finished.append(Finished(request_id, response_bytes(request)))
+                finished.append(
+                    Finished(
+                        request_id,
+                        response_bytes(request),
+                        num_prompt_tokens=len(request.spec.prompt),
+                        num_cached_tokens=request.num_cached_tokens or 0,
+                        num_sampled_tokens=sum(len(s.new_tokens) for s in request.sequences),
+                    )
+                )
         return finished
 
     def _fail(self, request: Request, error: Exception) -> Finished:

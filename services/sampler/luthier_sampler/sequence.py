@@ -48,6 +48,8 @@ class SampleRequest:
     """Key of a loaded adapter; empty is the base model."""
     cache_scope: str | None = None
     """Requests of one scope (a tenant) and adapter share prompt blocks; None: with no other."""
+    streams: bool = False
+    """Its tokens are told while it runs."""
 
 
 class Request:
@@ -104,6 +106,8 @@ class Sequence:
     """One row per generated token, if the request wants topk_sample_logprobs."""
     stop_reason: str = ""
     """stop | length; empty while it runs."""
+    num_told: int = 0
+    """Generated tokens that partials() has told."""
     _block_keys: list[bytes] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:

@@ -36,6 +36,8 @@ RETRY_S = 1.0
 DRAIN_S = 10.0
 CLAIM_AHEAD = 16
 """Jobs claimed beyond those that can run, so that no step waits for Redis to fill a free place."""
+MAX_UNSENT_PARTIALS = 4096
+"""Messages about running samples that wait for Redis; more are dropped, as they are hints."""
 MAX_DELIVERIES = 3
 """A job that was claimed this often without an outcome is failed: it may be what kills us."""
 
@@ -66,6 +68,7 @@ class Worker:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._hints = Hints(oplog.redis, lambda channel, request_id: self._cancel(request_id))
+        self._partials: asyncio.Queue[tuple[str, str]] = asyncio.Queue(MAX_UNSENT_PARTIALS)
         self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Of the versions that are being loaded; others go by themselves."""
 
@@ -78,6 +81,7 @@ class Worker:
             claiming = group.create_task(self._claim_for_ever(group))
             reclaiming = group.create_task(self._reclaim_for_ever(group))
             listening = group.create_task(self._hints.listen())
+            telling = group.create_task(self._tell_for_ever())
             await self._hints.subscribe(keys.sampling_cancelled(self._base_model))
             await self._lease.set_state("ready")
             stopped = group.create_task(stop.wait())
@@ -86,7 +90,7 @@ class Worker:
             claiming.cancel()
             reclaiming.cancel()
             await self._drain()
-            for task in (stepping, stopped, lost, listening, *self._tasks):
+            for task in (stepping, stopped, lost, listening, telling, *self._tasks):
                 task.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
         await self._lease.release()
@@ -192,8 +196,27 @@ class Worker:
             await self._work.wait()
             self._work.clear()
             while self._engine.has_work:
-                for finished in await self._on_engine(self._engine.step):
-                    self._spawn(group, self._finish(finished))
+                finished, partials = await self._on_engine(self._step)
+                for item in finished:
+                    self._spawn(group, self._finish(item))
+                with contextlib.suppress(asyncio.QueueFull):
+                    for partial in partials.items():
+                        self._partials.put_nowait(partial)
+
+    def _step(self) -> tuple[list[Finished], dict[str, str]]:
+        return self._engine.step(), self._engine.partials()
+
+    async def _tell_for_ever(self) -> None:
+        """Publish what running samples have so far. Hints: what is lost comes with the outcome."""
+        while True:
+            messages = [await self._partials.get()]
+            while not self._partials.empty():
+                messages.append(self._partials.get_nowait())
+            pipe = self._oplog.redis.pipeline(transaction=False)
+            for request_id, message in messages:
+                pipe.execute_command("SPUBLISH", keys.sampling_partials(request_id), message)
+            with contextlib.suppress(*REDIS_ERRORS):
+                await pipe.execute()
 
     async def _finish(self, finished: Finished) -> None:
         job = self._jobs.get(finished.request_id)
@@ -203,7 +226,7 @@ class Worker:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:
             body = await self._result_body(job, finished.response)
-            outcome = Outcome.completed(body, "protobuf")
+            outcome = Outcome.completed(body, "protobuf", usage=_usage(job, finished))
         await self._settle(job, outcome)
 
     async def _settle(self, job: SamplingJob, outcome: Outcome) -> None:
@@ -249,6 +272,15 @@ class Worker:
         return Body.stored(key, response)
 
 
+def _usage(job: SamplingJob, finished: Finished) -> str:
+    counts = (
+        finished.num_prompt_tokens,
+        finished.num_cached_tokens,
+        finished.num_sampled_tokens,
+    )
+    return " ".join([job.sampling_session_id, *map(str, counts)])
+
+
 def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
     """The engine's form of a sampling request."""
     params = wanted.sampling_params
@@ -277,4 +309,5 @@ def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
         topk_sample_logprobs=wanted.topk_sample_logprobs,
         adapter=job.weights,
         cache_scope=job.tenant,
+        streams=job.streams,
     )

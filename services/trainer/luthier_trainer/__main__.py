@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from luthier_core import keys
+from luthier_core.blobs import outlasting_outage
 from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import BaseModel, load_base_model
 from luthier_trainer.engine import Engine
@@ -24,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _work(parts: WorkerParts) -> None:
     wanted, settings, client = parts.model, parts.config.trainer, parts.oplog.redis
     model = await parts.load(lambda: load_base_model(wanted.name, wanted.path, dtype=wanted.dtype))
-    await client.set(keys.model_facts(wanted.name), json.dumps(facts_of(model)))
+    facts = json.dumps(facts_of(model))
+    await client.set(keys.model_facts(wanted.name), facts)
+    await outlasting_outage(
+        lambda: parts.blobs.put(keys.model_facts_object(wanted.name), facts.encode())
+    )
     engine = Engine(
         model,
         logprob_chunk_tokens=settings.logprob_chunk_tokens,

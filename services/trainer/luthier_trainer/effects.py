@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
-from luthier_core.errors import LuthierError
+from luthier_core.errors import BadRequest, LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
 from luthier_core.ops import Outcome
@@ -79,6 +79,8 @@ class RunEffects:
         """None while the run is being taken over."""
         self.state_is_unknown = False
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
+        self.cancelled_to = -1
+        """Ops up to this seq that are not begun are to fail; see Oplog.cancel_queued."""
         self.execute_s = 0.0
         """How long the last step was with the engine."""
         self._context = context
@@ -151,6 +153,8 @@ class RunEffects:
                 engine = self._executor.engine
                 await self._executor.on_engine(engine.clear_gradient, self._context.run_id)
                 return Executed()
+            if step.publish and step.op.seq <= self.cancelled_to and step.op.seq > 0:
+                raise BadRequest("cancelled by the owner of the run while it was queued")
             rest = await self._executor.execute(self._context, step.op, self.cycle)
             if step.publish:
                 await failpoint("tr.mid")

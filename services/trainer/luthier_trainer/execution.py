@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, sa
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
+from luthier_core.proto import wire_pb2
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
 from luthier_core.types import (
     OptimStep,
@@ -110,7 +112,9 @@ class Executor:
         output = await self._passes.carry_out(pass_op, cycle)
 
         async def finish() -> Outcome:
-            return Outcome.completed(await self._result_body(run, op, output), "protobuf")
+            body = await self._result_body(run, op, output)
+            metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
+            return Outcome.completed(body, "protobuf", metrics=_metrics(op.kind, metrics))
 
         return finish
 
@@ -119,12 +123,14 @@ class Executor:
         metrics = await self.on_engine(
             self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
         )
+        metrics = {**metrics, "clock_cycle": float(cycle)}
         return _json_outcome(
             {
-                "metrics": {**metrics, "clock_cycle": float(cycle)},
+                "metrics": metrics,
                 "learning_rates": [params.learning_rate],
                 "step_count": int(metrics["step"]),
-            }
+            },
+            metrics=_metrics(op.kind, metrics),
         )
 
     async def _load_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
@@ -265,8 +271,14 @@ def _completed(result: dict[str, Any]) -> Outcome:
     return Outcome.completed(Body.of(json.dumps(result).encode()))
 
 
-def _json_outcome(result: dict[str, Any]) -> Finish:
+def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
+    """What the metric history of the run keeps of an op; JSON has no NaN."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps({"kind": kind, "metrics": finite})
+
+
+def _json_outcome(result: dict[str, Any], *, metrics: str = "") -> Finish:
     async def finish() -> Outcome:
-        return _completed(result)
+        return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
 
     return finish

@@ -177,6 +177,8 @@ class Worker:
         `committed`: what this worker had committed before the header was read.
         """
         tenure = run.tenure
+        if header is not None:
+            run.effects.cancelled_to = header.cancelled_to
         if header is None or header.epoch != tenure.epoch or header.committed < committed:
             log.warning("leaving %s: its header is not what we left there", tenure.run_id)
             await self._forget(run)

@@ -1,0 +1,327 @@
+"""`luthier admin`: organisations, projects, users and keys, usage, queues, housekeeping."""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
+
+import typer
+
+from luthier.cli.remote import JsonOption, show_json, show_table
+from luthier.progress import printable
+
+TIMEOUT_S = 60.0
+
+app = typer.Typer(help="Administer a deployment.", no_args_is_help=True)
+org_app = typer.Typer(help="Organisations: the tenants.", no_args_is_help=True)
+project_app = typer.Typer(help="Projects of an organisation.", no_args_is_help=True)
+user_app = typer.Typer(help="Users of an organisation.", no_args_is_help=True)
+key_app = typer.Typer(help="API keys of an organisation.", no_args_is_help=True)
+for _name, _part in (
+    ("org", org_app),
+    ("project", project_app),
+    ("user", user_app),
+    ("key", key_app),
+):
+    app.add_typer(_part, name=_name)
+
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=NUMBER",
+        help="requests_per_s, queued_bytes, concurrent_runs, trained_tokens_per_day, "
+        "sampled_tokens_per_day, stored_bytes or usd_per_month; may be repeated.",
+    ),
+]
+
+
+@app.callback()
+def connection(
+    context: typer.Context,
+    url: Annotated[
+        str, typer.Option(help="Gateway. [default: TINKER_BASE_URL, or the stack in --data]")
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of a stack on this machine, with its admin key."),
+    ] = None,
+) -> None:
+    """Administer a deployment. The key is LUTHIER_ADMIN_KEY, or the one that `luthier up` made."""
+    context.obj = _Gateway(url, data)
+
+
+class _Gateway:
+    """Where to ask, and with which key; looked up when the first call is made."""
+
+    def __init__(self, url: str, data: Path | None) -> None:
+        self._url = url
+        self._data = data
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON of a good answer; exits 1 with the server's sentence otherwise."""
+        request = urllib.request.Request(
+            f"{self._base()}/api/v1{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            method=method,
+            headers={"X-API-Key": self._key(), "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                data = response.read()
+                is_json = response.headers.get_content_type() == "application/json"
+                return json.loads(data) if is_json else data.decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                fail(_sentence(error.read()) or f"the gateway answered {error.code}")
+        except (urllib.error.URLError, TimeoutError) as error:
+            fail(f"no gateway at {self._base()}: {error}")
+
+    def _base(self) -> str:
+        url = self._url or os.environ.get("TINKER_BASE_URL", "") or self._file("endpoint")
+        if not url.startswith(("http://", "https://")):
+            fail("give --url http://HOST:PORT, or --data DIR of a running stack")
+        return url.rstrip("/")
+
+    def _key(self) -> str:
+        key = os.environ.get("LUTHIER_ADMIN_KEY", "") or self._file("admin-key")
+        if not key:
+            fail("set LUTHIER_ADMIN_KEY, or give --data DIR of a stack on this machine")
+        return key
+
+    def _file(self, name: str) -> str:
+        from luthier.up.options import default_data_dir
+
+        path = (self._data or default_data_dir(os.environ)) / name
+        return path.read_text().strip() if path.exists() else ""
+
+
+# --- organisations, projects, users ---------------------------------------------------------------
+
+
+@org_app.command("create")
+def create_org(
+    context: typer.Context,
+    org: str,
+    name: Annotated[str, typer.Option(help="For people.")] = "",
+    limit: LimitOption = None,
+) -> None:
+    """Make an organisation."""
+    body = {"org_id": org, "name": name, "limits": limits(limit)}
+    show_json(context.obj.call("POST", "/admin/orgs", body))
+
+
+@org_app.command("list")
+def list_orgs(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Show every organisation."""
+    table(context.obj.call("GET", "/admin/orgs"), "orgs", ("org_id", "name", "disabled"), as_json)
+
+
+@org_app.command("set")
+def update_org(
+    context: typer.Context,
+    org: str,
+    limit: LimitOption = None,
+    no_limits: Annotated[bool, typer.Option("--no-limits", help="Take all limits away.")] = False,
+    disabled: Annotated[
+        bool | None, typer.Option("--disable/--enable", help="Whether its keys are refused.")
+    ] = None,
+) -> None:
+    """Change the limits of an organisation, or disable it."""
+    body: dict[str, Any] = {}
+    if limit or no_limits:
+        body["limits"] = limits(limit)
+    if disabled is not None:
+        body["disabled"] = disabled
+    show_json(context.obj.call("PATCH", _org(org), body))
+
+
+@project_app.command("create")
+def create_project(context: typer.Context, org: str, project: str, name: str = "") -> None:
+    """Make a project."""
+    body = {"project_id": project, "name": name}
+    show_json(context.obj.call("POST", f"{_org(org)}/projects", body))
+
+
+@project_app.command("list")
+def list_projects(context: typer.Context, org: str, as_json: JsonOption = False) -> None:
+    """Show the projects of an organisation."""
+    answer = context.obj.call("GET", f"{_org(org)}/projects")
+    table(answer, "projects", ("project_id", "name", "created_at"), as_json)
+
+
+@user_app.command("create")
+def create_user(context: typer.Context, org: str, user: str, email: str, name: str = "") -> None:
+    """Make a user."""
+    body = {"user_id": user, "email": email, "name": name}
+    show_json(context.obj.call("POST", f"{_org(org)}/users", body))
+
+
+@user_app.command("list")
+def list_users(context: typer.Context, org: str, as_json: JsonOption = False) -> None:
+    """Show the users of an organisation."""
+    answer = context.obj.call("GET", f"{_org(org)}/users")
+    table(answer, "users", ("user_id", "email", "name"), as_json)
+
+
+@user_app.command("delete")
+def delete_user(context: typer.Context, org: str, user: str) -> None:
+    """Take a user away and end all their keys."""
+    show_json(context.obj.call("DELETE", f"{_org(org)}/users/{quote(user, safe='')}"))
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@key_app.command("create")
+def create_key(
+    context: typer.Context,
+    org: str,
+    name: Annotated[str, typer.Option(help="For people.")] = "",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="read, train, sample, admin or operator; may be repeated."),
+    ] = None,
+    project: Annotated[str, typer.Option(help="What it creates belongs to this project.")] = "",
+    user: Annotated[str, typer.Option(help="Whose key it is.")] = "",
+    days: Annotated[int, typer.Option(help="How long it works; 0: until it is revoked.")] = 0,
+    limit: LimitOption = None,
+) -> None:
+    """Make an API key. It is printed once and kept nowhere."""
+    body = {
+        "name": name,
+        "scopes": scope,
+        "project_id": project or None,
+        "user_id": user or None,
+        "expires_in_days": days or None,
+        "limits": limits(limit),
+    }
+    given = {field: value for field, value in body.items() if value is not None}
+    show_json(context.obj.call("POST", f"{_org(org)}/keys", given))
+
+
+@key_app.command("list")
+def list_keys(context: typer.Context, org: str, as_json: JsonOption = False) -> None:
+    """Show the keys of an organisation by their ids."""
+    columns = ("key_id", "name", "scopes", "project_id", "user_id", "expires_at", "revoked_at")
+    table(context.obj.call("GET", f"{_org(org)}/keys"), "keys", columns, as_json)
+
+
+@key_app.command("revoke")
+def revoke_key(context: typer.Context, org: str, key_id: str) -> None:
+    """End a key for good, everywhere within 60 seconds."""
+    show_json(context.obj.call("DELETE", f"{_org(org)}/keys/{quote(key_id, safe='')}"))
+
+
+@app.command("audit-check")
+def check_audit(context: typer.Context, org: str) -> None:
+    """Read the whole audit log of an organisation: exit 1 if an entry was changed or is missing."""
+    answer = context.obj.call("GET", f"{_org(org)}/audit/check")
+    show_json(answer)
+    raise typer.Exit(0 if answer["intact"] else 1)
+
+
+# --- usage, queues, housekeeping ------------------------------------------------------------------
+
+
+@app.command("usage")
+def usage(
+    context: typer.Context,
+    org: str,
+    by: Annotated[str, typer.Option(help="run, session, key or project.")] = "project",
+    days: Annotated[int, typer.Option(min=1, max=13, help="Up to now.")] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print rows of text.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what an organisation has used, and what that costs."""
+    end = datetime.now(UTC) + timedelta(hours=1)
+    start = end - timedelta(days=days)
+    query = f"by={quote(by)}&starting_on={start:%Y-%m-%dT%H:00}&ending_before={end:%Y-%m-%dT%H:00}"
+    answer = context.obj.call("GET", f"{_org(org)}/usage?{query}{'&format=csv' if as_csv else ''}")
+    if as_csv:
+        typer.echo(answer, nl=False)
+        return
+    columns = ("trained_tokens", "prefill_tokens", "cached_tokens", "sampled_tokens", "cost_usd")
+    table(answer, "rows", (by, *columns), as_json)
+
+
+@app.command("queues")
+def queues(context: typer.Context, as_json: JsonOption = False) -> None:
+    """Show every run that waits: for what, since when, and which worker has it."""
+    answer = context.obj.call("GET", "/admin/queues")
+    rows = [row for model in answer["models"] for row in model["runs"]]
+    columns = ("run_id", "org_id", "num_queued", "since_s", "worker", "waits_for")
+    if as_json:
+        show_json(answer)
+    else:
+        table({"runs": rows}, "runs", columns, as_json=False)
+
+
+@app.command("jobs")
+def jobs(
+    context: typer.Context,
+    run: Annotated[str, typer.Option(metavar="JOB", help="Run this one now.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show when each housekeeping job ran last and what it did."""
+    if run:
+        show_json(context.obj.call("POST", f"/admin/jobs/{quote(run, safe='')}"))
+        return
+    columns = ("job", "every_s", "at", "seconds", "did", "error")
+    table(context.obj.call("GET", "/admin/jobs"), "jobs", columns, as_json)
+
+
+@app.command("rebuild-index")
+def rebuild_index(context: typer.Context) -> None:
+    """Make every list and header in Redis again from the object store."""
+    show_json(context.obj.call("POST", "/admin/jobs/rebuild-index"))
+
+
+# --- plumbing -------------------------------------------------------------------------------------
+
+
+def limits(texts: Sequence[str] | None) -> dict[str, float]:
+    """NAME=NUMBER, several."""
+    found = {}
+    for text in texts or ():
+        name, _, number = text.partition("=")
+        try:
+            found[name] = json.loads(number)
+        except ValueError:
+            fail(f"--limit {text!r}: expected NAME=NUMBER")
+    return found
+
+
+def table(answer: Any, field: str, columns: Sequence[str], as_json: bool) -> None:
+    """Rows of an answer for people, or the answer for programs."""
+    if as_json:
+        show_json(answer)
+    else:
+        show_table(columns, [[_cell(row.get(name)) for name in columns] for row in answer[field]])
+
+
+def fail(reason: str) -> NoReturn:
+    """One line on standard error, exit 1."""
+    typer.echo(f"luthier admin: {printable(' '.join(reason.split()))}", err=True)
+    raise typer.Exit(1)
+
+
+def _org(org: str) -> str:
+    return f"/admin/orgs/{quote(org, safe='')}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sentence(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, KeyError, TypeError):
+        return ""

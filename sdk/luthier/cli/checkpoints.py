@@ -1,0 +1,185 @@
+"""luthier checkpoint: list, describe, publish, expire, delete and download."""
+
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import typer
+
+from luthier.cli.remote import (
+    REFUSED,
+    JsonOption,
+    LimitOption,
+    PathArgument,
+    fail,
+    server,
+    show_fields,
+    show_json,
+    show_table,
+    size_text,
+)
+from luthier.rest import RestClient
+from luthier.types import Checkpoint, ParsedCheckpointTinkerPath
+
+app = typer.Typer(no_args_is_help=True, help="Checkpoints.")
+PIECE_BYTES = 1 << 20
+DOWNLOAD_TIMEOUT_S = 60.0
+
+
+@app.command("list")
+def list_checkpoints(
+    run_id: Annotated[str | None, typer.Option(help="Of this run only.")] = None,
+    limit: LimitOption = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Your checkpoints, newest first."""
+    with server() as rest:
+        if run_id is None:
+            page = rest.list_user_checkpoints(limit).result()
+        else:
+            page = rest.list_checkpoints(run_id).result()
+    if as_json:
+        show_json(page)
+        return
+    rows = [
+        (one.tinker_path, one.time, size_text(one.size_bytes), one.public, one.expires_at)
+        for one in page.checkpoints[:limit]
+    ]
+    show_table(("path", "saved", "size", "public", "expires"), rows)
+
+
+@app.command()
+def info(tinker_path: PathArgument, as_json: JsonOption = False) -> None:
+    """One checkpoint."""
+    with server() as rest:
+        checkpoint = _find(rest, tinker_path)
+    (show_json if as_json else show_fields)(checkpoint)
+
+
+@app.command()
+def publish(tinker_path: PathArgument, as_json: JsonOption = False) -> None:
+    """Let everybody with a key of this server load it."""
+    with server() as rest:
+        rest.publish_checkpoint_from_tinker_path(tinker_path).result()
+    _said("published", tinker_path, as_json)
+
+
+@app.command()
+def unpublish(tinker_path: PathArgument, as_json: JsonOption = False) -> None:
+    """Take a publication back."""
+    with server() as rest:
+        rest.unpublish_checkpoint_from_tinker_path(tinker_path).result()
+    _said("unpublished", tinker_path, as_json)
+
+
+@app.command()
+def set_ttl(
+    tinker_path: PathArgument,
+    seconds: Annotated[
+        int | None, typer.Argument(min=3600, help="From now; leave it out to keep the checkpoint.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let it expire, or keep it."""
+    with server() as rest:
+        rest.set_checkpoint_ttl_from_tinker_path(tinker_path, seconds).result()
+    _said("kept" if seconds is None else f"expires in {seconds} s", tinker_path, as_json)
+
+
+@app.command()
+def delete(
+    tinker_paths: Annotated[list[str], typer.Argument(metavar="TINKER_PATH...")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete checkpoints for good."""
+    if not yes:
+        typer.confirm(f"Delete {', '.join(tinker_paths)}?", abort=True)
+    with server() as rest:
+        deletions = [rest.delete_checkpoint_from_tinker_path(path) for path in tinker_paths]
+        for path, deletion in zip(tinker_paths, deletions, strict=True):
+            deletion.result()
+            _said("deleted", path, as_json)
+
+
+@app.command()
+def download(
+    tinker_path: PathArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder. [default: the checkpoint's name]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch its files into a new folder."""
+    with server() as rest:
+        parsed = ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
+        folder = out or Path(parsed.checkpoint_id.rpartition("/")[2])
+        if folder.exists():
+            fail(f"{folder} exists already", 2)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Into place in one step: a folder that is there is complete.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as part:
+            files = Path(part) / "files"
+            files.mkdir()
+            if parsed.checkpoint_type == "external":
+                _fetch_files(rest, tinker_path, files)
+            else:
+                _fetch_archive(rest, tinker_path, files)
+            files.rename(folder)
+    _said(f"downloaded to {folder}", tinker_path, as_json)
+
+
+def _fetch_archive(rest: RestClient, tinker_path: str, folder: Path) -> None:
+    archive = rest.get_checkpoint_archive_url_from_tinker_path(tinker_path).result()
+    tar_path = folder.with_suffix(".tar")
+    _fetch(archive.url, tar_path)
+    with tarfile.open(tar_path) as tar:
+        tar.extractall(folder, filter="data")  # refuses paths outside of the folder
+
+
+def _fetch_files(rest: RestClient, tinker_path: str, folder: Path) -> None:
+    urls = rest.get_external_weights_urls(tinker_path).result().urls
+    for name, url in sorted(urls.items()):
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            fail(f"the server names a file outside of the folder: {name!r}", REFUSED)
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(url, target)
+
+
+def _fetch(url: str, target: Path) -> None:
+    """A signed URL into a file, with a bar; it gets no key."""
+    import urllib.request
+
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with (
+        bar,
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
+        target.open("wb") as file,
+    ):
+        length = source.headers.get("Content-Length")
+        task = bar.add_task(target.name, total=int(length) if length else None)
+        while piece := source.read(PIECE_BYTES):
+            file.write(piece)
+            bar.advance(task, len(piece))
+
+
+def _find(rest: RestClient, tinker_path: str) -> Checkpoint:
+    run = ParsedCheckpointTinkerPath.from_tinker_path(tinker_path).training_run_id
+    for checkpoint in rest.list_checkpoints(run).result().checkpoints:
+        if checkpoint.tinker_path == tinker_path:
+            return checkpoint
+    raise ValueError(f"no checkpoint {tinker_path}")
+
+
+def _said(what: str, tinker_path: str, as_json: bool) -> None:
+    if as_json:
+        show_json({"tinker_path": tinker_path, "done": what})
+    else:
+        typer.echo(f"{tinker_path}: {what}")

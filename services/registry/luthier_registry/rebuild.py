@@ -1,0 +1,148 @@
+"""Makes everything in Redis again that the object store knows: lists, headers, sums.
+
+After Redis was wiped, and before the gateways go on. A run continues from its last snapshot under a
+higher epoch, so that a worker which still holds it can publish nothing any more; one without a
+snapshot has failed. It may be run at any time: what is there is written again as it is.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, cast
+
+import redis.asyncio as redis
+
+from luthier_core import keys
+from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.config import Config
+from luthier_core.generation import Generation
+from luthier_core.listing import Listing
+from luthier_core.protocol import Head
+from luthier_core.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
+from luthier_registry.counting import Counting
+from luthier_registry.identity import tenants
+
+_MODEL_FACTS = ("vocab_size", "max_context_tokens", "architecture", "tokenizer_id")
+
+
+class Rebuild:
+    """The job. Holds no state."""
+
+    def __init__(
+        self,
+        config: Config,
+        blobs: Blobs,
+        client: redis.Redis,
+        counting: Counting,
+        *,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._config = config
+        self._blobs = blobs
+        self._redis = client
+        self._counting = counting
+        self._clock = clock
+        self._generation = Generation(client, blobs)
+
+    async def run_if_wiped(self) -> dict[str, int]:
+        """Rebuild, unless this Redis is the one that the store knows."""
+        if await self._generation.is_confirmed():
+            return {"rebuilt": 0}
+        return await self.run()
+
+    async def run(self) -> dict[str, int]:
+        """Rebuild, and let the gateways go on."""
+        await self._facts_of_models()
+        num_records = 0
+        for tenant in await tenants(self._blobs):
+            num_records += await self._lists(tenant)
+        await self._counting.count_samples_again()
+        await self._generation.renew()
+        return {"rebuilt": num_records}
+
+    async def _facts_of_models(self) -> None:
+        for name in self._config.model_names:
+            with contextlib.suppress(BlobMissing):
+                facts = await self._blobs.get(keys.model_facts_object(name))
+                await self._redis.set(keys.model_facts(name), facts, nx=True)
+
+    async def _lists(self, tenant: str) -> int:
+        """Rows of sessions, runs, checkpoints and sampling sessions; headers. How many records."""
+        listing, num_records = Listing(self._redis, tenant), 0
+        async for info in self._blobs.list(f"t/{tenant}/sessions/"):
+            session = SessionRecord.from_bytes(await self._blobs.get(info.key))
+            await listing.add_session(session)
+            await self._session_header(session)
+            num_records += 1
+        async for info in self._blobs.list(f"t/{tenant}/runs/"):
+            if info.key.endswith("/run.json"):
+                run = RunRecord.from_bytes(await self._blobs.get(info.key))
+                await listing.add_run(run)
+                if run.trainable:
+                    await self._run_header(run)
+                num_records += 1
+        async for info in self._blobs.list(f"t/{tenant}/names/"):
+            checkpoint = CheckpointRecord.from_bytes(await self._blobs.get(info.key))
+            expired = checkpoint.expires_at and checkpoint.expires_at <= self._clock()
+            if checkpoint.kind != "ephemeral" and not expired:
+                await listing.add_checkpoint(checkpoint)
+            num_records += 1
+        async for info in self._blobs.list(f"t/{tenant}/samplers/"):
+            await listing.add_sampler(SamplerRecord.from_bytes(await self._blobs.get(info.key)))
+            num_records += 1
+        return num_records
+
+    async def _session_header(self, session: SessionRecord) -> None:
+        header: dict[Any, Any] = {
+            "tenant": session.tenant,
+            "status": session.status,
+            "heartbeat": str(self._clock().timestamp()),
+        }
+        await cast(Any, self._redis.hset(keys.session_header(session.session_id), mapping=header))
+
+    async def _run_header(self, run: RunRecord) -> None:
+        """The header of a run that has none, at its last snapshot (reliability 2.5)."""
+        key = keys.run_header(run.run_id)
+        await cast(Any, self._redis.sadd(keys.COUNTED_RUNS, run.run_id))
+        if await self._redis.exists(key):
+            return
+        head = await self._fence(run)
+        seq = head.snap.seq if head and head.snap else 0
+        fields: dict[Any, Any] = {
+            "base_model": run.base_model,
+            "facts": json.dumps(await self._facts(run)),
+            "status": "active" if head and head.snap else "failed",
+            "epoch": head.epoch if head else 0,
+            "owner": "",
+            "admitted": seq,
+            "committed": seq,
+            "bytes": 0,
+            "parked_bytes": 0,
+            "told": -1,
+            "trimmed": seq,
+            "tenant": run.tenant,
+        }
+        await cast(Any, self._redis.hset(key, mapping=fields))
+
+    async def _fence(self, run: RunRecord) -> Head | None:
+        """HEAD under a higher epoch; None if the run never had an owner."""
+        key = keys.run_head(run.tenant, run.run_id)
+        while True:
+            try:
+                data, etag = await self._blobs.get_with_etag(key)
+            except BlobMissing:
+                return None
+            head = Head.from_bytes(data)
+            raised = Head(head.epoch + 1, "", head.snap, head.prev_snap)
+            if await self._blobs.put_if_match(key, raised.to_bytes(), etag) is not None:
+                return raised
+
+    async def _facts(self, run: RunRecord) -> dict[str, Any]:
+        """As the gateway had put them into the header when the run was made."""
+        model = json.loads(await self._redis.get(keys.model_facts(run.base_model)) or b"{}")
+        return {
+            **{name: model[name] for name in _MODEL_FACTS if name in model},
+            "session_id": run.session_id,
+            "lora_rank": run.lora.rank,
+        }

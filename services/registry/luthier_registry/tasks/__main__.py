@@ -1,0 +1,35 @@
+"""A Celery worker and its beat in one process: python -m luthier_registry.tasks --config FILE"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from luthier_core.config import load_config
+from luthier_core.errors import ConfigError
+from luthier_core.service import EXIT_REFUSED
+from luthier_registry.tasks import make_app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="luthier-housekeeping")
+    parser.add_argument("--config", type=Path, required=True, help="TOML file")
+    parser.add_argument("--name", default="housekeeping", help="unique among all parts")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_REFUSED
+    with tempfile.TemporaryDirectory(prefix="luthier-beat-") as folder:
+        # solo: jobs take turns in this process, and there is no pool that would idle in memory.
+        options = ["worker", "--beat", "--pool=solo", "--loglevel=WARNING", "--without-gossip"]
+        options += [f"--schedule={folder}/schedule", f"--hostname={arguments.name}@%h"]
+        make_app(config).worker_main(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Limits and usage over HTTP: what is counted, what is refused and how, on a real stack."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import aiohttp
+import pytest
+from tests.contract.gateway_client import Api
+from tests.contract.gateway_stack import GatewayStack
+
+from luthier_core import keys
+from luthier_core.auth import key_hmac, key_id
+from luthier_core.blobs import open_blobs
+from luthier_core.records import ApiKeyRecord, Limits, OrgRecord
+
+DAY = timedelta(days=1)
+Member = Callable[..., Awaitable[Api]]
+
+
+@pytest.fixture
+async def member(gateway_stack: GatewayStack, http: aiohttp.ClientSession) -> AsyncIterator[Member]:
+    """Makes a tenant with one key; limits of the key, or of the whole tenant."""
+    numbers = iter(range(1000))
+
+    async with open_blobs(gateway_stack.config) as blobs:
+
+        async def make(limits: dict[str, Any] | None = None, *, of_key: bool = False) -> Api:
+            org, now = f"m{datetime.now(UTC):%H%M%S%f}-{next(numbers)}", datetime.now(UTC)
+            given = Limits(**(limits or {}))
+            record = OrgRecord(
+                org_id=org, name=org, created_at=now, limits=Limits() if of_key else given
+            )
+            await blobs.put_if_absent(keys.org_record(org), record.to_bytes())
+            key = f"tml-{org}"
+            name = key_hmac(gateway_stack.config.secret(), key)
+            scopes = ("read", "train", "sample", "admin", "operator")
+            api_key = ApiKeyRecord(
+                tenant=org, scopes=scopes, created_at=now, limits=given if of_key else Limits()
+            )
+            await blobs.put(keys.api_key_record(name), api_key.to_bytes())
+            api = Api(http, gateway_stack.url, key)
+            api.org, api.key_id = org, key_id(name)  # type: ignore[attr-defined]
+            return api
+
+        yield make
+
+
+async def run_job(api: Api, name: str) -> None:
+    answer = await api.post(f"admin/jobs/{name}")
+    assert answer.status == 200, answer
+    assert "error" not in answer.json()
+
+
+def today() -> str:
+    now = datetime.now(UTC)
+    start, end = (now - DAY).date().isoformat(), (now + DAY).date().isoformat()
+    return f"starting_on={start}T00:00&ending_before={end}T00:00"
+
+
+async def test_tokens_are_counted_by_run_session_key_and_project(member: Member):
+    api = await member()
+    session = await api.session(project_id="blue")
+    run = await api.run(session)
+    await api.training_output(await run.forward_backward())
+    sampler = await api.sampler(session)
+    response = await sampler.sample()
+    await run_job(api, "usage")
+    await run_job(api, "usage")
+    generated = sum(len(sequence.tokens) // 4 for sequence in response.sequences)
+    expected = {
+        "run": {run.run_id: (3, 0), sampler.session_id: (0, generated)},
+        "session": {session: (3, generated)},
+        "key": {api.key_id: (3, generated)},  # type: ignore[attr-defined]
+        "project": {"blue": (3, generated)},
+    }
+    org = api.org  # type: ignore[attr-defined]
+    for group, rows in expected.items():
+        answer = (await api.get(f"admin/orgs/{org}/usage?by={group}&{today()}")).json()
+        found = {
+            row[group]: (row["trained_tokens"], row["sampled_tokens"]) for row in answer["rows"]
+        }
+        assert found == rows
+    events = (await api.get(f"billing/usage/events?{today()}")).json()
+    kinds = {event["event_info"]["type"] for event in events["data"]}
+    assert kinds == {"training", "sampling_prefill", "sampling_sample"}
+    assert {event["estimated_cost_usd"] for event in events["data"]} == {None}
+    text = await api.get(f"admin/orgs/{org}/usage?by=run&format=csv&{today()}")
+    assert text.headers["Content-Type"].startswith("text/csv")
+    assert run.run_id in text.body.decode()
+
+
+async def test_the_metrics_of_every_op_are_listed(member: Member, api: Api):
+    mine = await member()
+    run = await mine.run()
+    await mine.training_output(await run.forward_backward())
+    await mine.result(await run.step())
+    await mine.failure(await run.send("load_weights", path=f"tinker://{run.run_id}/weights/none"))
+    page = (await mine.get(f"training_runs/{run.run_id}/metrics")).json()
+    assert [(entry["seq"], entry["state"]) for entry in page["entries"]] == [
+        (0, "completed"),
+        (1, "completed"),
+        (2, "completed"),
+        (3, "failed"),
+    ]
+    assert page["entries"][1]["metrics"]["loss:sum"] > 0
+    assert "grad_norm" in " ".join(page["entries"][2]["metrics"])
+    assert (await api.get(f"training_runs/{run.run_id}/metrics")).status == 404
+
+
+async def test_requests_above_the_rate_wait(member: Member):
+    api = await member({"requests_per_s": 0.1}, of_key=True)  # one in ten seconds
+    answers = [await api.get("get_server_capabilities") for _ in range(4)]
+    # The window may end between two of them: it does so once at most.
+    assert [answer.status for answer in answers].count(429) >= 2
+    refused = next(answer for answer in answers if answer.status == 429)
+    assert "requests per second" in refused.detail
+    assert refused.headers["Retry-After"] == "10"
+
+
+async def test_a_run_too_many_is_refused_and_a_repeat_of_one_that_is_there_is_not(member: Member):
+    api = await member({"concurrent_runs": 1})
+    session = await api.session()
+    await api.run(session)
+    again = await api.run_unchecked(session)  # as after a lost answer
+    assert again.run_id == f"{session}:train:0"
+    wanted = {"session_id": session, "base_model": "tiny/base", "lora_config": {"rank": 4}}
+    answer = await api.post("create_model", {**wanted, "model_seq_id": 1})
+    assert answer.status == 429
+    assert "the limit is 1" in answer.detail
+
+
+@pytest.mark.parametrize("of_key", [False, True])
+async def test_beyond_the_tokens_of_a_day_training_fails_with_the_reason_and_sampling_waits(
+    member: Member, of_key: bool
+):
+    api = await member({"trained_tokens_per_day": 3, "sampled_tokens_per_day": 1}, of_key=of_key)
+    session = await api.session()
+    run, sampler = await api.run(session), await api.sampler(session)
+    await api.training_output(await run.forward_backward())
+    await sampler.sample()
+    await run_job(api, "usage")
+    message = ""
+    for _ in range(1000):  # what is known of a tenant's use is a second old at most
+        outcome = (await api.outcome(await run.forward_backward())).json_or_none()
+        if outcome is not None:
+            message = outcome["error"]
+            break
+    assert "the limit is 3" in message
+    refused = await sampler.post()
+    assert refused.status == 429
+    assert "the limit is 1" in refused.detail
+    # The run goes on: nothing waits for the seq that was refused.
+    await api.result(await run.send("save_weights", path="after"))
+
+
+async def test_beyond_the_stored_bytes_a_save_fails_with_the_reason(member: Member):
+    api = await member({"stored_bytes": 1})
+    run = await api.run()
+    await api.result(await run.send("save_weights", path="first"))
+    await run_job(api, "storage")
+    assert "Delete checkpoints" in await api.failure(await run.send("save_weights", path="second"))

@@ -1,0 +1,45 @@
+"""Housekeeping by Celery: a real worker with its beat, a real broker."""
+
+import asyncio
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tests.unit.registry_stack import Stack
+from tests.unit.test_registry_housekeeping import committed
+
+from luthier_core.config import HousekeepingConfig, dump_config
+from luthier_registry.tasks import TASK, make_app
+
+
+def test_only_json_is_accepted_and_a_task_is_acknowledged_when_it_is_done(stack: Stack) -> None:
+    conf = make_app(stack.config).conf
+    assert (conf.accept_content, conf.task_serializer) == (["json"], "json")
+    assert conf.task_acks_late
+    assert set(conf.beat_schedule) == {"generation", "usage", "storage", "expiry", "sweep"}
+
+
+async def test_a_worker_runs_the_jobs_and_a_doubled_one_changes_nothing(
+    stack: Stack, tmp_path: Path
+) -> None:
+    run = await stack.run()
+    await committed(stack, run, 2)
+    config = replace(stack.config, housekeeping=HousekeepingConfig(runner="celery", usage_s=0.2))
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config))
+    app = make_app(config)
+    for _ in range(3):
+        await asyncio.to_thread(app.send_task, TASK, ["usage"])
+    app.close()
+    argv = [sys.executable, "-m", "luthier_registry.tasks", "--config", str(path)]
+    worker = await asyncio.create_subprocess_exec(*argv)
+    try:
+        async with asyncio.timeout(60):
+            while not (await stack.valkey.hexists("jobs", "usage")):
+                await asyncio.sleep(0.05)
+    finally:
+        worker.terminate()
+        await worker.wait()
+    hours = [key async for key in stack.valkey.scan_iter("*:usage:*")]
+    (counted,) = [await stack.valkey.hvals(hour) for hour in hours]
+    assert [int(value) for value in counted] == [20]
