@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from luthier_core.errors import BadRequest, NotFound
+from luthier_core.errors import BadRequest, InvalidField, NotFound
 from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.lora import LoraSpec
-from luthier_trainer.engine import Engine
+from luthier_trainer.engine import Engine, PassOp
 from luthier_trainer.optim import AdamParams
 
 VOCAB_SIZE = 67
@@ -266,6 +266,60 @@ def test_the_step_after_a_restore_with_optimizer_is_bit_equal(engine: Engine) ->
         run_op(engine, request(text(7)), run_id)
         engine.optim_step(run_id, STEP)
     assert engine.run_digest("copy") == engine.run_digest("run")
+
+
+def test_a_checkpoint_is_the_state_at_its_copy_whatever_is_trained_before_it_is_encoded(
+    engine: Engine,
+) -> None:
+    run_op(engine, request(text(5)))
+    engine.optim_step("run", STEP)
+    at_once = engine.save("run", optimizer=True)
+    encode = engine.copy_files("run", optimizer=True)
+    run_op(engine, request(text(7)))
+    engine.optim_step("run", STEP)
+    assert encode() == at_once
+    assert engine.save("run", optimizer=True) != at_once
+
+
+def pass_ops(*bodies: bytes, run_id: str = "run") -> list[PassOp]:
+    return [PassOp(run_id, body) for body in bodies]
+
+
+def test_in_one_pass_an_op_that_cannot_be_computed_fails_alone(engine: Engine) -> None:
+    engine.create("other", LoraSpec(rank=2, seed=5))
+    beyond_vocabulary = datum([VOCAB_SIZE], target_tokens=int64([0]), weights=float32([1]))
+    ops = [
+        *pass_ops(request(text(6)), request(text(3), loss_fn="mse")),
+        *pass_ops(request(beyond_vocabulary), run_id="other"),
+        *pass_ops(request(text(4))),
+    ]
+    outputs = dict(engine.forward_backward_many(ops, clock_cycle=1, fused=True))
+    assert [type(outputs[index]) for index in range(4)] == [bytes, InvalidField, IndexError, bytes]
+    engine.create("alone", LoraSpec(rank=4, seed=1))
+    for op in (ops[0], ops[3]):
+        run_op(engine, op.request, "alone")
+    assert engine.run_digest("alone") == engine.run_digest("run")
+
+
+def test_an_op_is_answered_before_the_passes_of_others_are_begun(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine = new_engine(micro_batch_tokens=10)
+    for run_id in ("a", "b", "c"):
+        engine.create(run_id, LoraSpec(rank=2, seed=1))
+    before = engine.run_digest("c")
+    ops = [PassOp(run_id, request(text(5))) for run_id in ("a", "b", "c")]
+    answers = engine.forward_backward_many(ops, clock_cycle=1, fused=True)
+    assert [next(answers)[0], next(answers)[0]] == [0, 1]
+    assert engine.run_digest("c") == before
+    assert [index for index, _ in answers] == [2]
+
+
+def test_optimizer_steps_of_several_runs_fail_each_for_itself(engine: Engine) -> None:
+    run_op(engine, request(text(5)))
+    outcomes = engine.optim_step_many([("nobody", STEP), ("run", STEP)])
+    assert isinstance(outcomes[0], NotFound)
+    assert isinstance(outcomes[1], dict)
 
 
 def test_a_restore_without_optimizer_starts_the_optimizer_anew(engine: Engine) -> None:

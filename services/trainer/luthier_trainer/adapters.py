@@ -35,6 +35,37 @@ class _Slot:
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class FilesCopy:
+    """A checkpoint that is yet to be encoded, which takes a while and needs no engine."""
+
+    spec: LoraSpec
+    slots: Mapping[str, _Slot]
+    weights: Tensor
+    moments: Mapping[str, Tensor]
+    """Empty if the optimizer is not saved."""
+    num_steps: int
+
+    def to_files(self, base_model_name: str) -> dict[str, bytes]:
+        """The adapter as PEFT's files and, where asked, the optimizer's state beside them."""
+        factors = {name: slot.view(self.weights) for name, slot in self.slots.items()}
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in factors)
+        pairs = {
+            name: LoraPair(a=factors[f"{name}.lora_A"], b=factors[f"{name}.lora_B"])
+            for name in modules
+        }
+        files = adapter_files(LoraAdapter(spec=self.spec, pairs=pairs), base_model_name)
+        if self.moments:
+            tensors = {
+                f"{slot_name}.{moment}": slot.view(flat)
+                for moment, flat in self.moments.items()
+                for slot_name, slot in self.slots.items()
+            }
+            tensors["step"] = torch.tensor(self.num_steps)
+            files[OPTIMIZER_FILE] = tensor_bytes(tensors)
+        return files
+
+
 class RunState:
     """What a training op reads and changes, for one run."""
 
@@ -69,18 +100,16 @@ class RunState:
     def clear_gradient(self) -> None:
         self.gradient.zero_()
 
-    def files(self, base_model_name: str, *, optimizer: bool) -> dict[str, bytes]:
-        """The adapter as PEFT's files and, when asked, the optimizer's state beside them."""
-        files = adapter_files(self.adapter, base_model_name)
-        if optimizer:
-            tensors = {
-                f"{slot_name}.{moment}": slot.view(flat)
-                for moment, flat in self.optimizer.moments.items()
-                for slot_name, slot in self._slots.items()
-            }
-            tensors["step"] = torch.tensor(self.optimizer.num_steps)
-            files[OPTIMIZER_FILE] = tensor_bytes(tensors)
-        return files
+    def copy_files(self, *, optimizer: bool) -> FilesCopy:
+        """What a checkpoint is made of, in host memory: later ops do not change it."""
+        flats = self.optimizer.moments if optimizer else {}
+        return FilesCopy(
+            spec=self.spec,
+            slots=self._slots,
+            weights=self.weights.detach().to("cpu", copy=True),
+            moments={name: flat.to("cpu", copy=True) for name, flat in flats.items()},
+            num_steps=self.optimizer.num_steps,
+        )
 
     def restore(
         self,

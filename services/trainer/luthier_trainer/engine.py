@@ -9,9 +9,10 @@ but for rounding: the order of a sum depends on what lies beside it.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -162,7 +163,12 @@ class Engine:
 
     def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
         """File name -> contents: PEFT's two files and, when asked, optimizer.safetensors."""
-        return self._run(run_id).files(self._model.facts.name, optimizer=optimizer)
+        return self.copy_files(run_id, optimizer=optimizer)()
+
+    def copy_files(self, run_id: str, *, optimizer: bool) -> Callable[[], dict[str, bytes]]:
+        """`save` as of now in two steps: only this one, which copies, needs the engine."""
+        copied = self._run(run_id).copy_files(optimizer=optimizer)
+        return partial(copied.to_files, self._model.facts.name)
 
     def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
         """Replace the run's weights by those in `files`, and moments and step or else start anew.

@@ -140,9 +140,10 @@ class Executor:
 
     async def _save_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeights.model_validate_json(await self._payload(op))
-        files = await self.on_engine(self.engine.save, run.run_id, optimizer=True)
+        encode = await self.on_engine(self.engine.copy_files, run.run_id, optimizer=True)
 
         async def finish() -> Outcome:
+            files = await asyncio.to_thread(encode)
             await self._save(
                 run,
                 op,
@@ -160,9 +161,10 @@ class Executor:
 
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
-        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+        encode = await self.on_engine(self.engine.copy_files, run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
+            files = await asyncio.to_thread(encode)
             if wanted.path is None:
                 return await self._save_ephemeral(run, op, wanted, files)
             await self._save(
@@ -181,9 +183,10 @@ class Executor:
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
-        files = await self.on_engine(self.engine.save, run.run_id, optimizer=False)
+        encode = await self.on_engine(self.engine.copy_files, run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
+            files = await asyncio.to_thread(encode)
             saved = await self._save(
                 run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )
