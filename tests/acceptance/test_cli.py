@@ -180,8 +180,8 @@ def test_auth_whoami_needs_what_this_server_does_not_do(cli: Cli) -> None:
         ("billing", "checkpoint-storage"),
     ],
 )
-def test_billing_commands_are_refused_with_a_sentence(cli: Cli, command: tuple[str, ...]) -> None:
-    assert "keeps no account of usage" in cli.refusal(*command)
+def test_billing_commands_are_answered(cli: Cli, command: tuple[str, ...]) -> None:
+    cli.told(*command)
 
 
 def test_version_is_that_of_the_sdk(cli: Cli) -> None:

@@ -21,7 +21,7 @@ LOOK_S = 0.01
 LOCKS = Path("/proc/locks")
 TAKING_OVER = ("tr.acquire", "tr.restore", "tr.replay")
 """Points that are only reached when somebody has died."""
-OTHER_STOPS = ("tr.acquire", "tr.begin", "tr.exec", "sn.cas", "sn.trim")
+OTHER_STOPS = ("tr.acquire", "tr.begin", "tr.exec", "sn.cas")
 FENCED_BY_EPOCH = ("tr.begin", "tr.commit", "sn.trim")
 """Until the next owner's first commit nothing but its epoch refuses what a zombie does here."""
 SELDOM = (*TAKING_OVER, "tr.begin", "sn.trim", "tr.put_res")
@@ -53,7 +53,7 @@ def trainer_faults(rng: random.Random) -> list[Fault]:
     return _shuffled(
         rng,
         [(point, "kill9") for point in TRAINER_POINTS],
-        [(point, "stop") for point in ("tr.commit", *rng.sample(OTHER_STOPS, 2))],
+        [(point, "stop") for point in ("tr.commit", "sn.trim", rng.choice(OTHER_STOPS))],
         [("tr.mid", "raise"), ("sn.upload", "delay")],
     )
 
@@ -195,9 +195,12 @@ class Injector:
             self.done["woken before the next owner's first commit"] += 1
 
     def _are_taken(self, mine: Owned) -> bool:
-        """Whether each run has been acquired again since then."""
+        """Whether each run has been acquired again since then, or has no work to be taken for."""
         runs = self._history.runs
-        return all(len(runs[run_id].owners) > num_owners for run_id, num_owners in mine)
+        return all(
+            len(runs[run_id].owners) > num_owners or not runs[run_id].pending
+            for run_id, num_owners in mine
+        )
 
     async def _unlock(self, part: Part) -> None:
         """Not frozen with a file lock of the disk store, which would hold up who takes over."""

@@ -57,6 +57,11 @@ class RunHistory:
     num_refused: int = 0
     """Commits that were fenced, late or out of order."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether something in the log has no outcome."""
+        return self.told.keys() > self.outcomes.keys()
+
 
 class History:
     """Every run's, and how often a request was recognised as a repeat."""

@@ -55,19 +55,11 @@ class Refusal:
 
 
 LATER = "comes with a later version"
-AUDIT = Refusal(LATER, "keeps no audit log")
-BILLING = Refusal(LATER, "keeps no account of usage")
 REFUSED = {
     "RestClient.whoami": Refusal(
         "needs the JWT exchange, which a server of one's own has no issuer for",
         "there is no exchange",
     ),
-    "RestClient.get_audit_log": AUDIT,
-    "AdminClient.get_audit_log": AUDIT,
-    "RestClient.get_billing_usage": BILLING,
-    "AdminClient.get_billing_usage": BILLING,
-    "RestClient.get_current_checkpoint_storage_usage": BILLING,
-    "AdminClient.get_current_checkpoint_storage_usage": BILLING,
     "RestClient.export_session_trace": Refusal(LATER, "records no traces"),
     "ServiceClient.create_custom_loss": Refusal(
         f"the loss runs in the client; running it on the server {LATER}", "runs no uploaded loss"
@@ -82,6 +74,11 @@ REFUSED = {
     "feature: audio": Refusal("models read text only", "'dmel'"),
 }
 """What may be refused: everything else has to work."""
+
+
+SDK_LOOP_ONLY = "AsyncTinker client called from incorrect event loop"
+"""`get_audit_log_async` of some releases asserts that it runs in the SDK's own event loop, which
+no user can do: it fails before a request is made, whatever the server."""
 
 
 class Refused(Exception):
@@ -147,7 +144,12 @@ def invoke(name: str, call: Call) -> None:
         given, named = call.arguments()
         return await resolve_async(twin(*given, **named))
 
-    value = asyncio.run(run())
+    try:
+        value = asyncio.run(run())
+    except AssertionError as error:
+        if str(error) == SDK_LOOP_ONLY:
+            return
+        raise
     assert call.check(value), f"unexpected result of the async twin: {value!r}"
 
 

@@ -254,7 +254,9 @@ def _check_error(answer: Answer) -> None:
     """Holds for every answer of every test: no 409, and each error is an object with a sentence."""
     assert answer.status != 409, "the SDK repeats a request that is answered with 409 for minutes"
     if answer.status >= 400 and answer.status != 408:
-        detail = answer.json()["detail"]
+        value = answer.json()
+        # The OpenAI API has a form of its own.
+        detail = value["error"]["message"] if "error" in value else value["detail"]
         assert isinstance(detail, str)
         assert detail.strip(), answer
 

@@ -72,16 +72,16 @@ CASES: dict[tuple[str, str], Case] = {
     ),
     ("POST", f"{API}/get_info"): Case(_RUN),
     ("POST", f"{API}/forward_backward"): Case(
-        {**_RUN, "seq_id": 3, "forward_backward_input": FORWARD_INPUT}
+        {**_RUN, "seq_id": 4, "forward_backward_input": FORWARD_INPUT}
     ),
-    ("POST", f"{API}/forward"): Case({**_RUN, "seq_id": 4, "forward_input": FORWARD_INPUT}),
+    ("POST", f"{API}/forward"): Case({**_RUN, "seq_id": 5, "forward_input": FORWARD_INPUT}),
     ("POST", f"{API}/optim_step"): Case(
-        {**_RUN, "seq_id": 5, "adam_params": {"learning_rate": 0.01}}
+        {**_RUN, "seq_id": 6, "adam_params": {"learning_rate": 0.01}}
     ),
-    ("POST", f"{API}/save_weights"): Case({**_RUN, "seq_id": 6, "path": "y"}),
-    ("POST", f"{API}/save_weights_for_sampler"): Case({**_RUN, "seq_id": 7, "path": "y"}),
-    ("POST", f"{API}/save_weights_external"): Case({**_RUN, "seq_id": 8, "path": "y"}),
-    ("POST", f"{API}/load_weights"): Case({**_RUN, "seq_id": 9, "path": "{tinker_path}"}),
+    ("POST", f"{API}/save_weights"): Case({**_RUN, "seq_id": 7, "path": "y"}),
+    ("POST", f"{API}/save_weights_for_sampler"): Case({**_RUN, "seq_id": 8, "path": "y"}),
+    ("POST", f"{API}/save_weights_external"): Case({**_RUN, "seq_id": 9, "path": "y"}),
+    ("POST", f"{API}/load_weights"): Case({**_RUN, "seq_id": 10, "path": "{tinker_path}"}),
     ("POST", f"{API}/create_sampling_session"): Case(
         {"session_id": "{session_id}", "sampling_session_seq_id": 7, "model_path": "{tinker_path}"}
     ),
@@ -140,6 +140,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),
     ("GET", f"{API}/admin/orgs"): Case(operator=True),
+    ("POST", f"{API}/create_custom_loss"): _REFUSED,
     ("POST", f"{API}/admin/orgs"): Case({"org_id": "cleo"}, operator=True),
     ("GET", _ORG): Case(),
     ("PATCH", _ORG): Case({"name": "Ann"}, operator=True),
@@ -153,6 +154,18 @@ CASES: dict[tuple[str, str], Case] = {
     ("DELETE", f"{_ORG}/keys/{{key_id}}"): Case(turn=2),
     ("GET", f"{_ORG}/audit/check"): Case(),
 }
+
+for _prefix in ("/oai/api/v1", "/v1"):
+    CASES |= {
+        ("GET", f"{_prefix}/models"): Case(),
+        ("GET", f"{_prefix}/models/{{model}}"): Case(),
+        ("POST", f"{_prefix}/completions"): Case(
+            {"model": "{model}", "prompt": "a", "max_tokens": 2}
+        ),
+        ("POST", f"{_prefix}/chat/completions"): Case(
+            {"model": "{model}", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+        ),
+    }
 
 
 @dataclass(frozen=True, slots=True)

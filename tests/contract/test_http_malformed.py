@@ -3,7 +3,7 @@
 import psutil
 import pytest
 from tests.contract.gateway_client import Api
-from tests.contract.gateway_stack import MAX_BODY_BYTES
+from tests.contract.gateway_stack import MAX_BODY_BYTES, GatewayStack
 from tests.fuzz.malformed import GENERATORS, cases
 from tests.fuzz.malformed_run import MAX_GROWTH_BYTES, Sender, gateway_pid
 
@@ -11,8 +11,9 @@ NUM_CASES = 10 * len(GENERATORS)
 
 
 @pytest.fixture
-def gateway(api: Api) -> psutil.Process:
-    return psutil.Process(gateway_pid())
+def gateway(gateway_stack: GatewayStack) -> psutil.Process:
+    folder = gateway_stack.config.store_url.removeprefix("file://").removesuffix("/objects")
+    return psutil.Process(gateway_pid(folder))
 
 
 async def test_malformed_requests_are_refused_and_others_are_served(

@@ -93,6 +93,7 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
     run = await owner.run(session, user_metadata={"note": CANARY})
     await owner.result(await run.step())
     await owner.result(await run.send("save_weights", path="x"))
+    sampled = await owner.result(await run.send("save_weights_for_sampler", path="s"))
     sampler = await owner.sampler(session)
     sample = await sampler.send()
     await owner.samples(sample)
@@ -109,6 +110,7 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
         "request_id": f"{run.run_id}:1",
         "sample_id": sample,
         "tinker_path": f"tinker://{run.run_id}/weights/x",
+        "model": sampled["path"],
         "kind": "weights",
         "name": "x",
         "org": org,

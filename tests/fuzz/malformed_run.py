@@ -204,12 +204,12 @@ async def _send_with(senders: list[Sender], options: argparse.Namespace, pid: in
         raise AssertionError(f"the gateway grew from {megabytes[0]} to {megabytes[1]} MiB")
 
 
-def gateway_pid() -> int:
-    """Of the gateway that this process has started."""
+def gateway_pid(config: str = "") -> int:
+    """Of the gateway that this process has started, with this text in its command line."""
     (pid,) = [
         child.pid
         for child in psutil.Process().children()
-        if "luthier_gateway" in " ".join(child.cmdline())
+        if "luthier_gateway" in " ".join(child.cmdline()) and config in " ".join(child.cmdline())
     ]
     return pid
 

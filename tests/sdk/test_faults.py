@@ -132,6 +132,8 @@ def test_a_program_that_ends_leaves_no_session_behind(
 ) -> None:
     statement, exit_code = ENDS[end]
     program = f"""
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import luthier
 from luthier import types
 service = luthier.ServiceClient()

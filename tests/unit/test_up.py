@@ -421,10 +421,11 @@ async def test_a_stopped_stack_leaves_no_process_not_even_a_deaf_one_or_a_grandc
         "signal.pause()\n"
     )
     specs = [part(tmp_path, "trainer-0", deaf), part(tmp_path, "registry", SLEEP)]
+    before = set(psutil.Process().children(recursive=True))  # of other tests
     async with running(specs, redis_url, tmp_path, grace_s=0.2) as (stack, view):
         # It may speak before its parent's own call that starts it has returned.
         await until(lambda: has_said(specs[0], "deaf") and stack.parts[0].pid is not None)
-        family = psutil.Process().children(recursive=True)
+        family = set(psutil.Process().children(recursive=True)) - before
         assert len([process for process in family if "-c" in process.cmdline()]) == 3
 
     # A killed grandchild is nobody's here to wait for: it is gone as soon as the kernel is done.

@@ -1,6 +1,6 @@
 """The registry's calls about organisations, projects, users, keys and the audit log."""
 
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import TypeVar
 
 from aiohttp import web
@@ -109,10 +109,11 @@ async def list_audit(request: web.Request) -> web.Response:
     event_type = request.query.get("event_type", "all")
     if event_type not in EVENT_TYPES:
         raise InvalidField(f"event_type={event_type[:50]!r}: one of {', '.join(EVENT_TYPES)}")
+    today = datetime.now(UTC).date()
     try:
-        day = date.fromisoformat(request.query.get("day", ""))
+        day = date.fromisoformat(request.query.get("day") or today.isoformat())
     except ValueError:
-        raise InvalidField("day: YYYY-MM-DD is required") from None
+        raise InvalidField("day: must be YYYY-MM-DD") from None
     found = await request.app[AUDIT].of_day(tenant_of(request), day, event_type)
     return web.json_response(
         {
