@@ -42,7 +42,7 @@ TORCH_PACKAGES = {"torch", "transformers", "peft", "safetensors"}
 BANNED_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load"}
 
-PROTOCOL_CALLS = {"admit", "acquire", "begin", "commit", "trim", "ffwd", "fail_range"}
+PROTOCOL_CALLS = {"admit", "acquire", "begin", "blame", "commit", "trim", "ffwd", "fail_range"}
 """Steps of a run's log whose order luthier_core.protocol decides, for services and simulation."""
 
 MAY_TOUCH_ENVIRON = ("luthier.up", "luthier.cli", "luthier.settings")

@@ -16,6 +16,7 @@ CPU_MODULES = [
     "luthier_core.validation",
     "luthier_gateway.app",
     "luthier_registry.app",
+    "luthier_trainer.__main__",
 ]
 
 

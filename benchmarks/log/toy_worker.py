@@ -18,6 +18,7 @@ from instant_stub import forward_backward_result
 from log.traffic import FACTS
 from luthier_core import keys, protocol
 from luthier_core.service import WorkerParts, worker_main
+from luthier_trainer.engine_client import ThreadEngine
 from luthier_trainer.execution import Executor
 from luthier_trainer.worker import Worker
 
@@ -59,8 +60,7 @@ class ToyEngine:
 async def work(parts: WorkerParts, op_s: float) -> None:
     name = parts.model.name
     await parts.oplog.redis.set(keys.model_facts(name), json.dumps(FACTS))
-    engine: Any = ToyEngine(op_s)
-    executor = Executor(engine, parts.blobs, parts.oplog)
+    engine = ThreadEngine(ToyEngine(op_s))
     try:
         worker = Worker(
             base_model=name,
@@ -68,12 +68,12 @@ async def work(parts: WorkerParts, op_s: float) -> None:
             lease=parts.lease,
             oplog=parts.oplog,
             blobs=parts.blobs,
-            executor=executor,
+            executor=Executor(engine, parts.blobs, parts.oplog),
             first_cycle=0,
         )
         await worker.run(parts.stop)
     finally:
-        executor.close()
+        await engine.close()
 
 
 def serve(name: str, model: str, op_ms: float, begin: str, config: str) -> int:

@@ -91,6 +91,9 @@ class TrainerConfig:
     small ops of several runs in one pass, faster, with the tolerance of docs/training-engine.md."""
     max_runs: int = 64
     """Runs that one worker owns at once."""
+    op_timeout_s: float = 120.0
+    """An engine that is busy with one op for this long, and ten times what the op was expected to
+    take, hangs: it is killed, and the op fails at the third time."""
     snapshot_execute_s: float = 60.0
     """A run's state is stored when a replay would take so much computing, ..."""
     snapshot_interval_s: float = 300.0

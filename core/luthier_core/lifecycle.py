@@ -9,7 +9,7 @@ import signal
 import stat
 import sys
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import redis.asyncio as redis
@@ -98,10 +98,15 @@ class WorkerLease:
         self._fields["state"] = state
         await self._write()
 
-    async def keep(self, renew_s: float) -> None:
-        """Renew for ever; sets `lost` and returns once somebody else holds the name."""
+    async def keep(self, renew_s: float, may_renew: Callable[[], bool] = lambda: True) -> None:
+        """Renew for ever; sets `lost` and returns once somebody else holds the name.
+
+        While `may_renew` says no the lease runs out: a worker that is alive and stuck.
+        """
         while True:
             await asyncio.sleep(renew_s)
+            if not may_renew():
+                continue
             try:
                 if not await self._write():
                     self.lost.set()

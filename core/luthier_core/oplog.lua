@@ -53,8 +53,9 @@ local function server()
 end
 
 -- Per-seq fields of the header, deleted by trim: d:{seq} = digest, payload bytes and time of
--- admission, x:{seq} = the op failed, s:{seq} = digest of the run's state after it, n:{seq} = attempts begun and the epoch of the last, b:{seq} =
--- attempts that ended with the engine's death, a:{seq} = the last of those.
+-- admission, x:{seq} = the op failed, s:{seq} = digest of the run's state after it, m:{seq} = how
+-- often its micro-batch is halved; by commit: n:{seq} = attempts begun and the epoch of the last,
+-- b:{seq} = attempts that ended with the engine's death, a:{seq} = the last of those.
 local function remember(header, seq, digest, bytes, now)
   local known = string.sub(digest, 1, DIGEST_CHARS) .. ' ' .. bytes .. ' ' .. now
   redis.call('HSET', header, 'd:' .. seq, known)
@@ -306,6 +307,18 @@ local function blame(keys, args)
   return redis.call('HINCRBY', header, 'b:' .. seq, 1)
 end
 
+-- halve(header; epoch, server, seq, halvings) -> OK | FENCED | ORDER
+-- Before an op is executed otherwise than as usual: whoever replays it must do the same.
+local function halve(keys, args)
+  check_server(args[2])
+  local header, seq = keys[1], tonumber(args[3])
+  local h = redis.call('HMGET', header, 'epoch', 'admitted', 'committed')
+  if not h[1] or num(h[1]) ~= tonumber(args[1]) then return 'FENCED' end
+  if seq <= num(h[3]) or seq > num(h[2]) then return 'ORDER' end
+  redis.call('HSET', header, 'm:' .. seq, args[4])
+  return 'OK'
+end
+
 -- trim(header, log; epoch, server, seq) -> OK | FENCED | ORDER
 -- A snapshot at or after seq is confirmed: the log and the per-seq fields up to it are not needed.
 local function trim(keys, args)
@@ -315,7 +328,7 @@ local function trim(keys, args)
   if not h[1] or num(h[1]) ~= epoch then return 'FENCED' end
   if seq > num(h[2]) then return 'ORDER' end
   for s = num(h[3], -1) + 1, seq do
-    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 's:' .. s)
+    redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 's:' .. s, 'm:' .. s)
   end
   if seq > num(h[3], -1) then redis.call('HSET', header, 'trimmed', seq) end
   redis.call('XTRIM', log, 'MINID', entry_id(seq + 1))
@@ -521,6 +534,7 @@ redis.register_function { function_name = 'lu1_release', callback = release, fla
 redis.register_function { function_name = 'lu1_begin', callback = begin, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_commit', callback = commit, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_blame', callback = blame, flags = { 'allow-oom' } }
+redis.register_function { function_name = 'lu1_halve', callback = halve, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_trim', callback = trim, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_ffwd', callback = ffwd, flags = { 'allow-oom' } }
 redis.register_function { function_name = 'lu1_publish', callback = publish, flags = { 'allow-oom' } }

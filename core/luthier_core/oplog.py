@@ -214,6 +214,8 @@ class Recorded:
     """Seqs that failed."""
     digests: Mapping[int, str] = field(default_factory=dict)
     """seq -> digest of the run's state after it."""
+    halvings: Mapping[int, int] = field(default_factory=dict)
+    """seq -> how often its micro-batch was halved, also of an op that is not committed yet."""
 
 
 HEADER_FIELDS = [item.name for item in dataclasses.fields(RunHeader)]
@@ -344,6 +346,13 @@ class Oplog:
         Each attempt that was begun counts once.
         """
         return int(await self._call("blame", [keys.run_header(run_id)], [epoch, server, seq]))
+
+    async def halve(
+        self, run_id: str, epoch: int, seq: int, halvings: int, *, server: str = ANY_SERVER
+    ) -> str:
+        """Note how an op is going to be executed, which a replay repeats. OK | FENCED | ORDER."""
+        args = [epoch, server, seq, halvings]
+        return cast(bytes, await self._call("halve", [keys.run_header(run_id)], args)).decode()
 
     async def trim(self, run_id: str, epoch: int, seq: int, *, server: str = ANY_SERVER) -> str:
         """Drop the log up to seq: a snapshot at or after it is confirmed. OK | FENCED | ORDER."""
@@ -477,6 +486,11 @@ class Oplog:
                 int(name[2:]): value.decode()
                 for name, value in fields.items()
                 if name.startswith(b"s:")
+            },
+            halvings={
+                int(name[2:]): int(value)
+                for name, value in fields.items()
+                if name.startswith(b"m:")
             },
         )
 

@@ -247,6 +247,15 @@ class Begin(Effect):
 
 
 @dataclass(frozen=True, slots=True)
+class Blame(Effect):
+    """The engine died while it executed this op -> how often it has; negative if not ours."""
+
+    run_id: str
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class Execute(Effect):
     """Apply a step to the engine's state -> Executed."""
 
@@ -412,6 +421,21 @@ def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
         executed = Executed(step.outcome)
     owner.ended(executed.outcome or _SUCCESS, executed.checksum)
     return step, replace(executed, digest=owner.state.digest)
+
+
+def blame_next(tenure: Tenure) -> Steps[int]:
+    """The engine died of the step under way -> of how many attempts so far; Left if not ours.
+
+    Call it once every op before it is committed. One that was executed ahead is begun now: so each
+    death counts.
+    """
+    run_id, seq = tenure.run_id, tenure.owner.executed_to + 1
+    attempt: Attempt = yield Begin(run_id, tenure.epoch, seq)
+    tenure.check(attempt.status)
+    deaths: int = yield Blame(run_id, tenure.epoch, seq)
+    if deaths < 0:
+        raise Left(f"{run_id}: seq {seq} is not under way under epoch {tenure.epoch}")
+    return deaths
 
 
 def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -53,9 +53,13 @@ class WorkerParts:
 
     async def load(self, function: Callable[[], T]) -> T:
         """The result of a slow function, on a thread, while the lease is renewed."""
+        return await self.prepare(asyncio.to_thread(function))
+
+    async def prepare(self, preparing: Awaitable[T]) -> T:
+        """The result of what comes before the work, while the lease is renewed."""
         renewing = asyncio.create_task(self.lease.keep(self.renew_s))
         try:
-            return await asyncio.to_thread(function)
+            return await preparing
         finally:
             renewing.cancel()
 

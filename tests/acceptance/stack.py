@@ -124,6 +124,13 @@ class Stack:
         for part, pid in pids.items():
             wait_until(lambda: self._pid(part) != pid, f"end of {part}", timeout_s=ANSWER_S)  # noqa: B023
 
+    def kill_engine(self, trainer: str) -> None:
+        """SIGKILL to the engine child of a trainer, which itself lives on."""
+        pid = self._pid(trainer)
+        assert pid is not None, f"{trainer} does not run"
+        (engine,) = psutil.Process(pid).children()
+        engine.kill()
+
     def num_restarts(self, part: str) -> int:
         return int(self._status(part)["restarts"])
 

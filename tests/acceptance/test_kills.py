@@ -61,6 +61,23 @@ def test_steps_sent_ahead_survive_one_kill_after_the_other(
         assert results == expected
 
 
+def test_steps_sent_ahead_survive_the_kill_of_the_engine_alone(
+    stack: Stack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data, num_steps = make_data(tokenizer), 20
+    restarts = stack.num_restarts("trainer-0")
+    with stack.service(stack.api_key) as service:
+        expected = train(create_run(service), data, num_steps)
+        run = create_run(service)
+        results = []
+        for index, step in enumerate([submit_step(run, data) for _ in range(num_steps)]):
+            results.append(step.result())
+            if index in (4, 12):
+                stack.kill_engine("trainer-0")
+        assert results == expected
+    assert stack.num_restarts("trainer-0") == restarts
+
+
 def test_the_sdk_survives_a_restart_of_redis_and_of_the_gateway_in_mid_run(
     stack: Stack, tokenizer: PreTrainedTokenizerFast
 ) -> None:

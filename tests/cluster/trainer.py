@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, cast
 
 from tests.cluster.toy import ToyEngine
 
@@ -11,6 +10,7 @@ from luthier_core import keys
 from luthier_core.owner import Step
 from luthier_core.service import WorkerParts, worker_main
 from luthier_trainer import worker
+from luthier_trainer.engine_client import ThreadEngine
 from luthier_trainer.execution import Executor
 from luthier_trainer.snapshots import Spent
 from luthier_trainer.stored_snapshots import StoredSnapshots
@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
 async def _work(parts: WorkerParts) -> None:
     client = parts.oplog.redis
     await client.set(keys.model_facts(BASE_MODEL), json.dumps(FACTS))
-    engine = ToyEngine()
-    executor = Executor(cast(Any, engine), parts.blobs, parts.oplog)
+    engine = ThreadEngine(ToyEngine())
     try:
         await worker.Worker(
             base_model=BASE_MODEL,
@@ -53,9 +52,9 @@ async def _work(parts: WorkerParts) -> None:
             lease=parts.lease,
             oplog=parts.oplog,
             blobs=parts.blobs,
-            executor=executor,
+            executor=Executor(engine, parts.blobs, parts.oplog),
             first_cycle=await client.incrby(keys.clock_cycles(BASE_MODEL), 1_000_000),
-            snapshots=OftenStored(executor, parts.blobs, parts.config.trainer),
+            snapshots=OftenStored(engine, parts.blobs, parts.config.trainer),
         ).run(parts.stop)
     finally:
-        executor.close()
+        await engine.close()

@@ -7,6 +7,7 @@ import pytest
 
 from luthier_core import keys
 from luthier_core.config import LimitsConfig
+from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import Oplog, RedisRestarted
 from luthier_core.ops import Body, Gradient, Kind, Op, Outcome, digest_of
 
@@ -307,6 +308,31 @@ async def test_deaths_are_counted_for_the_op_under_way_and_forgotten_with_it(run
     await run.commit(RUN, 2, 1, DONE)
     fields = await run.redis.hkeys(keys.run_header(RUN))
     assert not {b"b:1", b"n:1", b"a:1"} & set(fields)
+
+
+async def test_how_an_op_was_split_is_known_until_it_is_trimmed(run):
+    await admit(run, op(1))
+    await run.acquire(RUN, 1, "trainer-1/a")
+    assert await run.halve(RUN, 2, 1, 1) == "FENCED"
+    assert await run.halve(RUN, 1, 2, 1) == "ORDER"  # not admitted
+    assert [await run.halve(RUN, 1, 1, number) for number in (1, 2)] == ["OK", "OK"]
+    assert (await run.recorded(RUN)).halvings == {1: 2}
+    await run.commit(RUN, 1, 1, DONE)
+    assert await run.halve(RUN, 1, 1, 3) == "ORDER"  # it has been executed
+    assert (await run.recorded(RUN)).halvings == {1: 2}
+    await run.trim(RUN, 1, 1)
+    assert (await run.recorded(RUN)).halvings == {}
+
+
+async def test_a_worker_that_is_stuck_lets_its_lease_run_out(run):
+    lease = WorkerLease(run, "t0", role="trainer", base_model="tiny", lease_s=60)
+    await run.register_worker("t0")
+    answers = iter([False] * 3)
+    keeping = asyncio.create_task(lease.keep(0.0, lambda: next(answers, True)))
+    while not await run.live_workers():
+        await asyncio.sleep(0)
+    keeping.cancel()
+    assert next(answers, None) is None
 
 
 async def test_a_death_that_is_told_twice_counts_once(run):

@@ -38,6 +38,7 @@ OWNER_CALLS: dict[str, Callable[[Run], tuple[Any, ...]]] = {
     "begin": lambda run: (run.epoch, run.committed + 1),
     "commit": lambda run: (run.epoch, run.committed + 1, OUTCOMES["done"]),
     "blame": lambda run: (run.epoch, run.committed + 1),
+    "halve": lambda run: (run.epoch, run.committed + 1, 1),
     "trim": lambda run: (run.epoch, run.committed),
     "ffwd": lambda run: (run.epoch, run.committed + 1),
     "publish": lambda run: (run.epoch, run.committed, "w"),
@@ -282,6 +283,12 @@ class LibraryMachine(RuleBasedStateMachine):
             self.begin(0, 0)
         for _ in range(num_calls):
             self.both("blame", self.run_id, epoch, seq)
+
+    @rule(epoch_error=epoch_errors, seq_error=st.integers(-1, 2), halvings=st.sampled_from((1, 2)))
+    def halve(self, epoch_error: int, seq_error: int, halvings: int) -> None:
+        """The engine has no memory for an op, which may be executed ahead."""
+        epoch, seq = self.run.epoch + epoch_error, self.run.committed + 1 + seq_error
+        self.both("halve", self.run_id, epoch, seq, halvings)
 
     @rule(epoch_error=epoch_errors, back=st.integers(-1, 4))
     def trim(self, epoch_error: int, back: int) -> None:

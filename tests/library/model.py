@@ -47,6 +47,8 @@ class Run:
     failed: set[int] = field(default_factory=set)
     digests: dict[int, str] = field(default_factory=dict)
     """seq -> that of the state after it"""
+    halvings: dict[int, int] = field(default_factory=dict)
+    """seq -> how often its micro-batch is halved"""
     untold: set[int] = field(default_factory=set)
     """Seqs whose gradient is missing, and the client does not know."""
     attempts: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Run:
             "admissions",
             "failed",
             "digests",
+            "halvings",
             "untold",
             "attempts",
             "deaths",
@@ -258,6 +261,15 @@ class Model:
             run.deaths[seq] = run.deaths.get(seq, 0) + 1
         return run.deaths[seq]
 
+    def halve(self, run_id: str, epoch: int, seq: int, halvings: int) -> str:
+        run = self._held(run_id, epoch)
+        if run is None:
+            return "FENCED"
+        if not run.committed < seq <= run.admitted:
+            return "ORDER"
+        run.halvings[seq] = halvings
+        return "OK"
+
     def lost(self, run_id: str, seq: int) -> None:
         run = self.runs.get(run_id)
         if run is not None and seq > run.admitted and seq not in run.parked:
@@ -277,7 +289,7 @@ class Model:
             return "FENCED"
         if seq > run.committed:
             return "ORDER"
-        for per_seq in (run.log, run.admissions, run.digests):
+        for per_seq in (run.log, run.admissions, run.digests, run.halvings):
             for old in [s for s in per_seq if s <= seq]:
                 del per_seq[old]
         run.failed = {s for s in run.failed if s > seq}
@@ -358,7 +370,9 @@ class Model:
 
     def recorded(self, run_id: str) -> Recorded:
         run = self.runs.get(run_id)
-        return Recorded(frozenset(run.failed), dict(run.digests)) if run else Recorded()
+        if run is None:
+            return Recorded()
+        return Recorded(frozenset(run.failed), dict(run.digests), dict(run.halvings))
 
     def read_log(self, cursors: Mapping[str, int]) -> dict[str, list[Op]]:
         found = {}

@@ -26,12 +26,13 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "ffwd: no epoch check": NOT_MY_EPOCH,
     "publish: no epoch check": NOT_MY_EPOCH,
     "fail_range: no epoch check": NOT_MY_EPOCH,
+    "halve: no epoch check": ("num(h[1]) ~= tonumber(args[1])", "false"),
     "release: no epoch check": ("num(h[1]) ~= tonumber(args[1])", "false"),
     **{
         f"{function}: on a server that was restarted": ("check_server(args[2])", "")
         for function in (
-            *("acquire", "release", "begin", "commit", "blame", "trim", "ffwd", "publish"),
-            "fail_range",
+            *("acquire", "release", "begin", "commit", "blame", "halve", "trim", "ffwd"),
+            *("publish", "fail_range"),
         )
     },
     "acquire: an equal epoch takes the run": ("epoch > num(h[1])", "epoch >= num(h[1])"),
@@ -84,11 +85,16 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "blame: nothing is counted": ("'b:' .. seq, 1)", "'b:' .. seq, 0)"),
     "blame: a death told twice counts twice": ("a[1] == a[2]", "false"),
     "blame: without an attempt": ("not a[1] then return -2", "not a[1] then return 1"),
+    "halve: an op that is committed": ("seq <= num(h[3]) or ", ""),
+    "halve: an op that is not there": (" or seq > num(h[2])", ""),
     "forget_pending: deaths stay": (", 'b:' .. seq, 'a:' .. seq)", ")"),
     # --- snapshots and the end of a run
     "trim: what is not committed": ("seq > num(h[2])", "false"),
     "trim: one entry too many": ("entry_id(seq + 1)", "entry_id(seq + 2)"),
-    "trim: fields stay": ("redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 's:' .. s)", ""),
+    "trim: fields stay": (
+        "redis.call('HDEL', header, 'd:' .. s, 'x:' .. s, 's:' .. s, 'm:' .. s)",
+        "",
+    ),
     "ffwd: goes back": ("seq <= committed", "false"),
     "ffwd: parked ops stay": ("tonumber(s) <= seq", "false"),
     "ffwd: bytes stay": ("forget_pending(header, s)", ""),

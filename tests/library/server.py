@@ -182,6 +182,7 @@ def _header_fields(run: Run) -> dict[str, str]:
         },
         **{f"x:{seq}": 1 for seq in run.failed},
         **{f"s:{seq}": digest for seq, digest in run.digests.items()},
+        **{f"m:{seq}": halvings for seq, halvings in run.halvings.items()},
         **{f"n:{seq}": _words(attempt) for seq, attempt in run.attempts.items()},
         **{f"b:{seq}": deaths for seq, deaths in run.deaths.items()},
         **{f"a:{seq}": _words(attempt) for seq, attempt in run.blamed.items()},

@@ -12,7 +12,8 @@ from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_model.peft_io import tensors_from
-from luthier_trainer.engine import Engine, PassOp
+from luthier_trainer.engine import Engine
+from luthier_trainer.engine_host import PassOp
 from luthier_trainer.optim import AdamParams
 
 VOCAB_SIZE, NUM_STEPS = 211, 20
@@ -80,11 +81,14 @@ def train_beside(model: BaseModel, num_neighbours: int, loss_fn: str, *, fused: 
             request = random_request(others, str(others.choice([PLAIN, RATIO, WHOLE])))
             op = PassOp(f"n{index}", request, backward=bool(others.integers(4)))
             ops.insert(int(others.integers(len(ops) + 1)), op)
-        for _, output in engine.forward_backward_many(ops, clock_cycle=1, fused=fused):
-            assert isinstance(output, bytes)
-        engine.optim_step_many(
-            [(run_id, STEP) for run_id in dict.fromkeys(op.run_id for op in ops)]
-        )
+        if fused:
+            for _, output in engine.forward_backward_many(ops):
+                assert isinstance(output, bytes)
+        else:
+            for op in ops:
+                engine.forward_backward(op.run_id, op.request, backward=op.backward, clock_cycle=1)
+        steps = [(run_id, STEP) for run_id in dict.fromkeys(op.run_id for op in ops)]
+        assert all(isinstance(metrics, dict) for _, metrics in engine.optim_step_many(steps))
     return engine
 
 

@@ -14,7 +14,8 @@ from luthier_core.errors import BadRequest, InvalidField, NotFound
 from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.lora import LoraSpec
-from luthier_trainer.engine import Engine, PassOp
+from luthier_trainer.engine import Engine
+from luthier_trainer.engine_host import PassOp
 from luthier_trainer.optim import AdamParams
 
 VOCAB_SIZE = 67
@@ -184,6 +185,19 @@ def test_gradients_of_several_ops_add_up(new_engine: Callable[..., Engine]) -> N
     assert together.run_digest("run") == apart.run_digest("run")
 
 
+def test_halved_micro_batches_are_those_of_half_the_tokens(
+    new_engine: Callable[..., Engine],
+) -> None:
+    data = request(*(text(length) for length in (5, 6, 3, 4, 2, 6, 5)))
+    digests = []
+    for micro_batch_tokens, halvings in ((24, 2), (6, 0), (24, 0)):
+        engine = new_engine(micro_batch_tokens=micro_batch_tokens)
+        engine.create("run", LoraSpec(rank=4, seed=1))
+        engine.forward_backward("run", data, backward=True, clock_cycle=1, halvings=halvings)
+        digests.append(engine.run_digest("run"))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_an_op_that_fails_half_way_leaves_the_gradient_as_it_was(
     new_engine: Callable[..., Engine],
 ) -> None:
@@ -293,7 +307,7 @@ def test_in_one_pass_an_op_that_cannot_be_computed_fails_alone(engine: Engine) -
         *pass_ops(request(beyond_vocabulary), run_id="other"),
         *pass_ops(request(text(4))),
     ]
-    outputs = dict(engine.forward_backward_many(ops, clock_cycle=1, fused=True))
+    outputs = dict(engine.forward_backward_many(ops))
     assert [type(outputs[index]) for index in range(4)] == [bytes, InvalidField, IndexError, bytes]
     engine.create("alone", LoraSpec(rank=4, seed=1))
     for op in (ops[0], ops[3]):
@@ -309,7 +323,7 @@ def test_an_op_is_answered_before_the_passes_of_others_are_begun(
         engine.create(run_id, LoraSpec(rank=2, seed=1))
     before = engine.run_digest("c")
     ops = [PassOp(run_id, request(text(5))) for run_id in ("a", "b", "c")]
-    answers = engine.forward_backward_many(ops, clock_cycle=1, fused=True)
+    answers = engine.forward_backward_many(ops)
     assert [next(answers)[0], next(answers)[0]] == [0, 1]
     assert engine.run_digest("c") == before
     assert [index for index, _ in answers] == [2]
@@ -317,7 +331,7 @@ def test_an_op_is_answered_before_the_passes_of_others_are_begun(
 
 def test_optimizer_steps_of_several_runs_fail_each_for_itself(engine: Engine) -> None:
     run_op(engine, request(text(5)))
-    outcomes = engine.optim_step_many([("nobody", STEP), ("run", STEP)])
+    outcomes = dict(engine.optim_step_many([("nobody", STEP), ("run", STEP)]))
     assert isinstance(outcomes[0], NotFound)
     assert isinstance(outcomes[1], dict)
 

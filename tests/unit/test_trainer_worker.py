@@ -9,43 +9,40 @@ import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.unit.trainer_client import FB, LEARNING_RATE, MODEL, TENANT, Client
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core import blobs as blobs_module
 from luthier_core import keys
-from luthier_core.config import LimitsConfig, TrainerConfig
+from luthier_core.config import TrainerConfig
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.errors import Unavailable
-from luthier_core.futures import FutureId, Futures
+from luthier_core.futures import Futures
 from luthier_core.lifecycle import WorkerLease
-from luthier_core.oplog import READ_AHEAD, Oplog, RunHeader
-from luthier_core.ops import Body, Kind, Op, Outcome, Refusal, digest_of
+from luthier_core.oplog import READ_AHEAD, Oplog
+from luthier_core.ops import Body, Kind
 from luthier_core.owner import FoldState, Step
 from luthier_core.proto import wire_pb2
 from luthier_core.protocol import STATE_LOST, Head, SnapshotRef
-from luthier_core.records import LoraConfig, RunRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_trainer import worker
 from luthier_trainer.adapters import RunState
 from luthier_trainer.engine import Engine
+from luthier_trainer.engine_client import ThreadEngine
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.snapshots import Snapshots, Spent
 from luthier_trainer.stored_snapshots import StoredSnapshots
 from luthier_trainer.worker import Worker
 
-TENANT, MODEL = "ann", "tiny"
-LEARNING_RATE = 0.01
 VOCAB_SIZE = 31
-FB, STEP = Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP
 A, B = f"{'a' * 32}:train:0", f"{'b' * 32}:train:0"
 
 
@@ -102,90 +99,6 @@ def reference(engine: Engine, run_id: str, *ops: bytes | None, seed: int = 1) ->
         else:
             engine.forward_backward(run_id, op, backward=True, clock_cycle=0)
     return engine.run_digest(run_id)
-
-
-@dataclass
-class Client:
-    """What the gateway does with the log, for runs that count their own requests."""
-
-    oplog: Oplog
-    futures: Futures
-    blobs: DiskBlobs
-    next_seq: dict[str, int] = field(default_factory=dict)
-    tenants: dict[str, str] = field(default_factory=dict)
-    """Run -> whose it is, if not TENANT's."""
-
-    async def create(self, run_id: str, *, seed: int = 1, source: Any = None) -> None:
-        record = RunRecord(
-            run_id=run_id,
-            tenant=self.tenants.get(run_id, TENANT),
-            session_id=run_id.partition(":")[0],
-            base_model=MODEL,
-            lora=LoraConfig(rank=2, seed=seed),
-            optimizer_config={"type": "adamw"},
-            created_at=datetime.now(UTC),
-        )
-        await self.blobs.put(keys.run_record(TENANT, run_id), record.to_bytes())
-        body = json.dumps({"run": record.model_dump(mode="json"), "source": source}).encode()
-        await self.send(run_id, Kind.CREATE_MODEL, Body.of(body))
-
-    async def send(self, run_id: str, kind: Kind, body: Body) -> int:
-        """The seq of an op that is admitted, after those before it."""
-        seq = self.next_seq.get(run_id, 0)
-        self.next_seq[run_id] = seq + 1
-        digest = digest_of(f"{kind} {seq}".encode())
-        op = Op(run_id=run_id, seq=seq, kind=kind, digest=digest, body=body)
-        header = {"base_model": MODEL, "facts": "{}"}
-        admission = await self.oplog.admit(
-            op,
-            tenant=self.tenants.get(run_id, TENANT),
-            limits=LimitsConfig(),
-            header=None if seq else header,
-        )
-        assert admission.status == "OK"
-        if not admission.owner:
-            await self.oplog.announce_run(MODEL, run_id, seq)
-        return seq
-
-    async def forward_backward(self, run_id: str, request: bytes) -> int:
-        return await self.send(run_id, FB, Body.of(request))
-
-    async def step(self, run_id: str) -> int:
-        params = {"learning_rate": LEARNING_RATE}
-        wanted = {"model_id": run_id, "seq_id": self.next_seq[run_id], "adam_params": params}
-        return await self.send(run_id, STEP, Body.of(json.dumps(wanted).encode()))
-
-    async def refused(self, run_id: str) -> int:
-        return await self.send(run_id, Kind.REJECTED, Refusal(FB, "not like this").body())
-
-    async def save(self, run_id: str, name: str, **fields: Any) -> int:
-        seq = self.next_seq[run_id]
-        wanted = {"model_id": run_id, "seq_id": seq, "path": name, **fields}
-        return await self.send(run_id, Kind.SAVE_WEIGHTS, Body.of(json.dumps(wanted).encode()))
-
-    async def outcome(self, run_id: str, seq: int) -> Outcome:
-        future = FutureId.parse(f"{run_id}:{seq}")
-        assert future is not None
-        outcome = await self.futures.wait(future, timeout_s=30)
-        assert outcome is not None, f"seq {seq} has no outcome"
-        return outcome
-
-    async def completed(self, run_id: str, seq: int | None = None) -> bytes:
-        """The result of an op that succeeds; of the last one unless `seq` is given."""
-        outcome = await self.outcome(run_id, self.next_seq[run_id] - 1 if seq is None else seq)
-        assert not outcome.failed, outcome
-        return outcome.body.inline or b""
-
-    async def failed(self, run_id: str, seq: int) -> tuple[str, str]:
-        """(category, message) of an op that fails."""
-        outcome = await self.outcome(run_id, seq)
-        assert outcome.failed, outcome
-        return outcome.category, (outcome.body.inline or b"").decode()
-
-    async def header(self, run_id: str) -> RunHeader:
-        header = await self.oplog.header(run_id)
-        assert header is not None
-        return header
 
 
 @dataclass
@@ -268,7 +181,7 @@ async def rig(
     blobs = DiskBlobs(tmp_path, "http://gateway", b"secret")
     futures = Futures(oplog.redis, recheck_s=0.1)
     trainers: list[Trainer] = []
-    executors: list[Executor] = []
+    engines: list[ThreadEngine] = []
 
     async def start(
         name: str,
@@ -281,11 +194,11 @@ async def rig(
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
         await lease.take()
-        fused = settings.execution == "fused"
-        executor = Executor(new_engine(), blobs, oplog, fused=fused)
-        executors.append(executor)
+        engine = new_engine()
+        client = ThreadEngine(engine, make_spec=LoraSpec)
+        engines.append(client)
         if watch is not None:
-            watch.watch(executor.engine, monkeypatch)
+            watch.watch(engine, monkeypatch)
         stopping = asyncio.Event()
         running = Worker(
             base_model=MODEL,
@@ -293,12 +206,12 @@ async def rig(
             lease=lease,
             oplog=oplog,
             blobs=blobs,
-            executor=executor,
+            executor=Executor(client, blobs, oplog, fused=settings.execution == "fused"),
             first_cycle=first_cycle,
-            snapshots=snapshots or StoredSnapshots(executor, blobs, settings),
+            snapshots=snapshots or StoredSnapshots(client, blobs, settings),
         )
         task = asyncio.create_task(running.run(stopping))
-        trainers.append(Trainer(executor.engine, lease, stopping, task, running))
+        trainers.append(Trainer(engine, lease, stopping, task, running))
         return trainers[-1]
 
     listening = asyncio.create_task(futures.listen())
@@ -314,8 +227,8 @@ async def rig(
         for trainer in trainers:
             if not trainer.task.done():
                 await trainer.die()
-        for executor in executors:
-            executor.close()
+        for client in engines:
+            await client.close()
         listening.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await listening

@@ -58,7 +58,7 @@ class StatusFile:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of one process, in bytes; PSS counts a page shared by n processes as an nth."""
+    """Memory of one part, in bytes; PSS counts a page shared by n processes as an nth."""
 
     rss_bytes: int
     pss_bytes: int
@@ -77,15 +77,19 @@ def read_status(data: Path) -> StackStatus | None:
 
 
 def measure_memory(pid: int | None, *, with_pss: bool) -> Memory | None:
-    """Memory of a process, None if it has gone. PSS costs milliseconds."""
+    """Memory of a process and its descendants, None if it has gone. PSS costs milliseconds."""
     if pid is None:
         return None
     try:
         process = psutil.Process(pid)
-        info = process.memory_full_info() if with_pss else process.memory_info()
-        return Memory(info.rss, getattr(info, "pss", 0))  # only Linux has PSS
+        infos = [
+            part.memory_full_info() if with_pss else part.memory_info()
+            for part in (process, *process.children(recursive=True))
+        ]
     except psutil.Error:
         return None
+    # Only Linux has PSS.
+    return Memory(sum(i.rss for i in infos), sum(getattr(i, "pss", 0) for i in infos))
 
 
 def parts_table(parts: Sequence[PartStatus], *, with_pss: bool = False) -> Table:

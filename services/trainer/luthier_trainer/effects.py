@@ -12,11 +12,12 @@ from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import BadRequest, LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
-from luthier_core.ops import Outcome
+from luthier_core.ops import Kind, Outcome
 from luthier_core.owner import Action, FoldState, Step, changes_state
 from luthier_core.protocol import (
     Acquire,
     Begin,
+    Blame,
     CasHead,
     Commit,
     CopyState,
@@ -27,6 +28,7 @@ from luthier_core.protocol import (
     FastForward,
     Finish,
     Head,
+    Left,
     PutSnapshot,
     ReadHead,
     ReadRecorded,
@@ -37,13 +39,19 @@ from luthier_core.protocol import (
     drive,
     recheck,
 )
+from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.execution import Finish as Rest
+from luthier_trainer.frames import OutOfMemory
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REDIS_RETRY_S = 1.0
+
+MAX_HALVINGS = 3
+"""So often the micro-batch of an op is halved before it is failed for want of memory."""
 
 _POINTS: dict[type[Effect], str] = {
     Acquire: "tr.acquire",
@@ -55,6 +63,17 @@ _POINTS: dict[type[Effect], str] = {
     Trim: "sn.trim",
 }
 """Effect -> the failpoint before it; Execute and CasHead have two each."""
+
+
+OUT_OF_MEMORY = (
+    "the trainer has not enough memory for this request: send fewer or shorter datums in one"
+)
+_SPLIT = frozenset({Kind.FORWARD, Kind.FORWARD_BACKWARD})
+"""Kinds that are executed in micro-batches, and leave the state alone if one of them fails."""
+
+
+class NotRebuilt(Left):
+    """The state could not be rebuilt this time; it is not known whether it can be."""
 
 
 class RunEffects:
@@ -79,6 +98,10 @@ class RunEffects:
         """None while the run is being taken over."""
         self.state_is_unknown = False
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
+        self.alone = False
+        """Its next op may be what killed the engine: it is executed with no other."""
+        self.spares_engine = False
+        """Restores nothing: that has killed the engine too often."""
         self.cancelled_to = -1
         """Ops up to this seq that are not begun are to fail; see Oplog.cancel_queued."""
         self.execute_s = 0.0
@@ -100,6 +123,10 @@ class RunEffects:
             case Begin(run_id, epoch, seq):
                 return await self._patiently(
                     lambda: oplog.begin(run_id, epoch, seq, server=self.server)
+                )
+            case Blame(run_id, epoch, seq):
+                return await self._patiently(
+                    lambda: oplog.blame(run_id, epoch, seq, server=self.server)
                 )
             case Finish(_, rest):
                 return await self._finish(rest)
@@ -125,11 +152,13 @@ class RunEffects:
             case Acquire(run_id, epoch, owner):
                 return await oplog.acquire(run_id, epoch, owner, server=self.server)
             case ReadRecorded(run_id):
-                return await oplog.recorded(run_id)
+                recorded = await oplog.recorded(run_id)
+                self._context.halvings = dict(recorded.halvings)
+                return recorded
             case FastForward(run_id, epoch, seq):
                 return await oplog.ffwd(run_id, epoch, seq, server=self.server)
             case Restore(run_id, None):
-                await self._executor.on_engine(self._executor.engine.drop, run_id)
+                await self._executor.engine.drop(run_id)
                 return FoldState()
             case Trim(run_id, epoch, seq):
                 return await self._patiently(
@@ -141,38 +170,80 @@ class RunEffects:
                     return await self._snapshots.copy(run_id)
                 case PutSnapshot(_, ref, copy, state):
                     return await self._snapshots.put(self._context, ref, copy, state)
+                case Restore(_, SnapshotRef()) if self.spares_engine:
+                    return None
                 case Restore(_, SnapshotRef() as ref):
                     return await self._snapshots.restore(self._context, ref)
         raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
     async def _execute(self, step: Step) -> Executed:
-        began = time.monotonic()
+        began, run_id = time.monotonic(), self._context.run_id
         try:
             await failpoint("tr.exec" if step.publish else "tr.replay")
             if step.action is Action.CLEAR_GRADIENT:
-                engine = self._executor.engine
-                await self._executor.on_engine(engine.clear_gradient, self._context.run_id)
+                await self._executor.engine.clear_gradient(self._context.run_id)
                 return Executed()
             if step.publish and step.op.seq <= self.cancelled_to and step.op.seq > 0:
                 raise BadRequest("cancelled by the owner of the run while it was queued")
-            rest = await self._executor.execute(self._context, step.op, self.cycle)
+            rest = await self._within_memory(step)
             if step.publish:
                 await failpoint("tr.mid")
             return Executed(rest=rest, checksum=await self._checksum(step))
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))
+        except (EngineDied, Left):
+            raise
+        except OutOfMemory as error:
+            log.error("seq %d (%s) of %s: %s", step.op.seq, step.op.kind, run_id, error)
+            self.state_is_unknown = step.op.kind not in _SPLIT
+            return Executed(Outcome.failure(OUT_OF_MEMORY, "server"))
         except Exception:
-            log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, self._context.run_id)
+            log.exception("seq %d (%s) of %s", step.op.seq, step.op.kind, run_id)
             self.state_is_unknown = True
             return Executed(Outcome.failure("an internal error of the trainer", "server"))
         finally:
             self.execute_s = time.monotonic() - began
 
+    async def _within_memory(self, step: Step) -> Rest:
+        """Execute an op, where need be in smaller micro-batches.
+
+        How small is written down first, because a replay must add up in the same order. OutOfMemory
+        when halving does not help; NotRebuilt in a replay, whose op cannot be done otherwise.
+        """
+        seq, halvings = step.op.seq, self._context.halvings
+        # A replay takes the path that depends on nobody else, and is the same each time.
+        self._context.alone = self.alone or not step.publish
+        has_tried_again = False
+        while True:
+            try:
+                return await self._executor.execute(self._context, step.op, self.cycle)
+            except OutOfMemory as error:
+                if not step.publish:
+                    raise NotRebuilt(f"{self._context.run_id}: seq {seq}: {error}") from None
+                halved = halvings.get(seq, 0) + 1
+                if step.op.kind not in _SPLIT or halved > MAX_HALVINGS:
+                    raise
+                log.warning("seq %d of %s: %s", seq, self._context.run_id, error)
+            # The engine has emptied its cache, and others may have given memory back.
+            self._context.alone = True
+            if has_tried_again:
+                await self._note_halvings(seq, halved)
+                halvings[seq] = halved
+            has_tried_again = True
+
+    async def _note_halvings(self, seq: int, halvings: int) -> None:
+        assert self.tenure is not None
+        run_id, epoch = self._context.run_id, self.tenure.epoch
+        status = await self._patiently(
+            lambda: self._oplog.halve(run_id, epoch, seq, halvings, server=self.server)
+        )
+        self.tenure.check(status)
+
     async def _checksum(self, step: Step) -> str:
         # In shared passes a state's bits depend on the neighbours, and a replay has others.
         if not changes_state(step) or self._executor.fused:
             return ""
-        return await self._executor.on_engine(self._executor.engine.checksum, self._context.run_id)
+        return await self._executor.engine.checksum(self._context.run_id)
 
     async def _finish(self, rest: Callable[[], Awaitable[Outcome]]) -> Outcome:
         try:

@@ -15,28 +15,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from luthier_core.errors import BadRequest, NotFound
 from luthier_model.base import BaseModel
 from luthier_model.lora import LoraSpec, init_adapter, target_modules
 from luthier_model.peft_io import tensor_bytes, tensors_from
 from luthier_trainer.adapters import RunState
+from luthier_trainer.engine_host import STATE_FILE, PassOp
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.packing import micro_batches
 from luthier_trainer.passes import Part, Request, Scores, decode_request, encode_output, score
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PassOp:
-    """A forward or, with `backward`, a forward_backward op."""
-
-    run_id: str
-    request: bytes
-    """A ForwardBackwardRequest."""
-    backward: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +37,11 @@ class _Decoded:
     run: RunState
     request: Request
     backward: bool
+    clock_cycle: int
 
 
-class StateCopy:
-    """One run's state in host memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def to_bytes(self) -> bytes:
-        """A safetensors file; this takes a while, and needs no engine."""
-        return tensor_bytes(self._tensors)
+Encode = Callable[[], dict[str, bytes]]
+"""A copy in host memory: file name -> contents. Encoding takes a while, and needs no engine."""
 
 
 class Engine:
@@ -101,24 +85,24 @@ class Engine:
         )
 
     def forward_backward(
-        self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
+        self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int, halvings: int = 0
     ) -> bytes:
         """ForwardBackwardRequest -> ForwardBackwardOutput, both as protobuf bytes.
 
         With `backward`, the gradient of the loss is added to the run's; a loss that is not finite
-        is returned as it is. BadRequest for an unknown loss or a missing input.
+        is returned as it is. BadRequest for an unknown loss or a missing input. `halvings` of the
+        micro-batch take less memory, and add up the gradient in another order.
         """
-        op = _Decoded(0, self._run(run_id), decode_request(request), backward)
-        return self._alone(op, clock_cycle)
+        op = _Decoded(0, self._run(run_id), decode_request(request), backward, clock_cycle)
+        return self._alone(op, halvings)
 
     def forward_backward_many(
-        self, ops: Sequence[PassOp], *, clock_cycle: int, fused: bool
+        self, ops: Sequence[PassOp]
     ) -> Iterator[tuple[int, bytes | Exception]]:
         """(index, output or error) of each op, as soon as it is known; each op fails for itself.
 
-        With `fused`, as many ops share a pass as `micro_batch_tokens` allows, which is what pays
-        where they are small; a larger op has passes of its own. Else it is forward_backward of one
-        op after the other.
+        As many ops share a pass as `micro_batch_tokens` allows, which is what pays where they are
+        small; a larger op has passes of its own.
         """
         decoded = []
         for index, op in enumerate(ops):
@@ -127,9 +111,9 @@ class Engine:
             except Exception as error:
                 yield index, error
             else:
-                decoded.append(_Decoded(index, run, request, op.backward))
-        for group in self._groups(decoded) if fused else [[op] for op in decoded]:
-            yield from self._carry_out(group, clock_cycle)
+                decoded.append(_Decoded(index, run, request, op.backward, op.clock_cycle))
+        for group in self._groups(decoded):
+            yield from self._carry_out(group)
 
     def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float]:
         """One AdamW update from the summed gradient, which is cleared; the step's metrics.
@@ -145,18 +129,16 @@ class Engine:
 
     def optim_step_many(
         self, steps: Sequence[tuple[str, AdamParams]]
-    ) -> list[dict[str, float] | Exception]:
-        """The metrics or error of each run's step; each fails for itself.
+    ) -> Iterator[tuple[int, dict[str, float] | Exception]]:
+        """(index, metrics or error) of each run's step; each fails for itself.
 
         One pass over each run's flat buffers, as many as that are: the bits are those of one alone.
         """
-        outcomes: list[dict[str, float] | Exception] = []
-        for run_id, params in steps:
+        for index, (run_id, params) in enumerate(steps):
             try:
-                outcomes.append(self.optim_step(run_id, params))
+                yield index, self.optim_step(run_id, params)
             except Exception as error:
-                outcomes.append(error)
-        return outcomes
+                yield index, error
 
     def clear_gradient(self, run_id: str) -> None:
         self._run(run_id).clear_gradient()
@@ -165,7 +147,7 @@ class Engine:
         """File name -> contents: PEFT's two files and, when asked, optimizer.safetensors."""
         return self.copy_files(run_id, optimizer=optimizer)()
 
-    def copy_files(self, run_id: str, *, optimizer: bool) -> Callable[[], dict[str, bytes]]:
+    def copy_files(self, run_id: str, *, optimizer: bool) -> Encode:
         """`save` as of now in two steps: only this one, which copies, needs the engine."""
         copied = self._run(run_id).copy_files(optimizer=optimizer)
         return partial(copied.to_files, self._model.facts.name)
@@ -177,14 +159,15 @@ class Engine:
         """
         self._run(run_id).restore(files, self._model.lora_shapes, optimizer=optimizer)
 
-    def copy_state(self, run_id: str) -> StateCopy:
-        """The whole state as it is now: later ops do not change the copy."""
-        return StateCopy(self._run(run_id).copy())
+    def copy_state(self, run_id: str) -> Encode:
+        """The whole state as it is now, as one file: later ops do not change the copy."""
+        copied = self._run(run_id).copy()
+        return lambda: {STATE_FILE: tensor_bytes(copied)}
 
     def take_state(self, run_id: str, spec: LoraSpec, data: bytes) -> None:
-        """Create the run in the state that a StateCopy has; ValueError if that does not fit."""
+        """Create the run in the state that such a file has; ValueError if that does not fit."""
         try:
-            copied = tensors_from({"state": data}, "state")
+            copied = tensors_from({STATE_FILE: data}, STATE_FILE)
         except BadRequest as error:
             raise ValueError(str(error)) from None
         self.create(run_id, spec)
@@ -224,12 +207,10 @@ class Engine:
             if group:
                 yield group
 
-    def _carry_out(
-        self, group: Sequence[_Decoded], clock_cycle: int
-    ) -> Iterator[tuple[int, bytes | Exception]]:
+    def _carry_out(self, group: Sequence[_Decoded]) -> Iterator[tuple[int, bytes | Exception]]:
         if len(group) > 1:
             try:
-                outputs = self._together(group, clock_cycle)
+                outputs = self._together(group)
             except Exception:
                 # One of them cannot be computed, or there is too little memory for all at once.
                 log.warning("%d ops failed in one pass: one by one", len(group), exc_info=True)
@@ -238,19 +219,20 @@ class Engine:
                 return
         for op in group:
             try:
-                yield op.index, self._alone(op, clock_cycle)
+                yield op.index, self._alone(op, halvings=0)
             except Exception as error:
                 yield op.index, error
 
-    def _alone(self, op: _Decoded, clock_cycle: int) -> bytes:
-        """The op in micro-batches, a pure function of its request."""
+    def _alone(self, op: _Decoded, halvings: int) -> bytes:
+        """The op in micro-batches, a pure function of its request and of `halvings`."""
+        max_tokens = self._micro_batch_tokens >> halvings
         scores: list[Scores] = []
         with op.run.atomic_gradient() if op.backward else nullcontext():
-            for examples in micro_batches(op.request.examples, self._micro_batch_tokens):
+            for examples in micro_batches(op.request.examples, max_tokens):
                 scores += self._score([Part(op.run.adapter, op.request, examples)], op.backward)
-            return encode_output(op.request, scores, clock_cycle)
+            return encode_output(op.request, scores, op.clock_cycle)
 
-    def _together(self, group: Sequence[_Decoded], clock_cycle: int) -> list[bytes]:
+    def _together(self, group: Sequence[_Decoded]) -> list[bytes]:
         """All ops in one pass; if it fails, all gradients are as before."""
         parts = [Part(op.run.adapter, op.request, op.request.examples) for op in group]
         runs = {id(op.run): op.run for op in group if op.backward}
@@ -259,7 +241,7 @@ class Engine:
                 stack.enter_context(run.atomic_gradient())
             scores = self._score(parts, bool(runs))
             return [
-                encode_output(op.request, [part], clock_cycle)
+                encode_output(op.request, [part], op.clock_cycle)
                 for op, part in zip(group, scores, strict=True)
             ]
 

@@ -1,13 +1,11 @@
-"""Carries out one op: payload in, engine call on its thread, outcome bytes out."""
+"""Carries out one op: payload in, engine call, outcome bytes out."""
 
-import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
@@ -23,12 +21,9 @@ from luthier_core.types import (
     SaveWeightsExternal,
     SaveWeightsForSampler,
 )
-from luthier_model.lora import LoraSpec
-from luthier_trainer.engine import Engine, PassOp
-from luthier_trainer.gathering import Passes
-from luthier_trainer.optim import AdamParams
-
-T = TypeVar("T")
+from luthier_trainer.engine_client import EngineClient
+from luthier_trainer.engine_host import PassOp
+from luthier_trainer.gathering import Gathering
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
@@ -44,31 +39,25 @@ class RunContext:
     """Of the tenure; known once the run has been taken over."""
     record: RunRecord | None = None
     """Known once op 0 has been executed."""
-
-
-def lora_spec(record: RunRecord) -> LoraSpec:
-    """What a run trains, as the model knows it."""
-    lora = record.lora
-    return LoraSpec(
-        rank=lora.rank,
-        seed=lora.seed,
-        train_attn=lora.train_attn,
-        train_mlp=lora.train_mlp,
-        train_unembed=lora.train_unembed,
-    )
+    halvings: dict[int, int] = field(default_factory=dict)
+    """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
+    alone: bool = False
+    """Its ops share no engine call: it is rebuilt, short of memory, or may have killed the last."""
 
 
 class Executor:
-    """The ops of all runs of one worker, one engine call at a time."""
+    """The ops of all runs of one worker."""
 
-    def __init__(self, engine: Engine, blobs: Blobs, oplog: Oplog, *, fused: bool = False) -> None:
-        """With `fused`, forward_backwards that are executed at the same time share passes."""
+    def __init__(
+        self, engine: EngineClient, blobs: Blobs, oplog: Oplog, *, fused: bool = False
+    ) -> None:
+        """With `fused`, passes and steps that are executed at the same time are one engine call."""
         self.engine = engine
         self.fused = fused
         self._blobs = blobs
         self._oplog = oplog
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._passes = Passes(engine, self.on_engine, fused=fused)
+        self._passes = Gathering(engine.forward_backward_many)
+        self._steps = Gathering(engine.optim_step_many)
         self._handlers: dict[Kind, Callable[[RunContext, Op, int], Awaitable[Finish]]] = {
             Kind.CREATE_MODEL: self._create_model,
             Kind.FORWARD: self._forward_backward,
@@ -87,19 +76,11 @@ class Executor:
         """
         return await self._handlers[op.kind](run, op, cycle)
 
-    async def on_engine(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """The result of a call on the engine's thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: call(*args, **kwargs))
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
         source = body["source"]
-        await self.on_engine(self.engine.create, run.run_id, lora_spec(run.record))
+        await self.engine.create(run.run_id, run.record.lora)
         result = {"model_id": run.run_id, "type": "create_model"}
         if source is not None:
             await self._load(run, source)
@@ -108,8 +89,13 @@ class Executor:
 
     async def _forward_backward(self, run: RunContext, op: Op, cycle: int) -> Finish:
         request = await self._payload(op)
-        pass_op = PassOp(run.run_id, request, backward=op.kind is Kind.FORWARD_BACKWARD)
-        output = await self._passes.carry_out(pass_op, cycle)
+        backward, halvings = op.kind is Kind.FORWARD_BACKWARD, run.halvings.get(op.seq, 0)
+        if self.fused and not run.alone and not halvings:
+            output = await self._passes.ask(PassOp(run.run_id, request, backward, cycle))
+        else:
+            output = await self.engine.forward_backward(
+                run.run_id, request, backward=backward, clock_cycle=cycle, halvings=halvings
+            )
 
         async def finish() -> Outcome:
             body = await self._result_body(run, op, output)
@@ -120,9 +106,10 @@ class Executor:
 
     async def _optim_step(self, run: RunContext, op: Op, cycle: int) -> Finish:
         params = OptimStep.model_validate_json(await self._payload(op)).adam_params
-        metrics = await self.on_engine(
-            self.engine.optim_step, run.run_id, AdamParams(**params.model_dump())
-        )
+        if self.fused and not run.alone:
+            metrics = await self._steps.ask((run.run_id, params))
+        else:
+            metrics = await self.engine.optim_step(run.run_id, params)
         metrics = {**metrics, "clock_cycle": float(cycle)}
         return _json_outcome(
             {
@@ -140,10 +127,10 @@ class Executor:
 
     async def _save_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeights.model_validate_json(await self._payload(op))
-        encode = await self.on_engine(self.engine.copy_files, run.run_id, optimizer=True)
+        copy = await self.engine.copy_files(run.run_id, optimizer=True)
 
         async def finish() -> Outcome:
-            files = await asyncio.to_thread(encode)
+            files = await self.engine.fetch(copy)
             await self._save(
                 run,
                 op,
@@ -161,10 +148,10 @@ class Executor:
 
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
-        encode = await self.on_engine(self.engine.copy_files, run.run_id, optimizer=False)
+        copy = await self.engine.copy_files(run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
-            files = await asyncio.to_thread(encode)
+            files = await self.engine.fetch(copy)
             if wanted.path is None:
                 return await self._save_ephemeral(run, op, wanted, files)
             await self._save(
@@ -183,10 +170,10 @@ class Executor:
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
-        encode = await self.on_engine(self.engine.copy_files, run.run_id, optimizer=False)
+        copy = await self.engine.copy_files(run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
-            files = await asyncio.to_thread(encode)
+            files = await self.engine.fetch(copy)
             saved = await self._save(
                 run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )
@@ -248,9 +235,7 @@ class Executor:
 
     async def _load(self, run: RunContext, source: dict[str, Any]) -> None:
         files = await outlasting_outage(lambda: read_files(self._blobs, source["manifest"]))
-        await self.on_engine(
-            self.engine.load, run.run_id, files, optimizer=bool(source["optimizer"])
-        )
+        await self.engine.load(run.run_id, files, optimizer=bool(source["optimizer"]))
 
     async def _payload(self, op: Op) -> bytes:
         if op.body.inline is not None:

@@ -1,70 +1,57 @@
-"""Forward and forward_backward ops that are executed at the same time, as one engine call."""
+"""Calls that are made at the same time, as one engine call."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
 
-from luthier_trainer.engine import Engine, PassOp
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+Tell = Callable[[int, Answer | Exception], None]
+"""Takes the index of what was asked, and its answer or error."""
 
 
-class Passes:
-    """The engine's passes over the ops of all runs."""
+class Gathering(Generic[Asked, Answer]):
+    """Asks the engine for everything that waits, and again for what has come meanwhile."""
 
-    def __init__(
-        self, engine: Engine, on_engine: Callable[..., Awaitable[Any]], *, fused: bool
-    ) -> None:
-        self._engine = engine
-        self._on_engine = on_engine
-        self._fused = fused
-        self._waiting: list[tuple[PassOp, asyncio.Future[bytes]]] = []
-        self._clock_cycle = 0
+    def __init__(self, call: Callable[[Sequence[Asked], Tell[Answer]], Awaitable[None]]) -> None:
+        """`call` tells every answer before it returns; what it raises is the others' answer."""
+        self._call = call
+        self._waiting: list[tuple[Asked, asyncio.Future[Answer]]] = []
         self._caller: asyncio.Task[None] | None = None
 
-    async def carry_out(self, op: PassOp, clock_cycle: int) -> bytes:
-        """The op's output, or its error; not `fused`, it is an engine call of its own."""
-        if not self._fused:
-            output: bytes = await self._on_engine(
-                *(self._engine.forward_backward, op.run_id, op.request),
-                backward=op.backward,
-                clock_cycle=clock_cycle,
-            )
-            return output
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting.append((op, answer))
-        self._clock_cycle = clock_cycle
+    async def ask(self, asked: Asked) -> Answer:
+        """The answer, as soon as it is known, or the error."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asked, answer))
         if self._caller is None:
-            self._caller = asyncio.create_task(self._call_engine())
+            self._caller = asyncio.create_task(self._work_off())
         return await answer
 
-    async def _call_engine(self) -> None:
-        """Calls with all ops that wait, and again with those that came meanwhile."""
-        loop = asyncio.get_running_loop()
+    async def _work_off(self) -> None:
         while True:
             # The others of this cycle are at the same point: let them come before the call.
             await asyncio.sleep(0)
             if not self._waiting:
                 break
             together, self._waiting = self._waiting, []
-
-            def call(together: list[tuple[PassOp, asyncio.Future[bytes]]] = together) -> None:
-                ops = [op for op, _ in together]
-                for index, output in self._engine.forward_backward_many(
-                    ops, clock_cycle=self._clock_cycle, fused=True
-                ):
-                    loop.call_soon_threadsafe(_resolve, together[index][1], output)
-
-            try:
-                await self._on_engine(call)
-            except Exception as error:
-                for _, answer in together:
-                    _resolve(answer, error)
+            await self._ask_together(*zip(*together, strict=True))
         self._caller = None
 
+    async def _ask_together(
+        self, asked: Sequence[Asked], answers: Sequence[asyncio.Future[Answer]]
+    ) -> None:
+        try:
+            await self._call(asked, lambda index, found: _resolve(answers[index], found))
+        except Exception as error:
+            for answer in answers:
+                _resolve(answer, error)
 
-def _resolve(answer: asyncio.Future[bytes], output: bytes | Exception) -> None:
+
+def _resolve(answer: asyncio.Future[Answer], found: Answer | Exception) -> None:
     if answer.done():
-        return  # its run was let go
-    if isinstance(output, Exception):
-        answer.set_exception(output)
+        return  # told before, or its run was let go
+    if isinstance(found, Exception):
+        answer.set_exception(found)
     else:
-        answer.set_result(output)
+        answer.set_result(found)

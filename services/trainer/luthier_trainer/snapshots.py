@@ -18,6 +18,7 @@ from luthier_core.protocol import (
     store_snapshot,
 )
 from luthier_trainer.execution import RunContext
+from luthier_trainer.frames import EngineFailed, OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Snapshots(Protocol):
         ...
 
     async def put(self, run: RunContext, ref: SnapshotRef, copy: Any, state: FoldState) -> None:
-        """Store a copy, last of all what says that it is whole; may be repeated."""
+        """Store a copy, once, last of all what says that it is whole."""
         ...
 
     async def restore(self, run: RunContext, ref: SnapshotRef) -> FoldState | None:
@@ -98,15 +99,18 @@ class Snapshotter:
         Nothing of this run may be executed meanwhile. After a step that was cut short nothing is
         stored: the engine may have done it.
         """
-        if self._storing is not None:
-            await self._storing
+        await self._stored()
         owner = self.tenure.owner
         whole = not (owner.under_way or owner.replaying or owner.broken)
         if self._spent.num_ops and whole:
             await self._copy(owner.executed_to)
             self.store_if_committed()
-            if self._storing is not None:
-                await self._storing
+            await self._stored()
+
+    async def _stored(self) -> None:
+        """Returns once no copy is being stored, also if that was cancelled: the run was let go."""
+        if self._storing is not None:
+            await asyncio.wait({self._storing})
 
     def cancel(self) -> None:
         """Store nothing more. A half-stored snapshot is one that nobody finds."""
@@ -124,7 +128,12 @@ class Snapshotter:
 
     async def _copy(self, seq: int) -> None:
         state = self.tenure.owner.state
-        self._copied = (seq, await self.perform(CopyState(self.tenure.run_id)), state)
+        try:
+            copy = await self.perform(CopyState(self.tenure.run_id))
+        except (OutOfMemory, EngineFailed) as error:
+            log.error("no snapshot of %s at seq %d: %s", self.tenure.run_id, seq, error)
+            return  # until the next time that one is due
+        self._copied = (seq, copy, state)
         self._spent = Spent()
 
     async def _store(self, seq: int, copy: Any, state: FoldState) -> None:

@@ -6,10 +6,7 @@ A snapshot that has no manifest, or whose bytes are not what the manifest says, 
 import asyncio
 import hashlib
 import logging
-import platform
 from typing import Any
-
-import torch
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs, outlasting_outage
@@ -20,13 +17,12 @@ from luthier_core.ops import Kind
 from luthier_core.owner import FoldState, Step
 from luthier_core.protocol import SnapshotRef
 from luthier_core.records import Record, RunRecord
-from luthier_trainer.engine import StateCopy
-from luthier_trainer.execution import Executor, RunContext, lora_spec
+from luthier_trainer.engine_client import EngineClient
+from luthier_trainer.engine_host import STATE_FILE
+from luthier_trainer.execution import RunContext
 from luthier_trainer.snapshots import Spent
 
 log = logging.getLogger(__name__)
-
-STATE_FILE = "state.safetensors"
 
 
 class SnapshotManifest(Record):
@@ -47,8 +43,8 @@ class SnapshotManifest(Record):
 class StoredSnapshots:
     """Snapshots of the runs of one engine (see snapshots.Snapshots)."""
 
-    def __init__(self, executor: Executor, blobs: Blobs, config: TrainerConfig) -> None:
-        self._executor = executor
+    def __init__(self, engine: EngineClient, blobs: Blobs, config: TrainerConfig) -> None:
+        self._engine = engine
         self._blobs = blobs
         self._config = config
 
@@ -68,11 +64,11 @@ class StoredSnapshots:
         )
         return cost >= (1 if step.op.kind is Kind.OPTIM_STEP else 2)
 
-    async def copy(self, run_id: str) -> StateCopy:
-        return await self._executor.on_engine(self._executor.engine.copy_state, run_id)
+    async def copy(self, run_id: str) -> str:
+        return await self._engine.copy_state(run_id)
 
     async def put(self, run: RunContext, ref: SnapshotRef, copy: Any, state: FoldState) -> None:
-        data = await asyncio.to_thread(copy.to_bytes)
+        data = (await self._engine.fetch(copy))[STATE_FILE]
         prefix = keys.snapshot_prefix(run.tenant, run.run_id, ref.seq, ref.epoch)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
         file = ManifestFile(key=f"{prefix}{STATE_FILE}", num_bytes=len(data), sha256=digest)
@@ -83,7 +79,7 @@ class StoredSnapshots:
             epoch=ref.epoch,
             missing=state.missing,
             digest=state.digest,
-            fingerprint=fingerprint(self._config),
+            fingerprint=self._engine.fingerprint,
             files={STATE_FILE: file},
         )
         await failpoint("sn.manifest")
@@ -98,9 +94,8 @@ class StoredSnapshots:
         record_key = keys.run_record(run.tenant, run.run_id)
         record = await outlasting_outage(lambda: self._blobs.get(record_key))
         run.record = RunRecord.from_bytes(record)  # op 0, which brings it along, is not replayed
-        spec = lora_spec(run.record)
         try:
-            await self._executor.on_engine(self._executor.engine.take_state, run.run_id, spec, data)
+            await self._engine.take_state(run.run_id, run.record.lora, data)
         except ValueError as error:
             log.error("snapshot %s of %s is damaged: %s", ref, run.run_id, error)
             return None
@@ -120,16 +115,6 @@ class StoredSnapshots:
         if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != file.sha256:
             raise ValueError(f"{STATE_FILE} has another sha256")
         return manifest, data
-
-
-def fingerprint(config: TrainerConfig) -> dict[str, str]:
-    """What the bits of a run depend on beside its ops."""
-    return {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "num_threads": str(config.num_threads),
-    }
 
 
 def _manifest_key(prefix: str) -> str:

@@ -1,18 +1,17 @@
 """The trainer's control flow: own runs, read their logs, plan, execute, commit.
 
 Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
-itself once a second. `_run_cycles` plans and executes, one engine call at a time. Each run has a
-`_commit_in_order` of its own, so that the engine goes on while results are stored and committed.
+itself once a second. `Cycles.run` plans and executes, one engine call at a time. `_mind_engine`
+leaves every run when the engine has died, and starts another. Each run commits for itself
+(OwnedRun), so that the engine goes on while results are stored and committed.
 """
 
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Coroutine
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs
@@ -21,66 +20,28 @@ from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
-from luthier_core.owner import Diverged, Owner, Step
 from luthier_core.protocol import (
-    COMMIT_DEPTH,
-    Executed,
     Left,
-    Tenure,
-    commit_next,
     drive,
-    execute_next,
     feed,
     gap_is_overdue,
     give_up_gap,
     take_over,
 )
+from luthier_trainer.cycles import Cycles
 from luthier_trainer.effects import RunEffects
+from luthier_trainer.engine_client import EngineDied
+from luthier_trainer.engine_watch import GIVEN_UP, EngineWatch
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.planner import Head, Planner, Share, Waiting, estimated_tokens
-from luthier_trainer.snapshots import Snapshots, Snapshotter
+from luthier_trainer.frames import OutOfMemory
+from luthier_trainer.owned_run import OwnedRun
+from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
-CYCLE_TOKENS = 16 * 1024
-"""How long an op that comes now may wait for those that are under way."""
-
-
-@dataclass(slots=True)
-class OwnedRun:
-    """One run that this worker owns."""
-
-    tenure: Tenure
-    tenant: str
-    effects: RunEffects
-    # One more is with the committer and one is about to be put: together fewer than COMMIT_DEPTH.
-    commits: asyncio.Queue[tuple[Step, Executed]] = field(
-        default_factory=lambda: asyncio.Queue(COMMIT_DEPTH - 2)
-    )
-    committer: asyncio.Task[None] | None = None
-    last_cycle: int = -1
-    may_have_more: bool = False
-    """The last read of the log was full, or left out for want of room."""
-    snapshotter: Snapshotter | None = None
-    paused: bool = False
-    """Nothing is executed for it: it is being let go."""
-
-    @property
-    def owner(self) -> Owner:
-        return self.tenure.owner
-
-    @property
-    def waiting(self) -> tuple[Waiting, ...]:
-        """The ops that could be executed now, next first."""
-        ops = () if self.paused else self.owner.queued
-        return tuple(Waiting(op.kind, estimated_tokens(op.kind, op.body.num_bytes)) for op in ops)
-
-    @property
-    def idle(self) -> bool:
-        return not self.owner.num_queued and self.commits.empty()
 
 
 class Worker:
@@ -105,27 +66,34 @@ class Worker:
         self._oplog = oplog
         self._blobs = blobs
         self._executor = executor
+        self._engine = executor.engine
         self._snapshots = snapshots
-        self._cycles = itertools.count(first_cycle)
         self._clock = clock
         self._runs: dict[str, OwnedRun] = {}
         self._hinted: set[str] = set()
         self._news = asyncio.Event()
-        self._ready = asyncio.Event()
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
-        self._executing: set[str] = set()
-        """The runs whose steps are under way, whether or not they are still ours."""
-        self._planner = Planner(CYCLE_TOKENS)
+        self._watch = EngineWatch(executor.engine)
+        self._cycles = Cycles(
+            self._runs,
+            self._watch,
+            fused=executor.fused,
+            first_cycle=first_cycle,
+            forget=self._forget,
+            put_off=self._put_off,
+            read_on=self._on_room,
+        )
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`, then finish what is under way, for DRAIN_S at most."""
-        async with _background(self._hints.listen(), self._lease.keep(self._config.lease_renew_s)):
+        renewing = self._lease.keep(self._config.lease_renew_s, self._engine.in_time)
+        async with _background(self._hints.listen(), renewing):
             await self._hints.subscribe(keys.model_wake(self._base_model))
-            async with _background(self._follow(), self._run_cycles()):
+            async with _background(self._follow(), self._cycles.run(), self._mind_engine()):
                 await self._lease.set_state("ready")
                 lost = asyncio.create_task(self._lease.lost.wait())
                 stopped = asyncio.create_task(stop.wait())
@@ -140,6 +108,10 @@ class Worker:
     def _on_hint(self, channel: str, text: str) -> None:
         # A new run's id comes on the model's channel; a run's own channel carries seqs.
         run_id = text if channel == keys.model_wake(self._base_model) else keys.run_of_new(channel)
+        self._hinted.add(run_id)
+        self._news.set()
+
+    def _on_room(self, run_id: str) -> None:
         self._hinted.add(run_id)
         self._news.set()
 
@@ -223,11 +195,11 @@ class Worker:
                 await self._forget(fed)
                 continue
             fed.may_have_more = len(ops) == READ_AHEAD
-        self._ready.set()
+        self._cycles.ready.set()
 
     async def _adopt(self, headers: dict[str, RunHeader]) -> None:
         """Take the runs that have work and no live owner; let go of those that have neither."""
-        if not headers:
+        if not headers or not self._watch.is_up:
             return
         workers = await self._oplog.live_workers()
         trainers = [
@@ -240,7 +212,7 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
-            if run_id in self._executing:
+            if run_id in self._cycles.executing:
                 continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
@@ -270,29 +242,41 @@ class Worker:
         effects = RunEffects(
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
+        effects.spares_engine = self._watch.gives_up(run_id)
+        num_deaths = self._watch.num_deaths
         try:
             tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         except REDIS_ERRORS:
             raise
-        except Exception:
+        except EngineDied as death:
+            if death.under_way:
+                self._watch.not_rebuilt(run_id)
+            return
+        except Exception as error:
+            if isinstance(error, OutOfMemory):
+                self._watch.not_rebuilt(run_id)
             log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
-            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
+            self._put_off(run_id)
             return
         if tenure is None:
             return  # another worker was first
+        if self._watch.num_deaths != num_deaths:
+            return  # what was restored has gone with its engine
+        if effects.spares_engine:
+            tenure.owner.break_run(GIVEN_UP)
         context.epoch = tenure.epoch
         effects.tenure = tenure
-        run = OwnedRun(tenure, header.tenant, effects)
-        if self._snapshots is not None:
-            run.snapshotter = Snapshotter(
-                *(tenure, self._snapshots, context, effects.perform),
-                leave=lambda: self._forget(run),
-            )
-        run.committer = asyncio.create_task(self._commit_in_order(run))
+        run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
+        effects.alone = self._watch.suspects(run_id)
         self._runs[run_id] = run
+        run.start()
         await self._hints.subscribe(keys.run_new(run_id))
         epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
+
+    def _put_off(self, run_id: str) -> None:
+        """Do not take this run over for a while."""
+        self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
 
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
@@ -302,14 +286,16 @@ class Worker:
                 continue
             run.paused = True
             try:
-                await self._settle(run)
+                await run.settle()
                 if run.idle and await self._oplog.release(run_id, epoch, server=server):
                     await self._oplog.retire_run(self._base_model, run_id)
                     await self._forget(run)
                     return True
+            except EngineDied:
+                return False
             finally:
                 run.paused = False
-                self._ready.set()
+                self._cycles.ready.set()
         return False
 
     async def _forget(self, run: OwnedRun) -> None:
@@ -319,129 +305,44 @@ class Worker:
             return
         del self._runs[run_id]
         await self._hints.unsubscribe(keys.run_new(run_id))
-        await self._executor.on_engine(self._executor.engine.drop, run_id)
-        if run.committer is not None and run.committer is not asyncio.current_task():
-            run.committer.cancel()
-        if run.snapshotter is not None:
-            run.snapshotter.cancel()
-        # Nobody commits these any more; whoever waits for room or for the last of them goes on.
-        while not run.commits.empty():
-            run.commits.get_nowait()
-            run.commits.task_done()
+        with contextlib.suppress(EngineDied):
+            await self._engine.drop(run_id)
+        run.end()
 
-    # --- executing --------------------------------------------------------------------------------
+    # --- the engine's death -----------------------------------------------------------------------
 
-    async def _run_cycles(self) -> None:
+    async def _mind_engine(self) -> None:
+        """Whenever the engine has died: leave every run; those with work are taken over anew."""
         while True:
-            await self._ready.wait()
-            self._ready.clear()
-            while shares := self._planner.plan(self._heads()):
-                await self._run_cycle(shares, next(self._cycles))
-
-    async def _run_cycle(self, shares: Sequence[Share], cycle: int) -> None:
-        """The shares, of different runs, one after the other, or so that they can share passes."""
-        tenants = {run.tenant for run in self._runs.values() if run.waiting}
-        if self._config.execution == "deterministic":
-            for share in shares:
-                await self._run_share(share, cycle, tenants)
-        else:
-            async with asyncio.TaskGroup() as group:
-                for share in shares:
-                    group.create_task(self._run_share(share, cycle, tenants))
-
-    async def _run_share(self, share: Share, cycle: int, tenants: Set[str]) -> None:
-        """Carry a share out; no more of it than must be if a tenant beside `tenants` comes."""
-        num_ops = 0
-        while num_ops < len(share.ops):
-            if (not num_ops or share.may_end_after(num_ops)) and self._another_waits(tenants):
-                break
-            self._executing.add(share.run_id)
-            await self._run_step(share.run_id, cycle)
-            self._executing.discard(share.run_id)
-            num_ops += 1
-        self._planner.give_back(share, num_ops)
-
-    def _another_waits(self, tenants: Set[str]) -> bool:
-        return any(run.waiting for run in self._runs.values() if run.tenant not in tenants)
-
-    def _heads(self) -> list[Head]:
-        return [
-            Head(run_id, run.tenant, run.waiting, run.last_cycle)
-            for run_id, run in self._runs.items()
-        ]
-
-    async def _run_step(self, run_id: str, cycle: int) -> None:
-        """Carry out the next step of a run and hand its commit over."""
-        run = self._runs.get(run_id)
-        if run is None or run.paused or not run.owner.num_queued:
-            return
-        run.last_cycle = run.effects.cycle = cycle
-        if run.tenure.depth == 1:
-            await run.commits.join()
-        try:
-            carried_out = await drive(execute_next(run.tenure), run.effects.perform)
-        except Diverged as error:
-            log.error("%s diverged: %s", run_id, error)
-            reason = f"the run's state could not be rebuilt after a restart: {error}"
-            run.owner.break_run(reason)
-            return
-        except Left as error:
-            log.warning("leaving a run: %s", error)
-            await self._forget(run)
-            return
-        if carried_out is not None and carried_out[0].publish:
-            await run.commits.put(carried_out)
-        if self._runs.get(run_id) is not run:
-            return  # a commit found the run taken over
-        if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
-            await run.snapshotter.executed(carried_out[0], run.effects.execute_s)
-            run.snapshotter.store_if_committed()
-        if run.effects.state_is_unknown:
-            await run.commits.join()
-            await self._forget(run)
-        elif run.may_have_more and run.owner.num_queued < READ_AHEAD // 2:
-            self._hinted.add(run_id)
+            await self._watch.died()
+            async with self._cycles.lock:  # who was under way has been blamed
+                await self._leave_all()
+                await self._watch.start_anew()
             self._news.set()
 
-    # --- committing -------------------------------------------------------------------------------
-
-    async def _commit_in_order(self, run: OwnedRun) -> None:
-        while True:
-            step, executed = await run.commits.get()
-            try:
-                await drive(commit_next(run.tenure, step, executed), run.effects.perform)
-            except Exception as error:
-                log.warning(
-                    "leaving a run at the commit of seq %d: %s",
-                    step.op.seq,
-                    error,
-                    exc_info=not isinstance(error, Left),
-                )
-                await self._forget(run)
-                return
-            finally:
-                # Also when it is cancelled: who waits for the last commit must not wait for ever.
-                run.commits.task_done()
-            if run.snapshotter is not None:
-                run.snapshotter.store_if_committed()
+    async def _leave_all(self) -> None:
+        """Let what has been executed be committed, which needs no engine; then drop every run."""
+        runs = list(self._runs.values())
+        for run in runs:
+            run.paused = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await asyncio.gather(*(run.commits.join() for run in runs))
+        for run in runs:
+            await self._forget(run)
+            self._hinted.add(run.tenure.run_id)
 
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                await asyncio.gather(*(self._settle(run) for run in self._runs.values()))
-        for run in list(self._runs.values()):
-            if run.committer is not None:
-                run.committer.cancel()
-            if run.snapshotter is not None:
-                run.snapshotter.cancel()
+                settling = (run.settle() for run in self._runs.values())
+                for result in await asyncio.gather(*settling, return_exceptions=True):
+                    if isinstance(result, EngineDied):
+                        log.error("drained without a snapshot: %s", result)
+        for run in self._runs.values():
+            run.end()
         await self._lease.release()
-
-    async def _settle(self, run: OwnedRun) -> None:
-        """Commit what has been executed and store the state, so that nothing is replayed."""
-        await run.commits.join()
-        if run.snapshotter is not None:
-            await run.snapshotter.store_now()
 
 
 @contextlib.asynccontextmanager
