@@ -90,7 +90,9 @@ class TrainerConfig:
     """deterministic: each op alone, so that a run's bits do not depend on its neighbours | fused:
     small ops of several runs in one pass, faster, with the tolerance of docs/training-engine.md."""
     max_runs: int = 64
-    """Runs that one worker owns at once."""
+    """Runs that one worker owns at once; idle ones make room, and wait in the object store."""
+    device_runs: int = 64
+    """Runs of them whose weights and moments are on the device; the others are in host memory."""
     op_timeout_s: float = 120.0
     """An engine that is busy with one op for this long, and ten times what the op was expected to
     take, hangs: it is killed, and the op fails at the third time."""

@@ -45,12 +45,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def new_engine(model: BaseModel) -> Callable[..., Engine]:
     """Makes an engine; small micro-batches make several of one request."""
 
-    def make(micro_batch_tokens: int = 4096) -> Engine:
+    def make(micro_batch_tokens: int = 4096, device_runs: int = 64) -> Engine:
         return Engine(
             model,
             logprob_chunk_tokens=1024,
             num_threads=1,
             micro_batch_tokens=micro_batch_tokens,
+            device_runs=device_runs,
         )
 
     return make
@@ -327,6 +328,34 @@ def test_an_op_is_answered_before_the_passes_of_others_are_begun(
     assert [next(answers)[0], next(answers)[0]] == [0, 1]
     assert engine.run_digest("c") == before
     assert [index for index, _ in answers] == [2]
+
+
+def test_a_run_that_has_waited_in_host_memory_goes_on_with_the_same_bits(
+    new_engine: Callable[..., Engine],
+) -> None:
+    def train(engine: Engine) -> list[str]:
+        runs = [f"run {n}" for n in range(5)]
+        for n, run_id in enumerate(runs):
+            engine.create(run_id, LoraSpec(rank=n + 1, seed=n))
+        for length in (4, 6):
+            for run_id in runs:
+                run_op(engine, request(text(length)), run_id)
+            for _, output in engine.forward_backward_many(
+                [PassOp(run_id, request(text(5))) for run_id in runs]
+            ):
+                assert isinstance(output, bytes)
+            for run_id in runs:
+                engine.optim_step(run_id, STEP)
+                run_op(engine, request(text(3)), run_id)  # pages out with a gradient
+        return [engine.run_digest(run_id) for run_id in runs]
+
+    crowded = new_engine(device_runs=2)
+    assert train(crowded) == train(new_engine())
+    assert crowded.runs_on_device == {"run 3", "run 4"}
+    copied = crowded.copy_state("run 0")()
+    assert crowded.runs_on_device == {"run 3", "run 4"}  # a copy needs no place on the device
+    crowded.checksum("run 0")
+    assert crowded.copy_state("run 0")() == copied
 
 
 def test_optimizer_steps_of_several_runs_fail_each_for_itself(engine: Engine) -> None:

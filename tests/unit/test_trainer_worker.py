@@ -47,7 +47,7 @@ A, B = f"{'a' * 32}:train:0", f"{'b' * 32}:train:0"
 
 
 @pytest.fixture(scope="module")
-def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]:
+def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     """Makes an engine on a model of its own: two workers share nothing but the log."""
     torch.manual_seed(5)
     config = Qwen3Config(
@@ -64,8 +64,13 @@ def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]
     folder = tmp_path_factory.mktemp("model")
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
-    def make() -> Engine:
-        return Engine(load_base_model(MODEL, folder), logprob_chunk_tokens=8, num_threads=1)
+    def make(device_runs: int = 64) -> Engine:
+        return Engine(
+            load_base_model(MODEL, folder),
+            logprob_chunk_tokens=8,
+            num_threads=1,
+            device_runs=device_runs,
+        )
 
     return make
 
@@ -173,7 +178,7 @@ class Rig:
 async def rig(
     oplog: Oplog,
     tmp_path: Path,
-    new_engine: Callable[[], Engine],
+    new_engine: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Rig]:
     monkeypatch.setattr(worker, "SWEEP_S", 0.02)
@@ -194,7 +199,7 @@ async def rig(
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
         await lease.take()
-        engine = new_engine()
+        engine = new_engine(settings.device_runs)
         client = ThreadEngine(engine, make_spec=LoraSpec)
         engines.append(client)
         if watch is not None:
@@ -480,7 +485,7 @@ async def test_after_a_drain_nothing_is_replayed(rig: Rig, monkeypatch: pytest.M
     second = await rig.start("t1", watch=calls)
     await rig.client.step(A)
     await rig.client.completed(A)
-    assert calls.names == ["take_state", "create", "optim_step"]
+    assert calls.names == ["take_state", "optim_step"]
     assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(4)))
 
 
@@ -493,7 +498,7 @@ async def test_a_kill_costs_the_ops_since_the_last_snapshot(rig: Rig):
     calls = Calls()
     second = await rig.start("t1", watch=calls)
     await steps(rig, second, [5])
-    assert calls.names == ["take_state", "create", *["forward_backward", "optim_step"] * 2]
+    assert calls.names == ["take_state", *["forward_backward", "optim_step"] * 2]
     assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(6)))
 
 
@@ -582,7 +587,7 @@ async def test_a_run_that_made_room_comes_back_without_a_replay(rig: Rig):
     await rig.client.completed(B)
     calls.names.clear()
     await steps(rig, trainer, [2])
-    assert calls.names == ["take_state", "create", "forward_backward", "optim_step"]
+    assert calls.names == ["take_state", "forward_backward", "optim_step"]
     assert trainer.engine.run_digest(A) == rig.reference(A, *ops_of(range(3)))
 
 
@@ -1018,6 +1023,31 @@ async def test_more_runs_than_there_is_room_for_are_all_served(rig: Rig):
             await rig.client.forward_backward(run_id, gradient(number))
     for run_id in runs:
         await rig.client.completed(run_id)
+
+
+async def test_64_runs_train_on_8_slots_of_the_device_as_each_would_alone(
+    rig: Rig, new_engine: Callable[..., Engine]
+):
+    trainer = await rig.start("t0", device_runs=8, max_runs=24)
+    runs = {f"{number:032x}:train:0": gradient(number) for number in range(64)}
+    for run_id in runs:
+        await rig.client.create(run_id)
+    for _ in range(2):  # by the second time each has made room for others
+        for run_id, op in runs.items():
+            await rig.client.forward_backward(run_id, op)
+            await rig.client.step(run_id)
+        for run_id in runs:
+            await rig.client.completed(run_id)
+    assert len(trainer.engine.runs_on_device) <= 8
+    assert sum(trainer.engine.has(run_id) for run_id in runs) <= 24
+    alone = new_engine()
+    for run_id, op in runs.items():
+        forward = await rig.client.send(run_id, Kind.FORWARD, Body.of(op))
+        got = wire_pb2.ForwardBackwardOutput.FromString(await rig.client.completed(run_id, forward))
+        reference(alone, run_id, op, None, op, None)
+        wanted = alone.forward_backward(run_id, op, backward=False, clock_cycle=0)
+        outputs = wire_pb2.ForwardBackwardOutput.FromString(wanted).loss_fn_outputs
+        assert got.loss_fn_outputs == outputs
 
 
 async def test_a_stop_commits_what_was_executed_and_lets_go_of_the_name(rig: Rig):

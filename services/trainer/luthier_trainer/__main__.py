@@ -33,6 +33,7 @@ async def _work(parts: WorkerParts) -> None:
                 "dtype": wanted.dtype,
                 "logprob_chunk_tokens": settings.logprob_chunk_tokens,
                 "num_threads": settings.num_threads,
+                "device_runs": settings.device_runs,
             }
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.

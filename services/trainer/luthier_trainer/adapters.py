@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier_core.errors import BadRequest
-from luthier_model.lora import LoraAdapter, LoraPair, LoraShape, LoraSpec, init_adapter
+from luthier_model.lora import (
+    LoraAdapter,
+    LoraPair,
+    LoraShape,
+    LoraSpec,
+    factor_shapes,
+    init_adapter,
+)
 from luthier_model.peft_io import adapter_files, adapter_from_files, tensor_bytes, tensors_from
 from luthier_trainer.optim import FlatAdamW
 
@@ -69,23 +76,35 @@ class FilesCopy:
 class RunState:
     """What a training op reads and changes, for one run."""
 
-    def __init__(self, initial: LoraAdapter, dtype: torch.dtype = torch.float32) -> None:
-        self.spec: LoraSpec = initial.spec
-        self._slots = _layout(initial)
-        device = next(iter(initial.pairs.values())).a.device
+    def __init__(
+        self,
+        spec: LoraSpec,
+        modules: Mapping[str, LoraShape],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """All zero: weights come with `set_weights` or `take`."""
+        self.spec = spec
+        self._slots = _layout(spec, modules)
         size = max(slot.start + math.prod(slot.shape) for slot in self._slots.values())
         self.weights = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
         self.gradient = torch.zeros_like(self.weights.detach())
         self.weights.grad = self.gradient
         self.optimizer = FlatAdamW(self.weights)
         self.adapter = LoraAdapter(
-            spec=initial.spec,
+            spec=spec,
             pairs={
                 name: LoraPair(a=self._leaf(f"{name}.lora_A"), b=self._leaf(f"{name}.lora_B"))
-                for name in initial.pairs
+                for name in modules
             },
         )
-        self._copy_weights(initial)
+
+    def set_weights(self, source: LoraAdapter) -> None:
+        """Copy the weights of the modules that `source` has."""
+        with torch.no_grad():
+            for name, pair in source.pairs.items():
+                self.adapter.pairs[name].a.copy_(pair.a)
+                self.adapter.pairs[name].b.copy_(pair.b)
 
     @contextmanager
     def atomic_gradient(self) -> Iterator[None]:
@@ -131,8 +150,8 @@ class RunState:
             )
         saved = self._checked_moments(files) if optimizer else None
         missing = {name: shapes[name] for name in self.adapter.pairs.keys() - loaded.pairs.keys()}
-        self._copy_weights(init_adapter(self.spec, missing, self.weights.device))
-        self._copy_weights(loaded)
+        self.set_weights(init_adapter(self.spec, missing, self.weights.device))
+        self.set_weights(loaded)
         self.clear_gradient()
         self.optimizer.reset(0 if saved is None else int(saved["step"]))
         if saved is not None:
@@ -191,12 +210,6 @@ class RunState:
         leaf.grad = slot.view(self.gradient)
         return leaf
 
-    def _copy_weights(self, source: LoraAdapter) -> None:
-        with torch.no_grad():
-            for name, pair in source.pairs.items():
-                self.adapter.pairs[name].a.copy_(pair.a)
-                self.adapter.pairs[name].b.copy_(pair.b)
-
     def _checked_moments(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
         saved = tensors_from(files, OPTIMIZER_FILE)
         expected = {
@@ -221,12 +234,13 @@ def _sum_of_bits(flat: Tensor) -> int:
     return total
 
 
-def _layout(adapter: LoraAdapter) -> dict[str, _Slot]:
-    """Slots of all factors, in the adapter's order; a pure function of spec and model."""
+def _layout(spec: LoraSpec, modules: Mapping[str, LoraShape]) -> dict[str, _Slot]:
+    """Slots of all factors, in the order of the modules."""
     slots: dict[str, _Slot] = {}
     start = 0
-    for name, pair in adapter.pairs.items():
-        for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
-            slots[f"{name}.{factor}"] = _Slot(start, tuple(tensor.shape))
-            start += -(-tensor.numel() // _ALIGN) * _ALIGN
+    for name, shape in modules.items():
+        factors = zip(("lora_A", "lora_B"), factor_shapes(shape, spec.rank), strict=True)
+        for factor, factor_shape in factors:
+            slots[f"{name}.{factor}"] = _Slot(start, factor_shape)
+            start += -(-math.prod(factor_shape) // _ALIGN) * _ALIGN
     return slots

@@ -9,7 +9,7 @@ but for rounding: the order of a sum depends on what lies beside it.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +18,14 @@ import torch
 
 from luthier_core.errors import BadRequest, NotFound
 from luthier_model.base import BaseModel
-from luthier_model.lora import LoraSpec, init_adapter, target_modules
+from luthier_model.lora import LoraShape, LoraSpec, init_adapter, target_modules
 from luthier_model.peft_io import tensor_bytes, tensors_from
 from luthier_trainer.adapters import RunState
 from luthier_trainer.engine_host import STATE_FILE, PassOp
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.packing import micro_batches
 from luthier_trainer.passes import Part, Request, Scores, decode_request, encode_output, score
+from luthier_trainer.residency import Residents
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class _Decoded:
     """A PassOp, `index` among those that came with it."""
 
     index: int
-    run: RunState
+    run_id: str
     request: Request
     backward: bool
     clock_cycle: int
@@ -59,8 +60,11 @@ class Engine:
         num_threads: int,
         micro_batch_tokens: int = 4096,
         recompute: bool | None = None,
+        device_runs: int = 64,
     ) -> None:
         """`micro_batch_tokens`: tokens whose activations exist at once, at least one datum.
+
+        `device_runs`: runs whose state is on the device at once; the others wait in host memory.
 
         Another number adds up a gradient in another order, so a run's bits depend on it; they do
         not depend on `recompute`, which trades a second forward for the layers' activations. None
@@ -74,15 +78,13 @@ class Engine:
         self._chunk_tokens = logprob_chunk_tokens
         self._micro_batch_tokens = micro_batch_tokens
         self._recompute = model.device.type == "cuda" if recompute is None else recompute
-        self._runs: dict[str, RunState] = {}
+        self._device_runs = device_runs
+        self._runs = Residents(device_runs, self._empty_state)
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
         """A run in its initial state, instead of the one that has this id."""
-        shapes = self._model.lora_shapes
-        modules = {name: shapes[name] for name in target_modules(shapes, spec)}
-        self._runs[run_id] = RunState(
-            init_adapter(spec, modules, self._model.device), self._model.compute_dtype
-        )
+        initial = init_adapter(spec, self._modules(spec), self._model.device)
+        self._runs.add(run_id, spec, lambda run: run.set_weights(initial))
 
     def forward_backward(
         self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int, halvings: int = 0
@@ -93,7 +95,8 @@ class Engine:
         is returned as it is. BadRequest for an unknown loss or a missing input. `halvings` of the
         micro-batch take less memory, and add up the gradient in another order.
         """
-        op = _Decoded(0, self._run(run_id), decode_request(request), backward, clock_cycle)
+        self._run(run_id)
+        op = _Decoded(0, run_id, decode_request(request), backward, clock_cycle)
         return self._alone(op, halvings)
 
     def forward_backward_many(
@@ -107,11 +110,13 @@ class Engine:
         decoded = []
         for index, op in enumerate(ops):
             try:
-                run, request = self._run(op.run_id), decode_request(op.request)
+                if op.run_id not in self._runs:
+                    raise NotFound(f"training run {op.run_id!r}")
+                request = decode_request(op.request)
             except Exception as error:
                 yield index, error
             else:
-                decoded.append(_Decoded(index, run, request, op.backward, op.clock_cycle))
+                decoded.append(_Decoded(index, op.run_id, request, op.backward, op.clock_cycle))
         for group in self._groups(decoded):
             yield from self._carry_out(group)
 
@@ -161,7 +166,7 @@ class Engine:
 
     def copy_state(self, run_id: str) -> Encode:
         """The whole state as it is now, as one file: later ops do not change the copy."""
-        copied = self._run(run_id).copy()
+        copied = self._runs.copy(run_id)
         return lambda: {STATE_FILE: tensor_bytes(copied)}
 
     def take_state(self, run_id: str, spec: LoraSpec, data: bytes) -> None:
@@ -170,8 +175,7 @@ class Engine:
             copied = tensors_from({STATE_FILE: data}, STATE_FILE)
         except BadRequest as error:
             raise ValueError(str(error)) from None
-        self.create(run_id, spec)
-        self._run(run_id).take(copied)
+        self._runs.add(run_id, spec, lambda run: run.take(copied))
 
     def checksum(self, run_id: str) -> str:
         """Of the whole state, cheap enough for every op: see RunState.checksum."""
@@ -179,19 +183,35 @@ class Engine:
 
     def drop(self, run_id: str) -> None:
         """Forget the run; nothing happens if it is not here."""
-        self._runs.pop(run_id, None)
+        self._runs.drop(run_id)
+
+    def free_memory(self) -> None:
+        """What can be done when the device has none left: only the next op's runs come back."""
+        if self._model.device.type != "cpu":
+            self._runs.page_out()
+            torch.cuda.empty_cache()
 
     def has(self, run_id: str) -> bool:
         return run_id in self._runs
+
+    @property
+    def runs_on_device(self) -> Collection[str]:
+        """The runs whose state is on the device; those that `has` knows beside them are not."""
+        return self._runs.on_device
 
     def run_digest(self, run_id: str) -> str:
         """sha256 over weights, moments, gradient and step."""
         return self._run(run_id).digest()
 
     def _run(self, run_id: str) -> RunState:
-        if run_id not in self._runs:
-            raise NotFound(f"training run {run_id!r}")
-        return self._runs[run_id]
+        return self._runs.use([run_id])[0]
+
+    def _modules(self, spec: LoraSpec) -> dict[str, LoraShape]:
+        shapes = self._model.lora_shapes
+        return {name: shapes[name] for name in target_modules(shapes, spec)}
+
+    def _empty_state(self, spec: LoraSpec) -> RunState:
+        return RunState(spec, self._modules(spec), self._model.device, self._model.compute_dtype)
 
     def _groups(self, ops: Sequence[_Decoded]) -> Iterator[list[_Decoded]]:
         """Ops that share a pass. Forwards have their own: no backward goes through their rows."""
@@ -199,7 +219,8 @@ class Engine:
             group: list[_Decoded] = []
             num_tokens = 0
             for op in (op for op in ops if op.backward == backward):
-                if group and num_tokens + op.request.num_tokens > self._micro_batch_tokens:
+                too_long = num_tokens + op.request.num_tokens > self._micro_batch_tokens
+                if group and (too_long or len(group) == self._device_runs):
                     yield group
                     group, num_tokens = [], 0
                 group.append(op)
@@ -226,20 +247,23 @@ class Engine:
     def _alone(self, op: _Decoded, halvings: int) -> bytes:
         """The op in micro-batches, a pure function of its request and of `halvings`."""
         max_tokens = self._micro_batch_tokens >> halvings
+        run = self._run(op.run_id)
         scores: list[Scores] = []
-        with op.run.atomic_gradient() if op.backward else nullcontext():
+        with run.atomic_gradient() if op.backward else nullcontext():
             for examples in micro_batches(op.request.examples, max_tokens):
-                scores += self._score([Part(op.run.adapter, op.request, examples)], op.backward)
+                scores += self._score([Part(run.adapter, op.request, examples)], op.backward)
             return encode_output(op.request, scores, op.clock_cycle)
 
     def _together(self, group: Sequence[_Decoded]) -> list[bytes]:
         """All ops in one pass; if it fails, all gradients are as before."""
-        parts = [Part(op.run.adapter, op.request, op.request.examples) for op in group]
-        runs = {id(op.run): op.run for op in group if op.backward}
+        run_ids = list(dict.fromkeys(op.run_id for op in group))
+        runs = dict(zip(run_ids, self._runs.use(run_ids), strict=True))
+        parts = [Part(runs[op.run_id].adapter, op.request, op.request.examples) for op in group]
+        backward = group[0].backward
         with ExitStack() as stack:
-            for run in runs.values():
+            for run in runs.values() if backward else ():
                 stack.enter_context(run.atomic_gradient())
-            scores = self._score(parts, bool(runs))
+            scores = self._score(parts, backward)
             return [
                 encode_output(op.request, [part], op.clock_cycle)
                 for op, part in zip(group, scores, strict=True)

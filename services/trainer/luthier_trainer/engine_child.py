@@ -94,6 +94,7 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
         model,
         logprob_chunk_tokens=hello["logprob_chunk_tokens"],
         num_threads=hello["num_threads"],
+        device_runs=hello["device_runs"],
     )
     ready = {
         "facts": {**model.facts.to_json(), "tokenizer_id": model.facts.path},
@@ -104,14 +105,7 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
             "num_threads": str(hello["num_threads"]),
         },
     }
-    return EngineHost(engine, make_spec=LoraSpec, free_memory=_free_cache), ready
-
-
-def _free_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return EngineHost(engine, make_spec=LoraSpec, free_memory=engine.free_memory), ready
 
 
 def main() -> None:
