@@ -44,7 +44,7 @@ def measure(folder: str, repeats: int) -> dict[str, float]:
     )
     plain = PlainLoop(folder, base, LoraSpec(rank=RANK, seed=SEED))
     with service(folder) as client:
-        training = client.create_lora_training_client(MODEL, rank=RANK, seed=SEED)
+        training = client.create_lora_training_client(MODEL, rank=RANK, seed=SEED).result()
         for kind, lengths in kinds.items():
             ours, theirs = 1e9, 1e9
             for index in range(repeats + 1):

@@ -89,6 +89,9 @@ class TrainerConfig:
     execution: str = "deterministic"
     """deterministic: each op alone, so that a run's bits do not depend on its neighbours | fused:
     small ops of several runs in one pass, faster, with the tolerance of docs/training-engine.md."""
+    nonfinite: str = "fail"
+    """A step whose gradient is not finite: fail it and keep the weights | apply it, as torch would,
+    which makes the weights NaN: for comparisons with other services."""
     max_runs: int = 64
     """Runs that one worker owns at once; idle ones make room, and wait in the object store."""
     device_runs: int = 64
@@ -337,6 +340,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
     if config.trainer.execution not in ("deterministic", "fused"):
         raise ConfigError("trainer.execution: must be deterministic or fused")
+    if config.trainer.nonfinite not in ("fail", "apply"):
+        raise ConfigError("trainer.nonfinite: must be fail or apply")
     if config.housekeeping.runner not in ("registry", "celery"):
         raise ConfigError("housekeeping.runner: must be registry or celery")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):

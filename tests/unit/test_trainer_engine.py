@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,13 +46,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def new_engine(model: BaseModel) -> Callable[..., Engine]:
     """Makes an engine; small micro-batches make several of one request."""
 
-    def make(micro_batch_tokens: int = 4096, device_runs: int = 64) -> Engine:
+    def make(micro_batch_tokens: int = 4096, **options: Any) -> Engine:
         return Engine(
             model,
             logprob_chunk_tokens=1024,
             num_threads=1,
             micro_batch_tokens=micro_batch_tokens,
-            device_runs=device_runs,
+            **options,
         )
 
     return make
@@ -256,6 +257,18 @@ def test_a_step_without_a_gradient_counts_and_lets_the_moments_decay(engine: Eng
 def moments(engine: Engine) -> dict[str, torch.Tensor]:
     saved = safetensors.torch.load(engine.save("run", optimizer=True)["optimizer.safetensors"])
     return {name: value for name, value in saved.items() if name != "step"}
+
+
+def test_a_gradient_that_is_not_finite_is_applied_where_that_is_wanted(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine = new_engine(applies_nonfinite=True)
+    engine.create("run", LoraSpec(rank=4, seed=1))
+    infinite = datum([1, 2], target_tokens=int64([2, 3]), weights=float32([1, np.inf]))
+    run_op(engine, request(infinite))
+    metrics = engine.optim_step("run", STEP)
+    assert metrics["step"] == 1
+    assert np.isnan(metrics["param_norm"])
 
 
 def test_a_gradient_that_is_not_finite_fails_the_step_and_is_cleared(engine: Engine) -> None:

@@ -34,6 +34,7 @@ async def _work(parts: WorkerParts) -> None:
                 "logprob_chunk_tokens": settings.logprob_chunk_tokens,
                 "num_threads": settings.num_threads,
                 "device_runs": settings.device_runs,
+                "applies_nonfinite": settings.nonfinite == "apply",
             }
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.

@@ -82,6 +82,8 @@ class RunState:
         modules: Mapping[str, LoraShape],
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        *,
+        applies_nonfinite: bool = False,
     ) -> None:
         """All zero: weights come with `set_weights` or `take`."""
         self.spec = spec
@@ -90,7 +92,7 @@ class RunState:
         self.weights = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
         self.gradient = torch.zeros_like(self.weights.detach())
         self.weights.grad = self.gradient
-        self.optimizer = FlatAdamW(self.weights)
+        self.optimizer = FlatAdamW(self.weights, applies_nonfinite=applies_nonfinite)
         self.adapter = LoraAdapter(
             spec=spec,
             pairs={

@@ -61,10 +61,12 @@ class Engine:
         micro_batch_tokens: int = 4096,
         recompute: bool | None = None,
         device_runs: int = 64,
+        applies_nonfinite: bool = False,
     ) -> None:
         """`micro_batch_tokens`: tokens whose activations exist at once, at least one datum.
 
         `device_runs`: runs whose state is on the device at once; the others wait in host memory.
+        With `applies_nonfinite`, a step with a gradient that is not finite is made.
 
         Another number adds up a gradient in another order, so a run's bits depend on it; they do
         not depend on `recompute`, which trades a second forward for the layers' activations. None
@@ -79,6 +81,7 @@ class Engine:
         self._micro_batch_tokens = micro_batch_tokens
         self._recompute = model.device.type == "cuda" if recompute is None else recompute
         self._device_runs = device_runs
+        self._applies_nonfinite = applies_nonfinite
         self._runs = Residents(device_runs, self._empty_state)
 
     def create(self, run_id: str, spec: LoraSpec) -> None:
@@ -124,7 +127,7 @@ class Engine:
         """One AdamW update from the summed gradient, which is cleared; the step's metrics.
 
         Without a forward_backward since the last step the gradient is 0. BadRequest if its norm is
-        not finite: then weights, moments and step stay, and the gradient is cleared.
+        not finite, unless that is to be applied: then weights, moments and step stay.
         """
         run = self._run(run_id)
         try:
@@ -211,7 +214,13 @@ class Engine:
         return {name: shapes[name] for name in target_modules(shapes, spec)}
 
     def _empty_state(self, spec: LoraSpec) -> RunState:
-        return RunState(spec, self._modules(spec), self._model.device, self._model.compute_dtype)
+        return RunState(
+            spec,
+            self._modules(spec),
+            self._model.device,
+            self._model.compute_dtype,
+            applies_nonfinite=self._applies_nonfinite,
+        )
 
     def _groups(self, ops: Sequence[_Decoded]) -> Iterator[list[_Decoded]]:
         """Ops that share a pass. Forwards have their own: no backward goes through their rows."""

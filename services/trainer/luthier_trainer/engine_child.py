@@ -95,6 +95,7 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
         logprob_chunk_tokens=hello["logprob_chunk_tokens"],
         num_threads=hello["num_threads"],
         device_runs=hello["device_runs"],
+        applies_nonfinite=hello["applies_nonfinite"],
     )
     ready = {
         "facts": {**model.facts.to_json(), "tokenizer_id": model.facts.path},

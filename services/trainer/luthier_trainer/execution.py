@@ -110,7 +110,9 @@ class Executor:
             metrics = await self._steps.ask((run.run_id, params))
         else:
             metrics = await self.engine.optim_step(run.run_id, params)
-        metrics = {**metrics, "clock_cycle": float(cycle)}
+        # JSON has no NaN: of a step that was made with a gradient that is not finite.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics["clock_cycle"] = float(cycle)
         return _json_outcome(
             {
                 "metrics": metrics,
