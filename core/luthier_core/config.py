@@ -72,6 +72,9 @@ class LimitsConfig:
     """Payload bytes that may wait above a gap of one run (reliability 2.3)."""
     max_seq_ahead: int = 4096
     max_num_samples: int = 1024
+    custom_losses: bool = False
+    """Whether losses that clients upload are run by the trainers, among everybody's requests;
+    if not, the SDK runs them in the client."""
     max_queued_samples: int = 10_000
     """Sampling jobs of one base model that wait or run; beyond it 429."""
 

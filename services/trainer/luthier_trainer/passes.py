@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from luthier_core.errors import BadRequest
+from luthier_core.loss_graph import LOSS_FN, LossGraph, loss_graph
 from luthier_core.losses import RATIO_MASK, loss_config, loss_spec
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
 from luthier_model.logprobs import clipped, target_logprobs, token_logprobs
 from luthier_model.lora import LoraAdapter, Segment
+from luthier_trainer.custom_loss import GraphLoss, graph_inputs
 from luthier_trainer.loss_metrics import loss_metrics
 from luthier_trainer.losses import Loss, loss_named
 from luthier_trainer.packing import (
@@ -23,6 +26,7 @@ from luthier_trainer.packing import (
     Example,
     PackedBatch,
     array_records,
+    decode_any_inputs,
     decode_datum,
     pack,
     unpack,
@@ -34,7 +38,7 @@ class Request:
     """A ForwardBackwardRequest, decoded."""
 
     loss_fn: str
-    loss: Loss
+    loss: Loss | GraphLoss
     examples: list[Example]
 
     @property
@@ -63,10 +67,29 @@ class Scores:
 def decode_request(request: bytes) -> Request:
     """BadRequest for an unknown loss or a missing input."""
     message = wire_pb2.ForwardBackwardRequest.FromString(request)
+    if message.loss_fn == LOSS_FN:
+        graph = loss_graph(message)
+        examples = [_decode_for(graph, datum) for datum in message.data]
+        return Request(message.loss_fn, GraphLoss(graph), examples)
     loss, spec = loss_named(message.loss_fn), loss_spec(message.loss_fn)
     config = loss_config(message)
     examples = [decode_datum(datum, spec, config) for datum in message.data]
     return Request(message.loss_fn, loss, examples)
+
+
+def _decode_for(graph: LossGraph, datum: wire_pb2.Datum) -> Example:
+    tokens, targets, arrays = decode_any_inputs(datum)
+    if targets.ndim != graph.inputs[0].rank:
+        raise BadRequest(f"target_tokens: the loss has declared rank {graph.inputs[0].rank}")
+    if missing := {known.name for known in graph.inputs[1:]} - arrays.keys():
+        raise BadRequest(f"loss_fn_inputs: {min(missing)!r} is required")
+    return Example(tokens, targets, {}, graph_inputs(graph, arrays, len(tokens)))
+
+
+def _metrics(request: Request, logprobs: Sequence[Array]) -> dict[str, float]:
+    if isinstance(request.loss, GraphLoss):
+        return request.loss.metrics(logprobs, request.examples)
+    return loss_metrics(request.loss_fn, request.examples, logprobs)
 
 
 def encode_output(request: Request, scores: Sequence[Scores], clock_cycle: int) -> bytes:
@@ -76,7 +99,7 @@ def encode_output(request: Request, scores: Sequence[Scores], clock_cycle: int) 
         loss_fn_output_type="ArrayRecord",
         loss_fn_outputs=array_records(logprobs),
         metrics={
-            **loss_metrics(request.loss_fn, request.examples, logprobs),
+            **_metrics(request, logprobs),
             "loss:sum": sum(part.loss for part in scores),
             "num_tokens:sum": float(request.num_tokens),
             "clock_cycle:unique": float(clock_cycle),
@@ -100,15 +123,27 @@ class _Placed:
 
     def losses(self, logprobs_TK: Tensor, start: int, stop: int) -> Tensor:
         """The summed loss of the part's rows among those in [start, stop) that are given."""
+        loss = self.part.request.loss
+        if isinstance(loss, GraphLoss):
+            return loss.total(self._by_datum(logprobs_TK), self.part.examples)
         first, last = max(start, self.start), min(stop, self.stop)
         rows = slice(first - self.start, last - self.start)
         num_targets = self.batch.targets_TK.shape[1]
         inputs_TK = {name: values[rows] for name, values in self.batch.loss_inputs_TK.items()}
-        return self.part.request.loss(
+        return loss(
             logprobs_TK[first - start : last - start, :num_targets],
             inputs_TK,
             self.batch.datum_T[rows],
         ).sum()
+
+    def _by_datum(self, logprobs_TK: Tensor) -> list[Tensor]:
+        """Of all rows of the pass, the part's; each datum's in the shape of its targets."""
+        rows = torch.split(logprobs_TK[self.start : self.stop], self.batch.lengths)
+        targets = (example.targets for example in self.part.examples)
+        return [
+            row_TK[:, 0] if its.ndim == 1 else row_TK[:, : its.shape[1]]
+            for row_TK, its in zip(rows, targets, strict=True)
+        ]
 
 
 def score(
@@ -155,7 +190,10 @@ def _place(parts: Sequence[Part], model: BaseModel) -> Iterator[_Placed]:
 
 def _needs_whole_datums(part: Part) -> bool:
     """Whether a target's loss depends on the logprobs of its datum's other targets."""
-    return RATIO_MASK in loss_spec(part.request.loss_fn).token_inputs
+    request = part.request
+    if isinstance(request.loss, GraphLoss):
+        return True
+    return RATIO_MASK in loss_spec(request.loss_fn).token_inputs
 
 
 def _targets(placed: Sequence[_Placed]) -> Tensor:
