@@ -74,6 +74,10 @@ class ToyEngine:
         state = self._state(run_id)
         return lambda: {"state.json": json.dumps(asdict(state)).encode()}
 
+    def logprob_gap(self, run_id: str) -> dict[str, float]:
+        """Nobody samples from a toy."""
+        return {"logprob_gap:alarm": 0.0}
+
     def copy_state(self, run_id: str) -> Callable[[], dict[str, bytes]]:
         state = self._state(run_id)
         return lambda: {STATE_FILE: json.dumps(asdict(state)).encode()}

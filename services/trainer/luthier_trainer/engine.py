@@ -18,6 +18,7 @@ import torch
 
 from luthier_core.errors import BadRequest, NotFound
 from luthier_model.base import BaseModel
+from luthier_model.logprob_gap import logprob_gap
 from luthier_model.lora import LoraShape, LoraSpec, init_adapter, target_modules
 from luthier_model.peft_io import tensor_bytes, tensors_from
 from luthier_trainer.adapters import RunState
@@ -28,6 +29,10 @@ from luthier_trainer.passes import Part, Request, Scores, decode_request, encode
 from luthier_trainer.residency import Residents
 
 log = logging.getLogger(__name__)
+
+MAX_MEAN_GAP = {torch.bfloat16: 0.03}
+"""Of sampled logprobs to the forward's, in nats; about five times what is usual (docs/sampler.md).
+Other dtypes keep the promise of 1e-5."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,19 @@ class Engine:
         """`save` as of now in two steps: only this one, which copies, needs the engine."""
         copied = self._run(run_id).copy_files(optimizer=optimizer)
         return partial(copied.to_files, self._model.facts.name)
+
+    def logprob_gap(self, run_id: str) -> dict[str, float]:
+        """How far logprobs that a sampler draws from the run's weights are from forward's.
+
+        logprob_gap:max, :mean, and :alarm, which is 1 if the mean is too large or not a number.
+        """
+        gap = logprob_gap(self._model, self._run(run_id).adapter)
+        alarm = not gap.mean <= MAX_MEAN_GAP.get(self._model.dtype, 1e-5)
+        return {
+            "logprob_gap:max": gap.max,
+            "logprob_gap:mean": gap.mean,
+            "logprob_gap:alarm": float(alarm),
+        }
 
     def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
         """Replace the run's weights by those in `files`, and moments and step or else start anew.

@@ -106,6 +106,10 @@ class EngineClient(ABC):
     async def clear_gradient(self, run_id: str) -> None:
         await self._do("clear_gradient", run_id)
 
+    async def logprob_gap(self, run_id: str) -> dict[str, float]:
+        metrics = (await self._do("logprob_gap", run_id)).fields["metrics"]
+        return {str(name): float(value) for name, value in metrics.items()}
+
     async def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
         await self._do("load", run_id, *files.values(), names=list(files), optimizer=optimizer)
 

@@ -90,6 +90,8 @@ class EngineHost:
                     tell(self._part(index, metrics))
             case {"method": "clear_gradient", "run_id": run_id}:
                 engine.clear_gradient(run_id)
+            case {"method": "logprob_gap", "run_id": run_id}:
+                return Message({"metrics": engine.logprob_gap(run_id)})
             case {"method": "load", "run_id": run_id, "names": names, "optimizer": optimizer}:
                 engine.load(run_id, dict(zip(names, data, strict=True)), optimizer=optimizer)
             case {"method": "copy_files", "run_id": run_id, "optimizer": optimizer}:
