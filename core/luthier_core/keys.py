@@ -145,6 +145,9 @@ def model_facts(base_model: str) -> str:
     return f"model:{base_model}"
 
 
+CHANGING = "changing"
+"""Hash: changes of checkpoints that are under way, or that died; see the registry's lists.py."""
+
 GENERATION = "sys:gen"
 """Which Redis this is; see generation.py."""
 GENERATION_OBJECT = "sys/gen"
@@ -293,6 +296,11 @@ def samples_segment(shard: str, first_entry: str) -> str:
 def model_facts_object(base_model: str) -> str:
     """The same as model_facts, for when Redis was wiped."""
     return f"sys/models/{base_model}.json"
+
+
+def store_probe(name: str) -> str:
+    """Written and deleted at the start of a service; see store_probe.py."""
+    return f"sys/probe/{name}"
 
 
 def sweep_candidates(tenant: str) -> str:

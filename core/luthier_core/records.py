@@ -142,6 +142,11 @@ class CheckpointRecord(Record):
     lora: LoraConfig
 
     @property
+    def row_id(self) -> str:
+        """How the lists name it."""
+        return f"{self.run_id}/{self.kind}/{self.name}"
+
+    @property
     def tinker_path(self) -> str:
         return f"tinker://{self.run_id}/{self.kind}/{self.name}"
 

@@ -24,12 +24,17 @@ from luthier_core.types import (
     SaveWeightsForSampler,
 )
 from luthier_trainer.engine_client import EngineClient
+from luthier_trainer.engine_host import PassOp
+from luthier_trainer.gathering import Gathering
 
 log = logging.getLogger(__name__)
 
 GAP_PAUSE_S = 60.0
-"""Between two measurements of a run's `logprob_gap`, each of which is 13 forwards that it waits for:
-who saves for the sampler at every step must not pay them at every step."""
+"""Between two measurements of a run's `logprob_gap`: it waits for 13 forwards each time, and who
+saves for the sampler at every step must not pay them at every step."""
+
+RECOVERY_SEQS = 2**40
+"""From here on no op has a seq: manifests of recovery checkpoints cannot be taken for an op's."""
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
@@ -47,6 +52,8 @@ class RunContext:
     """Known once op 0 has been executed."""
     halvings: dict[int, int] = field(default_factory=dict)
     """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
+    alone: bool = False
+    """Its ops share no engine call: it is rebuilt, short of memory, or may have killed the last."""
     gap_due: float = -math.inf
     """When `logprob_gap` is measured again, on time.monotonic's clock."""
 
@@ -54,10 +61,16 @@ class RunContext:
 class Executor:
     """The ops of all runs of one worker."""
 
-    def __init__(self, engine: EngineClient, blobs: Blobs, oplog: Oplog) -> None:
+    def __init__(
+        self, engine: EngineClient, blobs: Blobs, oplog: Oplog, *, fused: bool = False
+    ) -> None:
+        """With `fused`, passes and steps that are executed at the same time are one engine call."""
         self.engine = engine
+        self.fused = fused
         self._blobs = blobs
         self._oplog = oplog
+        self._passes = Gathering(engine.forward_backward_many)
+        self._steps = Gathering(engine.optim_step_many)
         self._handlers: dict[Kind, Callable[[RunContext, Op, int], Awaitable[Finish]]] = {
             Kind.CREATE_MODEL: self._create_model,
             Kind.FORWARD: self._forward_backward,
@@ -76,6 +89,19 @@ class Executor:
         """
         return await self._handlers[op.kind](run, op, cycle)
 
+    async def save_recovery(self, run: RunContext, committed: int) -> TinkerPath | None:
+        """The state of a run that ends, after op `committed`, as a checkpoint that its owner lists.
+
+        None before op 0 was executed. May be repeated.
+        """
+        if run.record is None:
+            return None
+        copy = await self.engine.copy_files(run.run_id, optimizer=True)
+        files = await self.engine.fetch(copy)
+        path = TinkerPath(run.run_id, "weights", f"recovery-{committed}")
+        await self._save(run, RECOVERY_SEQS + committed, "weights", path.name, files)
+        return path
+
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
         run.record = RunRecord.model_validate(body["run"])
@@ -89,13 +115,13 @@ class Executor:
 
     async def _forward_backward(self, run: RunContext, op: Op, cycle: int) -> Finish:
         request = await self._payload(op)
-        output = await self.engine.forward_backward(
-            run.run_id,
-            request,
-            backward=op.kind is Kind.FORWARD_BACKWARD,
-            clock_cycle=cycle,
-            halvings=run.halvings.get(op.seq, 0),
-        )
+        backward, halvings = op.kind is Kind.FORWARD_BACKWARD, run.halvings.get(op.seq, 0)
+        if self.fused and not run.alone and not halvings:
+            output = await self._passes.ask(PassOp(run.run_id, request, backward, cycle))
+        else:
+            output = await self.engine.forward_backward(
+                run.run_id, request, backward=backward, clock_cycle=cycle, halvings=halvings
+            )
 
         async def finish() -> Outcome:
             body = await self._result_body(run, op, output)
@@ -106,8 +132,13 @@ class Executor:
 
     async def _optim_step(self, run: RunContext, op: Op, cycle: int) -> Finish:
         params = OptimStep.model_validate_json(await self._payload(op)).adam_params
-        metrics = await self.engine.optim_step(run.run_id, params)
-        metrics = {**metrics, "clock_cycle": float(cycle)}
+        if self.fused and not run.alone:
+            metrics = await self._steps.ask((run.run_id, params))
+        else:
+            metrics = await self.engine.optim_step(run.run_id, params)
+        # JSON has no NaN: of a step that was made with a gradient that is not finite.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics["clock_cycle"] = float(cycle)
         return _json_outcome(
             {
                 "metrics": metrics,
@@ -124,12 +155,13 @@ class Executor:
 
     async def _save_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeights.model_validate_json(await self._payload(op))
-        files = await self.engine.save(run.run_id, optimizer=True)
+        copy = await self.engine.copy_files(run.run_id, optimizer=True)
 
         async def finish() -> Outcome:
+            files = await self.engine.fetch(copy)
             await self._save(
                 run,
-                op,
+                op.seq,
                 "weights",
                 wanted.path,
                 files,
@@ -144,16 +176,17 @@ class Executor:
 
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
-        files = await self.engine.save(run.run_id, optimizer=False)
+        copy = await self.engine.copy_files(run.run_id, optimizer=False)
         metrics = _metrics(op.kind, await self._gap(run, op))
 
         async def finish() -> Outcome:
+            files = await self.engine.fetch(copy)
             if wanted.path is None:
                 result = await self._save_ephemeral(run, op, wanted, files)
                 return _completed(result, metrics=metrics)
             await self._save(
                 run,
-                op,
+                op.seq,
                 "sampler_weights",
                 wanted.path,
                 files,
@@ -180,11 +213,12 @@ class Executor:
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
-        files = await self.engine.save(run.run_id, optimizer=False)
+        copy = await self.engine.copy_files(run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
+            files = await self.engine.fetch(copy)
             saved = await self._save(
-                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+                run, op.seq, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )
             return _completed(
                 {
@@ -206,7 +240,7 @@ class Executor:
         assert run.record is not None
         session_id = run.record.session_id
         sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
-        checkpoint = await self._save(run, op, "ephemeral", f"seq-{op.seq}", files)
+        checkpoint = await self._save(run, op.seq, "ephemeral", f"seq-{op.seq}", files)
         record = SamplerRecord(
             sampling_session_id=sampler_id,
             tenant=run.tenant,
@@ -228,7 +262,7 @@ class Executor:
     async def _save(
         self,
         run: RunContext,
-        op: Op,
+        seq: int,
         kind: CheckpointKind,
         name: str,
         files: dict[str, bytes],
@@ -243,7 +277,7 @@ class Executor:
                 run=record,
                 kind=kind,
                 name=name,
-                seq=op.seq,
+                seq=seq,
                 epoch=run.epoch,
                 files=files,
                 now=datetime.now(UTC),
