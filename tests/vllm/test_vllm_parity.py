@@ -99,7 +99,7 @@ def floats(data: bytes) -> np.ndarray:
 
 
 def greedy(request_id: str, **fields: object) -> SampleRequest:
-    prompt = np.random.default_rng(len(request_id)).integers(1, 257, 20).tolist()
+    prompt = np.random.default_rng([*request_id.encode()]).integers(1, 257, 20).tolist()
     spec = SampleRequest(request_id=request_id, prompt=prompt, temperature=0.0, max_tokens=24)
     return replace(spec, **fields)  # type: ignore[arg-type]
 
