@@ -258,12 +258,14 @@ async def _num_running(engine: VllmEngine) -> float:
 async def test_requests_outlive_a_server_that_is_killed(
     engine: VllmEngine, reference: Engine, adapters: Files
 ) -> None:
-    specs = [greedy(f"{key} killed", adapter=key, max_tokens=200) for key in ("", "rank 8")]
-    specs = [replace(spec, ignore_eos=True) for spec in specs]
+    specs = [greedy(f"{key} killed", adapter=key, max_tokens=450) for key in ("", "rank 8")]
+    specs = [replace(spec, ignore_eos=True, streams=True) for spec in specs]
+    incarnation = engine._server.incarnation
     answering = asyncio.create_task(answers(engine, specs, adapters))
-    while not await _num_running(engine):
-        await asyncio.sleep(0)
+    async with asyncio.timeout(400):
+        while len(engine._streaming) < len(specs):  # both are being answered
+            await asyncio.sleep(0)
     os.killpg(engine._server._pid, signal.SIGKILL)
     ours = expected(reference, specs)
     assert [tokens(response) for response in await answering] == [tokens(mine) for mine in ours]
-    assert engine._server.incarnation == 2
+    assert engine._server.incarnation == incarnation + 1
