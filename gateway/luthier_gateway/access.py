@@ -23,6 +23,7 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    uploads,
     usage,
 )
 from luthier_gateway.openai import handlers as openai
@@ -88,6 +89,8 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     usage.stored_checkpoints: READ | ADMIN,
     usage.run_metrics: READ,
     checkpoints.copy_weights: TRAIN,
+    uploads.create_upload: TRAIN,
+    uploads.put_upload: TRAIN,
     checkpoints.delete_checkpoint: TRAIN,
     checkpoints.publish_checkpoint: TRAIN,
     checkpoints.unpublish_checkpoint: TRAIN,

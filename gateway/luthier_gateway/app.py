@@ -32,6 +32,7 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    uploads,
     usage,
 )
 from luthier_gateway.auth import Authenticator, Turns
@@ -110,6 +111,8 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.get(f"{checkpoint}/archive", checkpoints.get_checkpoint_archive),
         web.get(f"{checkpoint}/external_weights_urls", checkpoints.get_external_weights_urls),
         web.get(f"{API}/checkpoints", checkpoints.list_checkpoints),
+        web.post(f"{API}/uploads", uploads.create_upload),
+        web.put(f"{API}/uploads/{{upload_id}}", uploads.put_upload),
         web.get(f"{files.PREFIX}{{key:.+}}", files.download, allow_head=False),
         web.get(f"{API}/sessions", rest.list_sessions),
         web.post(f"{API}/sessions/search", rest.search_sessions),

@@ -47,6 +47,7 @@ from luthier_registry.requests import (
 )
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 from luthier_registry.web_io import (
     AUDIT,
@@ -56,6 +57,7 @@ from luthier_registry.web_io import (
     JOBS,
     SESSIONS,
     STORE,
+    UPLOADS,
     USAGE,
     actor_of,
     json_of,
@@ -115,6 +117,7 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds, lists)
+            app[UPLOADS] = Uploads(app[STORE], sessions, blobs, client, lists, clock=now)
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             async with contextlib.AsyncExitStack() as running:

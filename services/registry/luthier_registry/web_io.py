@@ -17,12 +17,14 @@ from luthier_registry.identity import Identities
 from luthier_registry.jobs import Jobs
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 
 STORE = web.AppKey("store", Store)
 SESSIONS = web.AppKey("sessions", Sessions)
 CHECKPOINTS = web.AppKey("checkpoints", Checkpoints)
 COPIES = web.AppKey("copies", Copies)
+UPLOADS = web.AppKey("uploads", Uploads)
 IDENTITIES = web.AppKey("identities", Identities)
 AUDIT = web.AppKey("audit", Audit)
 USAGE = web.AppKey("usage", Usage)
