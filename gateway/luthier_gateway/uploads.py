@@ -188,7 +188,7 @@ def _modules(facts: Mapping[str, Any]) -> Modules:
 
 def _max_bytes(facts: Mapping[str, Any], rank: int) -> int:
     """Of an adapter of that rank on every module, with the copies that PEFT adds."""
-    num_values = MAX_FROZEN_COPIES * facts["vocab_size"] * facts["hidden_size"]
+    num_values: int = MAX_FROZEN_COPIES * facts["vocab_size"] * facts["hidden_size"]
     for modules in _modules(facts).values():
         for name, shape in modules.items():
             for rows, columns in file_shapes(name, modules, shape, rank).values():

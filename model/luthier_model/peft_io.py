@@ -95,7 +95,7 @@ def adapter_from_files(
                 raise BadRequest(f"{WEIGHTS_FILE}: {tensor} is missing")
             check_shape(tensor, tensors[tensor].shape, expected)
             factors.append(widened(tensors.pop(tensor)).to(device))
-        pairs[name] = _from_file(*factors, shapes[name], rank)
+        pairs[name] = _from_file(factors[0], factors[1], shapes[name], rank)
     if tensors:
         raise BadRequest(f"{WEIGHTS_FILE}: unexpected tensor {min(tensors)}")
     rescale = _scale(config) * rank / LORA_ALPHA

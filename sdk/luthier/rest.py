@@ -254,7 +254,7 @@ class RestClient:
         project_id: str | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> types.UploadedCheckpoint:
-        """Makes a checkpoint of a PEFT adapter in a folder: weights to train on, and to sample from.
+        """Makes a checkpoint of a PEFT adapter in a folder, to train on and to sample from.
 
         base_model and name: what its configuration, and its folder, are called if None. on_progress
         is called with the bytes that were sent and that there are; on a background thread.
