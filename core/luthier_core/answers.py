@@ -102,6 +102,10 @@ class CopiedWeights(Answer):
     tinker_path: str
 
 
+class KeepLast(Answer):
+    keep_last: int
+
+
 class CreatedUpload(Answer):
     upload_id: str
 

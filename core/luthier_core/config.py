@@ -154,6 +154,9 @@ class HousekeepingConfig:
     """Usage is counted, and metrics are kept, this often; limits on tokens hold to within it."""
     expiry_s: float = 300.0
     storage_s: float = 300.0
+    keep_last: int = 0
+    """Checkpoints of each kind that a run keeps, unless its owner sets another number; 0: all."""
+    keep_last_s: float = 300.0
     sweep_s: float = 6 * 3600.0
     """How often objects that nothing needs are looked for."""
     trash_s: float = 24 * 3600.0
@@ -332,6 +335,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
     if config.housekeeping.runner not in ("registry", "celery"):
         raise ConfigError("housekeeping.runner: must be registry or celery")
+    if config.housekeeping.keep_last < 0:
+        raise ConfigError("housekeeping.keep_last: must be 0 or more")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     if config.sampler.max_running > config.sampler.max_step_tokens:

@@ -205,6 +205,13 @@ class UploadRecord(Record):
         return f"{self.upload_id}:train:0"
 
 
+class RetentionRecord(Record):
+    """`retention/{run}.json`: how many checkpoints of each kind the run keeps; 0: all."""
+
+    run_id: str
+    keep_last: int = Field(ge=0)
+
+
 class PublishedRunRecord(Record):
     """`published/{run}.json`: the tenant whose run this is. What is public, its names say."""
 

@@ -247,6 +247,15 @@ class RegistryClient:
         answer = await self._object("POST", "/copy_weights", tenant, wanted)
         return str(answer["tinker_path"])
 
+    async def keep_last(self, tenant: str, run_id: str) -> dict[str, Any]:
+        """How many checkpoints of each kind the run keeps; 0: all."""
+        return await self._object("GET", f"/runs/{_part(run_id)}/keep_last", tenant)
+
+    async def set_keep_last(self, tenant: str, run_id: str, keep_last: int | None) -> None:
+        """None: what the configuration says."""
+        path = f"/runs/{_part(run_id)}/keep_last"
+        await self._call("PUT", path, tenant, {"keep_last": keep_last})
+
     # --- uploads ----------------------------------------------------------------------------------
 
     async def create_upload(self, tenant: str, wanted: Mapping[str, Any]) -> UploadRecord:

@@ -40,6 +40,12 @@ class CopyWeights(WireModel):
         return self
 
 
+class SetKeepLast(WireModel):
+    """PUT .../keep_last: of each kind; 0 is all of them, null what the server's default is."""
+
+    keep_last: int | None = Field(ge=0, le=10_000)
+
+
 class CreateUpload(WireModel):
     """POST uploads: what is about to be sent."""
 

@@ -95,6 +95,8 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     checkpoints.publish_checkpoint: TRAIN,
     checkpoints.unpublish_checkpoint: TRAIN,
     checkpoints.set_checkpoint_ttl: TRAIN,
+    checkpoints.get_keep_last: READ,
+    checkpoints.set_keep_last: TRAIN,
     rest.set_session_project: WORK,
     admin.list_orgs: OPERATOR,
     admin.create_org: OPERATOR,

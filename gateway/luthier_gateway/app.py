@@ -104,6 +104,8 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.get(f"{API}/training_runs/{{run_id}}", rest.get_training_run),
         web.get(f"{API}/training_runs/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
         web.get(f"{API}/models/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.get(f"{API}/training_runs/{{run_id}}/keep_last", checkpoints.get_keep_last),
+        web.put(f"{API}/training_runs/{{run_id}}/keep_last", checkpoints.set_keep_last),
         web.delete(checkpoint, checkpoints.delete_checkpoint),
         web.post(f"{checkpoint}/publish", checkpoints.publish_checkpoint),
         web.delete(f"{checkpoint}/publish", checkpoints.unpublish_checkpoint),

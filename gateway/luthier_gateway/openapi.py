@@ -123,6 +123,8 @@ OPERATIONS: dict[Handler, Operation] = {
     checkpoints.delete_checkpoint: Operation(),
     checkpoints.publish_checkpoint: Operation(),
     checkpoints.unpublish_checkpoint: Operation(),
+    checkpoints.get_keep_last: Operation(answer=answers.KeepLast),
+    checkpoints.set_keep_last: Operation(rest_types.SetKeepLast),
     checkpoints.set_checkpoint_ttl: Operation(rest_types.SetTtl),
     checkpoints.get_checkpoint_archive: Operation(answer=answers.ArchiveUrl, redirects=True),
     checkpoints.get_external_weights_urls: Operation(answer=answers.ExternalWeightsUrls),

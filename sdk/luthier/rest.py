@@ -176,6 +176,17 @@ class RestClient:
     set_checkpoint_ttl_from_tinker_path_async = value_of(set_checkpoint_ttl_from_tinker_path)
 
     @operation
+    async def set_keep_last(self, training_run_id: types.ModelID, keep_last: int | None) -> None:
+        """Keeps only the newest checkpoints of each kind; 0: all, None: as the server does.
+
+        The others expire. What is published, recovery checkpoints and external weights stay.
+        """
+        path = f"training_runs/{training_run_id}/keep_last"
+        await self._send("PUT", path, {"keep_last": keep_last})
+
+    set_keep_last_async = value_of(set_keep_last)
+
+    @operation
     async def get_weights_info_by_tinker_path(self, tinker_path: str) -> types.WeightsInfoResponse:
         """Base model and LoRA configuration of a checkpoint."""
         response = await self._session.transport.call(

@@ -113,6 +113,8 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{_CKPT}/publish"): Case(turn=1),
     ("DELETE", f"{_CKPT}/publish"): Case(),
     ("PUT", f"{_CKPT}/ttl"): Case({"ttl_seconds": 3600}),
+    ("GET", f"{API}/training_runs/{{run_id}}/keep_last"): Case(),
+    ("PUT", f"{API}/training_runs/{{run_id}}/keep_last"): Case({"keep_last": 9}),
     ("GET", f"{_CKPT}/archive"): Case(),
     ("GET", f"{_CKPT}/external_weights_urls"): Case(),
     ("POST", f"{API}/uploads"): Case(

@@ -45,6 +45,7 @@ from luthier_registry.requests import (
     SetProject,
     parse,
 )
+from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
 from luthier_registry.uploads import Uploads
@@ -55,6 +56,7 @@ from luthier_registry.web_io import (
     COPIES,
     IDENTITIES,
     JOBS,
+    RETENTION,
     SESSIONS,
     STORE,
     UPLOADS,
@@ -118,6 +120,9 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds, lists)
             app[UPLOADS] = Uploads(app[STORE], sessions, blobs, client, lists, clock=now)
+            app[RETENTION] = Retention(
+                blobs, client, lists, default=config.housekeeping.keep_last, clock=now
+            )
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             async with contextlib.AsyncExitStack() as running:

@@ -4,10 +4,19 @@ from aiohttp import web
 
 from luthier_core.checkpoints import TinkerPath
 from luthier_registry.record_store import cursor
-from luthier_registry.requests import AdoptUpload, CopyWeights, CreateUpload, Path, SetTtl, parse
+from luthier_registry.requests import (
+    AdoptUpload,
+    CopyWeights,
+    CreateUpload,
+    Path,
+    SetKeepLast,
+    SetTtl,
+    parse,
+)
 from luthier_registry.web_io import (
     CHECKPOINTS,
     COPIES,
+    RETENTION,
     STORE,
     UPLOADS,
     actor_of,
@@ -34,6 +43,8 @@ def routes() -> list[web.RouteDef]:
         web.post("/resolve", resolve),
         web.post("/weights_info", weights_info),
         web.post("/copy_weights", copy_weights),
+        web.get("/runs/{run}/keep_last", get_keep_last),
+        web.put("/runs/{run}/keep_last", set_keep_last),
         web.post("/uploads", create_upload),
         web.get("/uploads/{upload}", get_upload),
         web.post("/uploads/{upload}/adopt", adopt_upload),
@@ -121,6 +132,21 @@ async def copy_weights(request: web.Request) -> web.Response:
     wanted = parse(CopyWeights, await request.read())
     path = await request.app[COPIES].copy(tenant_of(request), wanted)
     return web.json_response({"tinker_path": path})
+
+
+async def get_keep_last(request: web.Request) -> web.Response:
+    """How many checkpoints of each kind the run keeps; 0: all."""
+    tenant = tenant_of(request)
+    run = await request.app[STORE].run(tenant, request.match_info["run"])
+    return web.json_response({"keep_last": await request.app[RETENTION].get(tenant, run.run_id)})
+
+
+async def set_keep_last(request: web.Request) -> web.Response:
+    wanted = parse(SetKeepLast, await request.read())
+    tenant = tenant_of(request)
+    run = await request.app[STORE].run(tenant, request.match_info["run"])
+    await request.app[RETENTION].set(tenant, run.run_id, wanted.keep_last)
+    return web.json_response({})
 
 
 async def create_upload(request: web.Request) -> web.Response:

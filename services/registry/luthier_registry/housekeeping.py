@@ -13,6 +13,7 @@ from luthier_registry.expiry import Expiry
 from luthier_registry.jobs import Job, Jobs
 from luthier_registry.lists import Lists
 from luthier_registry.rebuild import Rebuild
+from luthier_registry.retention import Retention
 from luthier_registry.storage import Storage
 from luthier_registry.sweep import Sweep
 
@@ -29,14 +30,17 @@ def build_jobs(
     settings = config.housekeeping
     counting = Counting(blobs, Oplog(client), config.model_names, clock=clock)
     rebuild = Rebuild(config, blobs, client, counting, clock=clock)
+    lists = Lists(blobs, client, clock=clock)
+    retention = Retention(blobs, client, lists, default=settings.keep_last, clock=clock)
     return Jobs(
         client,
         {
             "generation": Job(GENERATION_S, rebuild.run_if_wiped),
             "rebuild-index": Job(None, rebuild.run),
-            "lists": Job(SETTLE_S, Lists(blobs, client, clock=clock).settle),
+            "lists": Job(SETTLE_S, lists.settle),
             "usage": Job(settings.usage_s, counting.run),
             "storage": Job(settings.storage_s, Storage(blobs, client, clock=clock).run),
+            "keep-last": Job(settings.keep_last_s, retention.run),
             "expiry": Job(settings.expiry_s, Expiry(blobs, client, clock=clock).run),
             "sweep": Job(
                 settings.sweep_s, Sweep(blobs, client, clock=clock, trash_s=settings.trash_s).run

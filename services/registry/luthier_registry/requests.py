@@ -85,6 +85,10 @@ class CopyWeights(Body):
     idempotency_key: str | None = Field(None, min_length=1, max_length=500)
 
 
+class SetKeepLast(Body):
+    keep_last: int | None = Field(None, ge=0)
+
+
 class CreateUpload(Body):
     """The gateway has checked the configuration."""
 

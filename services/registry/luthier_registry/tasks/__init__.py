@@ -69,6 +69,7 @@ def _schedule(config: Config) -> dict[str, float]:
         "lists": SETTLE_S,
         "usage": settings.usage_s,
         "storage": settings.storage_s,
+        "keep-last": settings.keep_last_s,
         "expiry": settings.expiry_s,
         "sweep": settings.sweep_s,
     }
