@@ -111,7 +111,14 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
         ):
             now = clock or (lambda: datetime.now(UTC))
             lists = Lists(blobs, client, clock=now)
-            checkpoints = Checkpoints(blobs, client, builds, lists, clock=now)
+            checkpoints = Checkpoints(
+                blobs,
+                client,
+                builds,
+                lists,
+                clock=now,
+                archives_by_job=config.housekeeping.runner == "celery",
+            )
             app[CHECKPOINTS] = checkpoints
             sessions = Sessions(blobs, client, config.secret(), clock=now)
             app[SESSIONS] = sessions

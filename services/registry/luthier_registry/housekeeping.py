@@ -8,6 +8,7 @@ import redis.asyncio as redis
 from luthier_core.blobs import Blobs
 from luthier_core.config import Config
 from luthier_core.oplog import Oplog
+from luthier_registry.archives import Archives
 from luthier_registry.counting import Counting
 from luthier_registry.expiry import Expiry
 from luthier_registry.jobs import Job, Jobs
@@ -19,6 +20,8 @@ from luthier_registry.sweep import Sweep
 
 SETTLE_S = 60.0
 """Rows agree with their records again this long after a crash, and LEFT_AFTER more."""
+ARCHIVES_S = 1.0
+"""Who asks for an archive waits so long at most before it is begun."""
 GENERATION_S = 1.0
 """A wiped Redis is noticed within this."""
 
@@ -37,6 +40,7 @@ def build_jobs(
         {
             "generation": Job(GENERATION_S, rebuild.run_if_wiped),
             "rebuild-index": Job(None, rebuild.run),
+            "archives": Job(ARCHIVES_S, Archives(blobs, client, clock=clock).run),
             "lists": Job(SETTLE_S, lists.settle),
             "usage": Job(settings.usage_s, counting.run),
             "storage": Job(settings.storage_s, Storage(blobs, client, clock=clock).run),
