@@ -196,6 +196,11 @@ class Config:
     s3_access_key: str = field(default="", repr=False)
     """From the environment (AWS_ACCESS_KEY_ID) only, never from the file."""
     s3_secret_key: str = field(default="", repr=False)
+    link_access_key: str = field(default="", repr=False)
+    """Of an S3 identity that may only read archives and checkpoints' files: it signs the links.
+    From the environment (LUTHIER_LINK_ACCESS_KEY); empty: the store's own key signs."""
+    link_secret_key: str = field(default="", repr=False)
+    """LUTHIER_LINK_SECRET_KEY. On a folder it alone signs the links. Another one ends all links."""
 
     def model(self, name: str) -> ModelConfig:
         """The base model of that name; ConfigError with the names there are."""
@@ -235,6 +240,10 @@ class Config:
 
 
 _ENVIRON_ONLY = {"s3_access_key": "AWS_ACCESS_KEY_ID", "s3_secret_key": "AWS_SECRET_ACCESS_KEY"}
+_ENVIRON_ONLY |= {
+    "link_access_key": "LUTHIER_LINK_ACCESS_KEY",
+    "link_secret_key": "LUTHIER_LINK_SECRET_KEY",
+}
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
