@@ -26,7 +26,8 @@ from luthier_core.peft_files import (
     modules_in,
     read_config,
 )
-from luthier_core.safetensors_check import check_finite, read_header
+from luthier_core.safetensors_check import read_header
+from luthier_model.adapted_linear import widened
 from luthier_model.lora import (
     LORA_ALPHA,
     TARGETS,
@@ -35,7 +36,6 @@ from luthier_model.lora import (
     LoraShape,
     LoraSpec,
     target_modules,
-    widened,
 )
 
 
@@ -77,9 +77,6 @@ def adapter_from_files(
     """
     config = read_config(files)
     rank: int = config["r"]
-    if WEIGHTS_FILE in files:
-        data = files[WEIGHTS_FILE]
-        check_finite(data, read_header(data, WEIGHTS_FILE), WEIGHTS_FILE)
     tensors = {
         name: tensor
         for name, tensor in tensors_from(files, WEIGHTS_FILE).items()
