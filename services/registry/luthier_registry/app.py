@@ -73,8 +73,13 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 
 
-def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
-    """The application; its connections open when it starts and close when it stops."""
+def build_app(
+    config: Config, *, clock: Callable[[], datetime] | None = None, keeps_house: bool = True
+) -> web.Application:
+    """The application; its connections open when it starts and close when it stops.
+
+    Without `keeps_house` its jobs run only when they are asked for.
+    """
     app = web.Application(
         middlewares=[answer_errors, _authenticate(service_token(config.secret())), record_event],
         client_max_size=MAX_BODY_BYTES,
@@ -133,7 +138,7 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             async with contextlib.AsyncExitStack() as running:
-                if config.housekeeping.runner == "registry":
+                if keeps_house and config.housekeeping.runner == "registry":
                     keeping = asyncio.create_task(jobs.keep_running())
                     running.push_async_callback(_cancel, keeping)
                 yield
