@@ -49,7 +49,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
             raise
         await hold_in_trouble()
         return _try_again(wanted.request_id, NO_ROOM)
-    await failpoint("gw.poll")
+    await failpoint("gw.poll", future.kind)
     try:
         outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
@@ -93,6 +93,7 @@ async def retrieve_futures(request: web.Request) -> web.Response:
     check_room(backends)
     hold_s = backends.config.gateway.poll_hold_s
     timeout_s = hold_s if wanted.timeout is None else min(wanted.timeout, hold_s)
+    await failpoint("gw.poll", "samples")
     try:
         # The client has what it acknowledges: only a poll proves that the reply before arrived.
         await backends.oplog.acknowledge(
@@ -104,6 +105,7 @@ async def retrieve_futures(request: web.Request) -> web.Response:
     except REDIS_ERRORS:
         await hold_in_trouble()
         completions = []
+    await failpoint("gw.deliver", "samples")
     return json_response(
         {
             "completions": [
@@ -248,7 +250,7 @@ async def _deliver(
     In this order: a client that was not told of a failure must not have its optimizer step obeyed
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
-    await failpoint("gw.deliver")
+    await failpoint("gw.deliver", future.kind)
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):
