@@ -4,9 +4,9 @@ Off, at the cost of one comparison, unless a test program calls `turn_on`: no se
 deployment does. A point lies directly before the step that it is named after.
 
 Orders come one at a time in the file `order` of a folder that any number of processes share: point,
-action and at which hit, such as `tr.commit kill9 3`, or `tr.commit/optim_step kill9 1` for one kind of
-op only. Hits are counted by each process for itself, from when it first sees the order; the first to
-get there renames it to `taken.{pid}` and obeys. Every hit is a line in the file `hits`.
+action and at which hit, such as `tr.commit kill9 3`, or `tr.commit/optim_step kill9 1` for one kind
+of op only. Hits are counted by each process for itself, from when it first sees the order; the
+first to get there renames it to `taken.{pid}` and obeys. Every hit is a line in the file `hits`.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ def turn_on(folder: Path) -> None:
 
 
 async def failpoint(point: str, kind: str = "") -> None:
-    """Nothing, unless a test has ordered something at this point, for this kind of op or for any."""
+    """Nothing, unless a test has ordered something at this point, for this kind or any."""
     if _orders is not None:
         await _orders.hit(point, kind)
 

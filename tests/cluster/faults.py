@@ -155,7 +155,7 @@ class Injector:
             self.done["killed to have a take-over"] += 1
             await self._gone(pid)
             try:
-                return await self._taken(within_s=FIRE_S / 10)
+                return await self._taken(within_s=self.fire_s / 10)
             except TimeoutError:
                 continue
         raise TimeoutError("nobody took a run over")

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -21,7 +21,6 @@ from typing import Any
 
 import aiohttp
 import redis.asyncio as redis
-
 from tests.cluster.planted import plant
 
 from luthier_core import failpoints, keys
@@ -46,6 +45,9 @@ POLL_HOLD_S = 1.0
 LEASE_S, LEASE_RENEW_S = 1.0, 0.25
 START_S, STOP_S = 60.0, 20.0
 
+TOY_MODEL = ModelConfig(name=BASE_MODEL, path="toy")
+SHORT_LEASES = TrainerConfig(lease_s=LEASE_S, lease_renew_s=LEASE_RENEW_S)
+
 _FORKS = multiprocessing.get_context("forkserver")
 PROGRAMS = ["luthier_gateway.__main__", "luthier_registry.__main__", "tests.cluster.trainer"]
 """What the fork server imports."""
@@ -66,8 +68,8 @@ class Plan:
     num_trainers: int = 3
     sampler: str = ""
     """Likewise; empty: no sampler."""
-    model: ModelConfig = ModelConfig(name=BASE_MODEL, path="toy")
-    settings: TrainerConfig = TrainerConfig(lease_s=LEASE_S, lease_renew_s=LEASE_RENEW_S)
+    model: ModelConfig = TOY_MODEL
+    settings: TrainerConfig = SHORT_LEASES
     store_url: str = ""
     """Empty: a folder."""
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -181,6 +183,8 @@ class Cluster:
         for role in ("registry", "gateway", "trainer", "sampler"):
             (folder / role).mkdir()
         self.urls: list[str] = []
+        self.on_death: Callable[[Part], Awaitable[None]] | None = None
+        """Called when a part was killed, before anybody can take its place."""
         self.registry = self._part("registry", "registry", "luthier_registry.__main__")
         self.gateways = [self._gateway(f"gateway-{i}") for i in range(NUM_GATEWAYS)]
         self.trainers = [
@@ -203,6 +207,8 @@ class Cluster:
                 raise Ended(f"{part.name} ended with exit code {code}:\n{words}")
             part.reap()
             part.num_killed += 1
+            if self.on_death is not None:
+                await self.on_death(part)
             if part.role in WORKERS:
                 # Whoever reaps a worker deletes its lease: take-over need not wait for its end.
                 await self.redis.delete(keys.worker_lease(part.name))

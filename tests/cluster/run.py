@@ -75,7 +75,7 @@ def play(seed: int, *, bug: str = "") -> Trial:
         try:
             asyncio.run(_play(trial, Path(folder), url, Plan(bug=bug)))
         except* Ended as errors:
-            trial.violations.extend(str(error) for error in _leaves(errors))
+            trial.violations.extend(str(error) for error in leaves(errors))
     trial.seconds = time.monotonic() - began
     return trial
 
@@ -128,7 +128,7 @@ async def _disturb(
                 enough.set()
         await asyncio.gather(*(client.ask_again() for client in clients))
     except* (Refused, TimeoutError) as errors:
-        reasons.extend(str(error) or repr(error) for error in _leaves(errors))
+        reasons.extend(str(error) or repr(error) for error in leaves(errors))
     return reasons
 
 
@@ -142,10 +142,11 @@ async def _judge(trial: Trial, cluster: Cluster, clients: list[Client], history:
                 trial.violations.append(await cluster.describe(client.run_id))
 
 
-def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+def leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """The exceptions in a group and in its groups."""
     for error in errors.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
+            yield from leaves(error)
         else:
             yield error
 
@@ -198,9 +199,8 @@ def show(trials: list[Trial]) -> None:
     print("  " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in asdict(counters).items()))
     print("  faults: " + ", ".join(f"{n} {name}" for name, n in sorted(faults.items())))
     rarest = min(POINTS & hits.keys(), key=lambda point: hits[point], default="none")
-    print(
-        f"  failpoints hit {len(POINTS & hits.keys())} of {len(POINTS)}, least often {rarest}: {hits[rarest]}"
-    )
+    num_hit = len(POINTS & hits.keys())
+    print(f"  failpoints hit {num_hit} of {len(POINTS)}, least often {rarest}: {hits[rarest]}")
     print("  clients saw: ", dict(sum((trial.seen for trial in trials), Counter[str]())))
     figures = {"bench": "cluster", "trials": len(trials), "violated": violated}
     print(json.dumps(figures | asdict(counters) | {"faults": dict(faults)}), flush=True)
