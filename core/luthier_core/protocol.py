@@ -508,10 +508,15 @@ def gap_is_overdue(
     return now_s - header.gap_since / 1000 > limit_s
 
 
-def give_up_gap(tenure: Tenure, last_parked: int) -> Steps[None]:
-    """Fail what waits above a gap that was not filled in time; everything below is committed."""
+def give_up_gap(tenure: Tenure, last_parked: int, *, saved: str = "") -> Steps[None]:
+    """Fail what waits above a gap that was not filled in time; everything below is committed.
+
+    `saved`: the path of a checkpoint of the state before the gap.
+    """
     first = tenure.committed + 1
-    never = Outcome.failure(f"seq {first} never arrived, so nothing after it was executed", "user")
+    offer = f"; the state before it is {saved}" if saved else ""
+    message = f"seq {first} never arrived, so nothing after it was executed{offer}"
+    never = Outcome.failure(message, "user")
     seqs = range(first, last_parked + 1)
     status = yield FailRange(tenure.run_id, tenure.epoch, seqs, never)
     tenure.check(status)

@@ -26,6 +26,7 @@ from luthier_gateway import (
     forward_backward,
     futures,
     health,
+    moves,
     openapi,
     queues,
     rest,
@@ -89,6 +90,7 @@ def routes() -> list[web.RouteDef]:
         *admin.routes(f"{API}/admin"),
         *usage.routes(API),
         *queues.routes(API),
+        *moves.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 

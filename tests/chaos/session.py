@@ -20,7 +20,6 @@ from tests.cluster.run import leaves
 from luthier_core.errors import LuthierError
 from luthier_core.oplog import REDIS_ERRORS
 
-
 log = logging.getLogger(__name__)
 
 

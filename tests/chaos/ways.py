@@ -27,9 +27,11 @@ async def balanced(urls: Sequence[str]) -> AsyncIterator[str]:
             first = next(turns)
             for url in (*urls[first:], *urls[:first]):
                 host, port = str(urlsplit(url).hostname), urlsplit(url).port
-                with contextlib.suppress(OSError, asyncio.CancelledError):
+                with contextlib.suppress(OSError):
                     await _join(reader, writer, *await asyncio.open_connection(host, port))
                     return
+        except asyncio.CancelledError:
+            pass  # the end of the block below; the stream server would log it
         finally:
             writer.close()
             open_ways.discard(task)

@@ -9,6 +9,7 @@ from luthier_core.owner import Owner, Step
 from luthier_core.protocol import COMMIT_DEPTH, Executed, Left, Tenure, commit_next, drive
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import RunContext
+from luthier_trainer.recovery import Rebuild
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class OwnedRun:
         """Nothing is executed for it: it is being let go."""
         self.alone = False
         """Its next op may be what killed the engine: it is executed with no other."""
+        self.context = context
+        self.rebuild: Rebuild | None = None
+        """Its recovery, until what was committed before has been executed again."""
         self._leave = leave
         self._committer: asyncio.Task[None] | None = None
         self.snapshotter: Snapshotter | None = None

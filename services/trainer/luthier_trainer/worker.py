@@ -1,8 +1,9 @@
 """The trainer's control flow: own runs, read their logs, plan, execute, commit.
 
-Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
+Four loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
 itself once a second. `_run_cycles` plans and executes, one engine call at a time. `_mind_engine`
-leaves every run when the engine has died, and starts another. Each run commits for itself
+leaves every run when the engine has died, and starts another. `_hand_over` lets go of runs that an
+operator wants elsewhere. Each run commits for itself
 (OwnedRun), so that the engine goes on while results are stored and committed.
 """
 
@@ -17,9 +18,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
+from luthier_core.errors import LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
+from luthier_core.moves import Moves, Wishes
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.owner import Diverged
 from luthier_core.protocol import (
@@ -35,9 +38,10 @@ from luthier_trainer.effects import NotRebuilt, RunEffects
 from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.engine_watch import GIVEN_UP, EngineWatch
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.frames import OutOfMemory
+from luthier_trainer.frames import EngineFailed, OutOfMemory
 from luthier_trainer.owned_run import OwnedRun
 from luthier_trainer.planner import Head, Share, plan
+from luthier_trainer.recovery import Rebuild, cause_of, note, save_last_state
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,8 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
+SAVE_S = 30.0
+"""For the last checkpoint of a run that cannot go on."""
 
 
 class Worker:
@@ -86,6 +92,12 @@ class Worker:
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
+        self._noting: set[asyncio.Task[None]] = set()
+        """Events of recoveries that are being written."""
+        self._moves = Moves(oplog.redis, base_model)
+        self._wishes = Wishes()
+        self._to_hand_over: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        """Runs that are to have another trainer, and which."""
         self._draining = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -93,7 +105,9 @@ class Worker:
         renewing = self._lease.keep(self._config.lease_renew_s, self._engine.in_time)
         async with _background(self._hints.listen(), renewing):
             await self._hints.subscribe(keys.model_wake(self._base_model))
-            async with _background(self._follow(), self._run_cycles(), self._mind_engine()):
+            async with _background(
+                self._follow(), self._run_cycles(), self._mind_engine(), self._hand_over()
+            ):
                 await self._lease.set_state("ready")
                 lost = asyncio.create_task(self._lease.lost.wait())
                 stopped = asyncio.create_task(stop.wait())
@@ -133,6 +147,7 @@ class Worker:
         """Look at every live run and at every own one: hints may be lost, and time passes."""
         known = {run_id: (run, run.tenure.committed) for run_id, run in self._runs.items()}
         live = await self._oplog.live_runs(self._base_model)
+        await self._heed_wishes()
         headers = await self._oplog.headers(sorted({*live, *known}))
         for run_id, (run, committed) in known.items():
             if self._runs.get(run_id) is run:
@@ -153,12 +168,30 @@ class Worker:
         elif (
             run.idle
             and header.admitted == tenure.committed
+            and (tenure.owner.executed_to == tenure.committed or tenure.owner.broken)
             and await self._is_overdue(tenure.run_id, header)
         ):
             with contextlib.suppress(Left):  # what was missing has come after all
                 last = await self._oplog.last_parked(tenure.run_id)
-                await drive(give_up_gap(tenure, last), run.effects.perform)
+                saved = await self._save_last_state(run)
+                await drive(give_up_gap(tenure, last, saved=saved), run.effects.perform)
             await self._forget(run)
+
+    async def _save_last_state(self, run: OwnedRun) -> str:
+        """The path of a checkpoint of the state that the engine has; empty if it has none."""
+        if run.owner.broken or run.context.record is None or run.owner.under_way:
+            return ""
+        return await self._save_state(run, run.owner.executed_to)
+
+    async def _save_state(self, run: OwnedRun, seq: int) -> str:
+        """Likewise; empty also if it cannot be saved now, for the run must end all the same."""
+        client = self._oplog.redis
+        try:
+            async with asyncio.timeout(SAVE_S):
+                return await save_last_state(self._engine, self._blobs, client, run.context, seq)
+        except (EngineDied, EngineFailed, LuthierError, OutOfMemory, TimeoutError, *REDIS_ERRORS):
+            log.exception("no checkpoint of %s after seq %d", run.tenure.run_id, seq)
+            return ""
 
     async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:
         """Whether ops wait above a gap that is not going to be filled."""
@@ -198,15 +231,11 @@ class Worker:
         if not headers or not self._watch.is_up:
             return
         workers = await self._oplog.live_workers()
-        trainers = [
-            name
-            for name, lease in workers.items()
-            if lease["role"] == "trainer" and lease["base_model"] == self._base_model
-        ]
+        trainers = self._trainers(workers)
         for run_id, header in headers.items():
             # A run under my own name that I do not have is one whose state I threw away.
-            is_mine = header.owner == self._lease.owner
-            if not is_mine and _is_live(header.owner, workers):
+            is_free = header.owner == self._lease.owner or run_id in self._wishes.settled
+            if not is_free and _is_live(header.owner, workers):
                 continue
             if run_id == self._executing:
                 continue  # a step from before would meet the state that is rebuilt
@@ -225,8 +254,24 @@ class Worker:
             for run_id in noted.keys() - headers.keys():
                 del noted[run_id]
 
+    def _trainers(self, workers: dict[str, dict[str, str]]) -> list[str]:
+        """The names of those alive that serve this base model."""
+        return [
+            name
+            for name, lease in workers.items()
+            if lease["role"] == "trainer" and lease["base_model"] == self._base_model
+        ]
+
     def _is_my_turn(self, run_id: str, trainers: list[str]) -> bool:
-        """At once for the trainer that ranks first for this run, for others after a lease time."""
+        """At once for the trainer that ranks first for this run, for others after a lease time.
+
+        One that an operator wants it to have is the only one.
+        """
+        if target := self._wishes.target_of(run_id, trainers):
+            return target == self._lease.name
+        trainers = self._wishes.candidates(trainers)
+        if self._lease.name not in trainers:
+            return False
         if max(trainers, key=lambda name: _rank(run_id, name), default="") == self._lease.name:
             return True
         since = self._unowned_since.setdefault(run_id, self._clock())
@@ -239,7 +284,7 @@ class Worker:
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
         effects.spares_engine = self._watch.gives_up(run_id)
-        num_deaths = self._watch.num_deaths
+        num_deaths, began = self._watch.num_deaths, self._clock()
         try:
             tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         except REDIS_ERRORS:
@@ -260,15 +305,32 @@ class Worker:
             return  # what was restored has gone with its engine
         if effects.spares_engine:
             tenure.owner.break_run(GIVEN_UP)
+        if run_id in self._wishes.targets:
+            await self._moves.forget(run_id)
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
         run.alone = self._watch.suspects(run_id)
+        cause = cause_of(header, self._lease.owner, tenure)
+        if cause and run_id not in self._wishes.settled:
+            run.rebuild = Rebuild(tenure, cause, began=began, clock=self._clock)
         self._runs[run_id] = run
         run.start()
         await self._hints.subscribe(keys.run_new(run_id))
         epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
+        self._note_if_rebuilt(run)
+
+    def _note_if_rebuilt(self, run: OwnedRun, reason: str = "") -> None:
+        """Write the run's recovery into its history once it has ended."""
+        rebuild = run.rebuild
+        if rebuild is not None and (reason or rebuild.has_ended):
+            run.rebuild = None
+            event = rebuild.event(self._lease.name, reason)
+            # The store may be away, and nobody waits for this.
+            noting = asyncio.create_task(note(self._blobs, run.context, event))
+            self._noting.add(noting)
+            noting.add_done_callback(self._noting.discard)
 
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
@@ -300,6 +362,41 @@ class Worker:
         with contextlib.suppress(EngineDied):
             await self._engine.drop(run_id)
         run.end()
+
+    # --- moving -----------------------------------------------------------------------------------
+
+    async def _heed_wishes(self) -> None:
+        """Have every own run handed over that an operator wants elsewhere."""
+        self._wishes = wishes = await self._moves.read()
+        if not (wishes.targets or self._lease.name in wishes.drained):
+            return
+        trainers = self._trainers(await self._oplog.live_workers())
+        others = [name for name in wishes.candidates(trainers) if name != self._lease.name]
+        for run_id, run in self._runs.items():
+            target = wishes.target_of(run_id, trainers)
+            if self._lease.name in wishes.drained and others and not target:
+                target = max(others, key=lambda name: _rank(run_id, name))
+            if target == self._lease.name:
+                await self._moves.forget(run_id)
+            elif target and not run.paused:
+                run.paused = True
+                self._to_hand_over.put_nowait((run_id, target))
+
+    async def _hand_over(self) -> None:
+        """Settle runs and let them go, one at a time and for ever."""
+        while True:
+            run_id, target = await self._to_hand_over.get()
+            if (run := self._runs.get(run_id)) is None:
+                continue
+            try:
+                async with self._cycling:  # no step of it is under way
+                    await run.settle()
+                await self._moves.settle(run_id, target)
+                log.info("handing %s over to %s", run_id, target)
+                await self._forget(run)
+            except (EngineDied, *REDIS_ERRORS) as error:
+                log.warning("%s stays: %s", run_id, error)
+                run.paused = False
 
     # --- the engine's death -----------------------------------------------------------------------
 
@@ -364,8 +461,7 @@ class Worker:
             await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
-            reason = f"the run's state could not be rebuilt after a restart: {error}"
-            run.owner.break_run(reason)
+            await self._give_up(run, str(error))
         except EngineDied as death:
             await self._watch.blame(run, death)
         except NotRebuilt as error:
@@ -377,10 +473,26 @@ class Worker:
             log.warning("leaving a run: %s", error)
             await self._forget(run)
 
+    async def _give_up(self, run: OwnedRun, difference: str) -> None:
+        """A replay went another way than the run did: no state of it can be trusted but a stored.
+
+        That one is offered as a checkpoint, and everything that is not committed fails.
+        """
+        saved = ""
+        ref, snapshots = run.tenure.sound, self._snapshots
+        if ref is not None and snapshots is not None and await snapshots.restore(run.context, ref):
+            path = await self._save_state(run, ref.seq)
+            saved = f"; its state after seq {ref.seq} is {path}" if path else ""
+        reason = f"the run's state could not be rebuilt after a restart: {difference}{saved}"
+        run.owner.break_run(reason)
+        self._note_if_rebuilt(run, difference)
+
     async def _carry_out(self, run: OwnedRun) -> None:
         """Execute the next op of a run, hand its commit over, and copy the state if it is time."""
         run_id = run.tenure.run_id
         carried_out = await drive(execute_next(run.tenure), run.effects.perform)
+        if run.rebuild is not None:
+            self._note_if_rebuilt(run)
         if carried_out is not None and carried_out[0].publish:
             await run.commits.put(carried_out)
             run.alone = False
@@ -407,6 +519,8 @@ class Worker:
                         log.error("drained without a snapshot: %s", result)
         for run in self._runs.values():
             run.end()
+        for noting in self._noting:
+            noting.cancel()
         await self._lease.release()
 
 
