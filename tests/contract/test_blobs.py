@@ -1,6 +1,7 @@
 """What every object store promises; and for each store how it survives its own kind of trouble."""
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -399,3 +400,26 @@ async def test_a_wrong_store_url_is_refused_with_what_is_right(
     with pytest.raises(ConfigError, match=says):
         async with open_blobs(config(tmp_path, url)):
             pass
+
+
+async def test_a_disk_that_is_full_is_an_outage_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    blobs = DiskBlobs(tmp_path, "", b"secret")
+    etag = await blobs.put(KEY, b"first")
+
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_room)
+        for write in (
+            lambda: blobs.put(KEY, b"second"),
+            lambda: blobs.put_if_absent(f"{KEY}.new", b"second"),
+            lambda: blobs.put_if_match(KEY, b"second", etag),
+        ):
+            with pytest.raises(Unavailable, match="full"):
+                await write()
+    assert await blobs.get(KEY) == b"first"
+    assert [info.key async for info in blobs.list("")] == [KEY]
+    assert list((tmp_path / "tmp").iterdir()) == []
