@@ -10,7 +10,7 @@ FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
+.PHONY: quickstart setup fmt check sim sim-long cluster-long chaos chaos-long fuzz test up proto compat compat-newest \
 	bench bench-log build
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
@@ -44,6 +44,13 @@ sim-long: $(READY)                      ## 20,000, and how often each planted bu
 
 cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
 	$(BIN)/python tests/cluster/run.py --trials 50 --planted
+
+chaos: $(READY)                         ## the whole service, killed at every crash point: < 10 minutes
+	$(BIN)/python tests/chaos/run.py
+
+chaos-long: $(READY)                    ## 900 faulted runs with a toy engine, 100 with torch, planted bugs
+	$(BIN)/python tests/chaos/run.py --long
+	$(BIN)/python tests/chaos/run.py --planted
 
 fuzz: $(READY) $(FUZZ_READY)            ## generated requests for FUZZ_SECONDS, from the OpenAPI description
 	$(BIN)/python tests/fuzz/run.py --schemathesis $(FUZZ_VENV)/bin/st --seconds $(FUZZ_SECONDS)

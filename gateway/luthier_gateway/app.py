@@ -148,11 +148,16 @@ def build_app(config: Config) -> web.Application:
         async with open_backends(config) as opened, openai.open_openai(opened) as shared:
             app[BACKENDS], app[openai.OPENAI] = opened, shared
             watch = app[GENERATION] = GenerationWatch(opened.oplog, opened.blobs)
-            watching = asyncio.create_task(watch.keep_looking(config.gateway.recheck_s))
+            recheck_s = config.gateway.recheck_s
+            tasks = [
+                asyncio.create_task(watch.keep_looking(recheck_s)),
+                asyncio.create_task(opened.accepted_samples.keep_looking(recheck_s)),
+            ]
             async with connect(config.side_redis_url()) as counters:
                 app[QUOTAS] = Quotas(config, opened.oplog, counters)
                 yield
-            await _cancel(watching)
+            for task in tasks:
+                await _cancel(task)
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)

@@ -94,13 +94,15 @@ async def retrieve_futures(request: web.Request) -> web.Response:
     hold_s = backends.config.gateway.poll_hold_s
     timeout_s = hold_s if wanted.timeout is None else min(wanted.timeout, hold_s)
     await failpoint("gw.poll", "samples")
+    cursor = wanted.prev_cursor
     try:
+        if wanted.prev_cursor > await backends.oplog.last_completion(session, clone):
+            # Redis went back to an earlier state, and counts anew: none of what it has is known.
+            cursor = 0
         # The client has what it acknowledges: only a poll proves that the reply before arrived.
-        await backends.oplog.acknowledge(
-            session, clone, to=wanted.prev_cursor, seqs=_seqs_of(session, wanted)
-        )
+        await backends.oplog.acknowledge(session, clone, to=cursor, seqs=_seqs_of(session, wanted))
         completions = await backends.futures.wait_completions(
-            session, clone, after=wanted.prev_cursor, timeout_s=timeout_s
+            session, clone, after=cursor, timeout_s=timeout_s
         )
     except REDIS_ERRORS:
         await hold_in_trouble()
@@ -120,7 +122,7 @@ async def retrieve_futures(request: web.Request) -> web.Response:
                 }
                 for item in completions
             ],
-            "cursor": completions[-1].position if completions else wanted.prev_cursor,
+            "cursor": completions[-1].position if completions else cursor,
         }
     )
 

@@ -120,7 +120,7 @@ class StoreProxy:
     async def running(self) -> AsyncIterator[None]:
         app = web.Application(client_max_size=2**28)
         app.router.add_route("*", "/{path:.*}", self.handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
         async with aiohttp.ClientSession(auto_decompress=False) as self._http:
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -223,22 +223,6 @@ async def test_swappers_in_several_processes_lose_no_increment(tmp_path: Path) -
     assert await store.get("n") == b"60"
 
 
-async def test_a_failed_write_leaves_the_object_and_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = DiskBlobs(tmp_path, "", b"")
-    await store.put(KEY, b"whole")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        await store.put(KEY, b"other")
-    assert await store.get(KEY) == b"whole"
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
 async def test_opening_removes_what_a_dead_writer_left_a_day_ago(tmp_path: Path) -> None:
     DiskBlobs(tmp_path, "", b"")
     old, fresh = tmp_path / "tmp" / "old", tmp_path / "tmp" / "fresh"
