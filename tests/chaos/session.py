@@ -1,9 +1,11 @@
 """Programs on one stack, first undisturbed, then again and again while a scenario hurts it."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -99,9 +101,22 @@ def _count(stack: Stack, shown: Shown) -> None:
             shown.verdict.counters.executed += number
 
 
+async def _play_aside(script: Script, url: str, told: Transcript) -> None:
+    """Play on a thread of its own, which nobody waits for once the session has failed."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def run() -> None:
+        play(script, url, API_KEY, told)
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=run, daemon=True).start()
+    await ended.wait()
+
+
 async def _reference(stack: Stack, script: Script, verdict: Verdict) -> Played:
     told = Transcript()
-    await asyncio.to_thread(play, script, stack.url, API_KEY, told)
+    await _play_aside(script, stack.url, told)
     verdict.expect(not told.ended_early, f"undisturbed: {told.ended_early}")
     for label, result in told.results:
         expected = label in ("refused", "poison")
@@ -161,7 +176,7 @@ class _Lanes:
         began = time.monotonic()
         num_faults, num_rollbacks = len(stack.faults), stack.num_rollbacks
         num_restarts = stack.history.num_restarts
-        playing = asyncio.create_task(asyncio.to_thread(play, script, stack.url, API_KEY, told))
+        playing = asyncio.create_task(_play_aside(script, stack.url, told))
         while not playing.done():
             await asyncio.wait({playing}, timeout=0.1)
             for run_id in told.run_ids:

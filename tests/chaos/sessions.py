@@ -107,9 +107,6 @@ def long_sessions(model: Callable[[], Path]) -> dict[str, Session]:
     return _sessions(model, long=True)
 
 
-SMALL = toy("small", in_turn(random_kills(2), undisturbed), lanes=2, scripts=scripts(1))
-"""What `make test` plays."""
-
 PLANTED = {
     "trim before compare-and-swap": toy("planted", damaged_snapshots),
     "unconditional HEAD write": toy("planted", zombies),
