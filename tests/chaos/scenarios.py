@@ -79,7 +79,7 @@ def random_kills(num_kills: int, pause_s: float = 0.5) -> Scenario:
             if stack.rng.random() < 0.2:
                 await stack.freeze(part, 1.5 * LEASE_S)
             elif part.role == "trainer" and stack.rng.random() < 0.5 and _has_child(stack):
-                stack.kill_engine(part)
+                await stack.kill_engine(part)
             else:
                 await stack.kill(part)
 

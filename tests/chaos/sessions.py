@@ -69,7 +69,7 @@ def torch(name: str, scenario: Scenario, model: Path, *, min_runs: int) -> Sessi
 def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
     """`long`: the same ones, each until its share of 900 + 100 runs was faulted."""
     many = 10 if long else 1
-    share = 130 if long else 0
+    share = 180 if long else 0
     listed = [
         toy("crash points", crash_points, min_runs=share),
         toy("zombies", in_turn(*[zombies] * many), min_runs=share),
@@ -83,14 +83,14 @@ def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
             "s3: kills, outages, slowness, lost answers",
             in_turn(random_kills(10 * many), store_trouble(many)),
             s3=True,
-            min_runs=share,
+            min_runs=max(share, 8),
         ),
         toy(
             "engine children, poison",
             random_kills(10 * many),
             plan=TOY_CHILD,
             scripts=scripts(2, poison=True),
-            min_runs=share,
+            min_runs=max(share, 8),
         ),
         torch("torch", random_kills(3), model(), min_runs=100 if long else 10),
     ]

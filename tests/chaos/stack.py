@@ -99,8 +99,14 @@ class Stack:
             while part.pid == pid:
                 await asyncio.sleep(0.01)
 
-    def kill_engine(self, part: Part) -> None:
-        """SIGKILL to the engine child of a trainer, which itself lives on."""
+    async def kill_engine(self, part: Part) -> None:
+        """SIGKILL to the engine child of a trainer, which itself lives on.
+
+        Nothing while it starts: then it would end too, and be started again by who started it.
+        """
+        lease = (await self.oplog.live_workers()).get(part.name)
+        if lease is None or lease["state"] != "ready":
+            return
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(part.pid).children():
                 child.kill()

@@ -9,7 +9,7 @@ from luthier_core.owner import Owner, Step
 from luthier_core.protocol import COMMIT_DEPTH, Executed, Left, Tenure, commit_next, drive
 from luthier_trainer.effects import RunEffects
 from luthier_trainer.execution import RunContext
-from luthier_trainer.recovery import Rebuild
+from luthier_trainer.rebuild import Rebuild
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ A run that was taken over from a dead owner is rebuilt exactly or not at all; ei
 once (`runs/R/recovered/{epoch}`). A run that cannot go on leaves its last state as a checkpoint.
 """
 
+import asyncio
+import contextlib
 import logging
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 
 import redis.asyncio as redis
@@ -14,13 +14,20 @@ import redis.asyncio as redis
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import TinkerPath, save_checkpoint
-from luthier_core.oplog import RunHeader
+from luthier_core.errors import LuthierError
+from luthier_core.oplog import REDIS_ERRORS, RunHeader
 from luthier_core.protocol import Tenure
-from luthier_core.records import RecoveryRecord
-from luthier_trainer.engine_client import EngineClient
+from luthier_core.records import RecoveryRecord, RunRecord
+from luthier_trainer.engine_client import EngineClient, EngineDied
 from luthier_trainer.execution import RunContext
+from luthier_trainer.frames import EngineFailed, OutOfMemory
+from luthier_trainer.owned_run import OwnedRun
+from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
+
+SAVE_S = 30.0
+"""For the last checkpoint of a run that cannot go on."""
 
 
 def cause_of(header: RunHeader, me: str, tenure: Tenure) -> str:
@@ -32,75 +39,89 @@ def cause_of(header: RunHeader, me: str, tenure: Tenure) -> str:
     return "engine died" if header.owner == me else "trainer died"
 
 
-class Rebuild:
-    """A run's state on its way back: from its snapshot, over its log, to what was committed."""
+class Recoveries:
+    """What one worker tells of the recoveries of its runs."""
 
     def __init__(
-        self,
-        tenure: Tenure,
-        cause: str,
-        *,
-        began: float,
-        clock: Callable[[], float] = time.monotonic,
+        self, worker: str, engine: EngineClient, blobs: Blobs, client: redis.Redis
     ) -> None:
-        self.cause = cause
-        self.from_seq = tenure.owner.executed_to
-        self.to_seq = tenure.committed
-        self._tenure = tenure
-        self._began = began
-        self._clock = clock
+        self._worker = worker
+        self._engine = engine
+        self._blobs = blobs
+        self._redis = client
+        self._noting: set[asyncio.Task[None]] = set()
+        """Events that are being written."""
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the next op is one that was never committed."""
-        return self._tenure.owner.executed_to >= self.to_seq or self._tenure.owner.broken
-
-    def event(self, worker: str, reason: str = "") -> RecoveryRecord:
-        """What has become of it; `reason`: why the state could not be rebuilt."""
-        return RecoveryRecord(
-            epoch=self._tenure.epoch,
-            at=datetime.now(UTC),
-            cause=self.cause,
-            worker=worker,
-            from_seq=self.from_seq,
-            to_seq=self.to_seq,
-            outcome="lost" if reason or self._tenure.owner.broken else "exact",
-            reason=reason,
-            seconds=round(self._clock() - self._began, 3),
+    def note_if_ended(self, run: OwnedRun, reason: str = "") -> None:
+        """Write a run's recovery into its history once it has ended; `reason`: why it failed."""
+        rebuild = run.rebuild
+        if rebuild is None or not (reason or rebuild.has_ended):
+            return
+        run.rebuild = None
+        event = rebuild.event(self._worker, reason)
+        log.info(
+            "%s is back after: %s; rebuilt from seq %d to %d in %.3f s",
+            *(run.tenure.run_id, event.cause, event.from_seq, event.to_seq, event.seconds),
         )
+        # The store may be away, and nobody waits for this.
+        noting = asyncio.create_task(self._write(run.context, event))
+        self._noting.add(noting)
+        noting.add_done_callback(self._noting.discard)
 
+    async def save_state(self, run: OwnedRun, seq: int) -> str:
+        """The path of a checkpoint of the state that the engine has of a run: that after op `seq`.
 
-async def note(blobs: Blobs, run: RunContext, event: RecoveryRecord) -> None:
-    """Add an event to the run's public history; once per epoch."""
-    log.info(
-        "%s is back after: %s; rebuilt from seq %d to %d in %.3f s",
-        *(run.run_id, event.cause, event.from_seq, event.to_seq, event.seconds),
-    )
-    key = keys.run_recovery(run.tenant, run.run_id, event.epoch)
-    await outlasting_outage(lambda: blobs.put_if_absent(key, event.to_bytes()))
+        May be repeated, under a later epoch too. Empty if there is none, or it cannot be saved now:
+        the run must end all the same.
+        """
+        if run.owner.under_way or run.context.record is None:
+            return ""
+        try:
+            async with asyncio.timeout(SAVE_S):
+                return await self._save(run.context, run.context.record, seq)
+        except (EngineDied, EngineFailed, LuthierError, OutOfMemory, TimeoutError, *REDIS_ERRORS):
+            log.exception("no checkpoint of %s after seq %d", run.tenure.run_id, seq)
+            return ""
 
+    async def give_up(self, run: OwnedRun, difference: str, snapshots: Snapshots | None) -> None:
+        """A replay went another way than the run did: no state of it can be trusted but a stored.
 
-async def save_last_state(
-    engine: EngineClient, blobs: Blobs, client: redis.Redis, run: RunContext, seq: int
-) -> str:
-    """The tinker path of a checkpoint of the state that the engine has: the one after op `seq`.
-
-    May be repeated, under a later epoch too.
-    """
-    assert run.record is not None
-    record, name = run.record, f"recovery-{seq}"
-    files = await engine.save(run.run_id, optimizer=True)
-    await outlasting_outage(
-        lambda: save_checkpoint(
-            *(blobs, client),
-            run=record,
-            kind="weights",
-            name=name,
-            seq=seq,
-            epoch=run.epoch,
-            files=files,
-            manifest_key=keys.recovery_manifest(run.tenant, run.run_id, seq),
-            now=datetime.now(UTC),
+        That one is offered as a checkpoint, and everything that is not committed fails.
+        """
+        saved = ""
+        if (ref := run.tenure.sound) is not None and snapshots is not None:
+            with contextlib.suppress(EngineDied, EngineFailed, LuthierError, OutOfMemory):
+                if await snapshots.restore(run.context, ref) is not None:
+                    path = await self.save_state(run, ref.seq)
+                    saved = f"; its state after seq {ref.seq} is {path}" if path else ""
+        run.owner.break_run(
+            f"the run's state could not be rebuilt after a restart: {difference}{saved}"
         )
-    )
-    return str(TinkerPath(run.run_id, "weights", name))
+        self.note_if_ended(run, difference)
+
+    def end(self) -> None:
+        """Write nothing more."""
+        for noting in self._noting:
+            noting.cancel()
+
+    async def _write(self, run: RunContext, event: RecoveryRecord) -> None:
+        key = keys.run_recovery(run.tenant, run.run_id, event.epoch)
+        await outlasting_outage(lambda: self._blobs.put_if_absent(key, event.to_bytes()))
+
+    async def _save(self, run: RunContext, record: RunRecord, seq: int) -> str:
+        name = f"recovery-{seq}"
+        files = await self._engine.save(run.run_id, optimizer=True)
+        await outlasting_outage(
+            lambda: save_checkpoint(
+                *(self._blobs, self._redis),
+                run=record,
+                kind="weights",
+                name=name,
+                seq=seq,
+                epoch=run.epoch,
+                files=files,
+                manifest_key=keys.recovery_manifest(run.tenant, run.run_id, seq),
+                now=datetime.now(UTC),
+            )
+        )
+        return str(TinkerPath(run.run_id, "weights", name))

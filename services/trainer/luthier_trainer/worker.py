@@ -2,8 +2,8 @@
 
 Four loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
 itself once a second. `_run_cycles` plans and executes, one engine call at a time. `_mind_engine`
-leaves every run when the engine has died, and starts another. `_hand_over` lets go of runs that an
-operator wants elsewhere. Each run commits for itself
+leaves every run when the engine has died, and starts another. `_handing_over` lets go of runs
+that an operator wants elsewhere. Each run commits for itself
 (OwnedRun), so that the engine goes on while results are stored and committed.
 """
 
@@ -18,11 +18,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from luthier_core import keys
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
-from luthier_core.errors import LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
-from luthier_core.moves import Moves, Wishes
+from luthier_core.moves import Moves
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.owner import Diverged
 from luthier_core.protocol import (
@@ -38,10 +37,12 @@ from luthier_trainer.effects import NotRebuilt, RunEffects
 from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.engine_watch import GIVEN_UP, EngineWatch
 from luthier_trainer.execution import Executor, RunContext
-from luthier_trainer.frames import EngineFailed, OutOfMemory
+from luthier_trainer.frames import OutOfMemory
+from luthier_trainer.handover import HandingOver
 from luthier_trainer.owned_run import OwnedRun
 from luthier_trainer.planner import Head, Share, plan
-from luthier_trainer.recovery import Rebuild, cause_of, note, save_last_state
+from luthier_trainer.rebuild import Rebuild
+from luthier_trainer.recovery import Recoveries, cause_of
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,6 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 DRAIN_S = 10.0
 TAKE_OVER_PAUSE_S = 10.0
-SAVE_S = 30.0
-"""For the last checkpoint of a run that cannot go on."""
 
 
 class Worker:
@@ -92,12 +91,13 @@ class Worker:
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
-        self._noting: set[asyncio.Task[None]] = set()
-        """Events of recoveries that are being written."""
-        self._moves = Moves(oplog.redis, base_model)
-        self._wishes = Wishes()
-        self._to_hand_over: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-        """Runs that are to have another trainer, and which."""
+        self._recoveries = Recoveries(lease.name, self._engine, blobs, oplog.redis)
+        self._handing_over = HandingOver(
+            lease.name,
+            Moves(oplog.redis, base_model),
+            cycling=self._cycling,
+            forget=self._forget,
+        )
         self._draining = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -106,7 +106,7 @@ class Worker:
         async with _background(self._hints.listen(), renewing):
             await self._hints.subscribe(keys.model_wake(self._base_model))
             async with _background(
-                self._follow(), self._run_cycles(), self._mind_engine(), self._hand_over()
+                self._follow(), self._run_cycles(), self._mind_engine(), self._handing_over.run()
             ):
                 await self._lease.set_state("ready")
                 lost = asyncio.create_task(self._lease.lost.wait())
@@ -147,7 +147,9 @@ class Worker:
         """Look at every live run and at every own one: hints may be lost, and time passes."""
         known = {run_id: (run, run.tenure.committed) for run_id, run in self._runs.items()}
         live = await self._oplog.live_runs(self._base_model)
-        await self._heed_wishes()
+        if await self._handing_over.look():
+            trainers = self._trainers(await self._oplog.live_workers())
+            await self._handing_over.heed(self._runs.values(), trainers, _rank)
         headers = await self._oplog.headers(sorted({*live, *known}))
         for run_id, (run, committed) in known.items():
             if self._runs.get(run_id) is run:
@@ -173,25 +175,13 @@ class Worker:
         ):
             with contextlib.suppress(Left):  # what was missing has come after all
                 last = await self._oplog.last_parked(tenure.run_id)
-                saved = await self._save_last_state(run)
+                saved = (
+                    ""
+                    if run.owner.broken
+                    else await self._recoveries.save_state(run, run.owner.executed_to)
+                )
                 await drive(give_up_gap(tenure, last, saved=saved), run.effects.perform)
             await self._forget(run)
-
-    async def _save_last_state(self, run: OwnedRun) -> str:
-        """The path of a checkpoint of the state that the engine has; empty if it has none."""
-        if run.owner.broken or run.context.record is None or run.owner.under_way:
-            return ""
-        return await self._save_state(run, run.owner.executed_to)
-
-    async def _save_state(self, run: OwnedRun, seq: int) -> str:
-        """Likewise; empty also if it cannot be saved now, for the run must end all the same."""
-        client = self._oplog.redis
-        try:
-            async with asyncio.timeout(SAVE_S):
-                return await save_last_state(self._engine, self._blobs, client, run.context, seq)
-        except (EngineDied, EngineFailed, LuthierError, OutOfMemory, TimeoutError, *REDIS_ERRORS):
-            log.exception("no checkpoint of %s after seq %d", run.tenure.run_id, seq)
-            return ""
 
     async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:
         """Whether ops wait above a gap that is not going to be filled."""
@@ -232,9 +222,10 @@ class Worker:
             return
         workers = await self._oplog.live_workers()
         trainers = self._trainers(workers)
+        settled = self._handing_over.wishes.settled
         for run_id, header in headers.items():
             # A run under my own name that I do not have is one whose state I threw away.
-            is_free = header.owner == self._lease.owner or run_id in self._wishes.settled
+            is_free = header.owner == self._lease.owner or run_id in settled
             if not is_free and _is_live(header.owner, workers):
                 continue
             if run_id == self._executing:
@@ -267,9 +258,10 @@ class Worker:
 
         One that an operator wants it to have is the only one.
         """
-        if target := self._wishes.target_of(run_id, trainers):
+        wishes = self._handing_over.wishes
+        if target := wishes.target_of(run_id, trainers):
             return target == self._lease.name
-        trainers = self._wishes.candidates(trainers)
+        trainers = wishes.candidates(trainers)
         if self._lease.name not in trainers:
             return False
         if max(trainers, key=lambda name: _rank(run_id, name), default="") == self._lease.name:
@@ -305,32 +297,20 @@ class Worker:
             return  # what was restored has gone with its engine
         if effects.spares_engine:
             tenure.owner.break_run(GIVEN_UP)
-        if run_id in self._wishes.targets:
-            await self._moves.forget(run_id)
+        await self._handing_over.granted(run_id)
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
         run.alone = self._watch.suspects(run_id)
         cause = cause_of(header, self._lease.owner, tenure)
-        if cause and run_id not in self._wishes.settled:
+        if cause and run_id not in self._handing_over.wishes.settled:
             run.rebuild = Rebuild(tenure, cause, began=began, clock=self._clock)
         self._runs[run_id] = run
         run.start()
         await self._hints.subscribe(keys.run_new(run_id))
         epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
-        self._note_if_rebuilt(run)
-
-    def _note_if_rebuilt(self, run: OwnedRun, reason: str = "") -> None:
-        """Write the run's recovery into its history once it has ended."""
-        rebuild = run.rebuild
-        if rebuild is not None and (reason or rebuild.has_ended):
-            run.rebuild = None
-            event = rebuild.event(self._lease.name, reason)
-            # The store may be away, and nobody waits for this.
-            noting = asyncio.create_task(note(self._blobs, run.context, event))
-            self._noting.add(noting)
-            noting.add_done_callback(self._noting.discard)
+        self._recoveries.note_if_ended(run)
 
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
@@ -362,41 +342,6 @@ class Worker:
         with contextlib.suppress(EngineDied):
             await self._engine.drop(run_id)
         run.end()
-
-    # --- moving -----------------------------------------------------------------------------------
-
-    async def _heed_wishes(self) -> None:
-        """Have every own run handed over that an operator wants elsewhere."""
-        self._wishes = wishes = await self._moves.read()
-        if not (wishes.targets or self._lease.name in wishes.drained):
-            return
-        trainers = self._trainers(await self._oplog.live_workers())
-        others = [name for name in wishes.candidates(trainers) if name != self._lease.name]
-        for run_id, run in self._runs.items():
-            target = wishes.target_of(run_id, trainers)
-            if self._lease.name in wishes.drained and others and not target:
-                target = max(others, key=lambda name: _rank(run_id, name))
-            if target == self._lease.name:
-                await self._moves.forget(run_id)
-            elif target and not run.paused:
-                run.paused = True
-                self._to_hand_over.put_nowait((run_id, target))
-
-    async def _hand_over(self) -> None:
-        """Settle runs and let them go, one at a time and for ever."""
-        while True:
-            run_id, target = await self._to_hand_over.get()
-            if (run := self._runs.get(run_id)) is None:
-                continue
-            try:
-                async with self._cycling:  # no step of it is under way
-                    await run.settle()
-                await self._moves.settle(run_id, target)
-                log.info("handing %s over to %s", run_id, target)
-                await self._forget(run)
-            except (EngineDied, *REDIS_ERRORS) as error:
-                log.warning("%s stays: %s", run_id, error)
-                run.paused = False
 
     # --- the engine's death -----------------------------------------------------------------------
 
@@ -461,7 +406,7 @@ class Worker:
             await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
-            await self._give_up(run, str(error))
+            await self._recoveries.give_up(run, str(error), self._snapshots)
         except EngineDied as death:
             await self._watch.blame(run, death)
         except NotRebuilt as error:
@@ -473,26 +418,11 @@ class Worker:
             log.warning("leaving a run: %s", error)
             await self._forget(run)
 
-    async def _give_up(self, run: OwnedRun, difference: str) -> None:
-        """A replay went another way than the run did: no state of it can be trusted but a stored.
-
-        That one is offered as a checkpoint, and everything that is not committed fails.
-        """
-        saved = ""
-        ref, snapshots = run.tenure.sound, self._snapshots
-        if ref is not None and snapshots is not None and await snapshots.restore(run.context, ref):
-            path = await self._save_state(run, ref.seq)
-            saved = f"; its state after seq {ref.seq} is {path}" if path else ""
-        reason = f"the run's state could not be rebuilt after a restart: {difference}{saved}"
-        run.owner.break_run(reason)
-        self._note_if_rebuilt(run, difference)
-
     async def _carry_out(self, run: OwnedRun) -> None:
         """Execute the next op of a run, hand its commit over, and copy the state if it is time."""
         run_id = run.tenure.run_id
         carried_out = await drive(execute_next(run.tenure), run.effects.perform)
-        if run.rebuild is not None:
-            self._note_if_rebuilt(run)
+        self._recoveries.note_if_ended(run)
         if carried_out is not None and carried_out[0].publish:
             await run.commits.put(carried_out)
             run.alone = False
@@ -519,8 +449,7 @@ class Worker:
                         log.error("drained without a snapshot: %s", result)
         for run in self._runs.values():
             run.end()
-        for noting in self._noting:
-            noting.cancel()
+        self._recoveries.end()
         await self._lease.release()
 
 
