@@ -108,7 +108,9 @@ def long_sessions(model: Callable[[], Path]) -> dict[str, Session]:
 
 
 PLANTED = {
-    "trim before compare-and-swap": toy("planted", damaged_snapshots),
+    "trim before compare-and-swap": toy(
+        "planted", damaged_snapshots, scripts=scripts(3, stuck_s=25.0)
+    ),
     "unconditional HEAD write": toy("planted", zombies),
     "result overwritten on replay": toy("planted", random_kills(10)),
     "no blame": toy("planted", undisturbed, plan=TOY_CHILD, scripts=scripts(1, poison=True)),
