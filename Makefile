@@ -9,14 +9,24 @@ READY := $(VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
+TEST_PROCESSES ?= 2
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long chaos chaos-long fuzz test up proto compat compat-newest \
-	bench bench-log build
+.PHONY: quickstart setup fmt check up proto reference build
+.PHONY: test test-s3 malicious sim sim-long cluster-long chaos chaos-long fuzz compat compat-newest
+.PHONY: bench bench-log bench-listing
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
 
-setup: $(READY)                         ## the environment with everything, made once
+set# A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
+test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
+	$(BIN)/python -m pytest --stores disk,moto,rgw --races 1000 \
+		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
+
+malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
+	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
+
+up: $(READY)                         ## the environment with everything, made once
 
 # torch by name first: a looser range pulls several GB of CUDA packages. Groups need pip 25.1.
 $(READY): pyproject.toml constraints.txt
@@ -62,7 +72,7 @@ $(FUZZ_READY): tests/fuzz/requirements.txt
 	touch $(FUZZ_READY)
 
 test: $(READY)                          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)
@@ -70,6 +80,9 @@ up: $(READY)                            ## the whole stack on this machine, tiny
 proto: $(READY)                         ## generate the code of our .proto anew
 	$(BIN)/python -m grpc_tools.protoc -I core --python_out=core --pyi_out=core \
 		core/luthier_core/proto/wire.proto
+
+reference: $(READY)                     ## docs/sdk-reference.md from the docstrings of the client
+	$(BIN)/python docs/sdk_reference.py
 
 compat: $(READY)                        ## every SDK release against a stack; writes docs/compatibility.md
 	$(BIN)/python -m tests.compat.matrix
@@ -82,6 +95,9 @@ bench: $(READY)                         ## milliseconds per step through the who
 
 bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
 	$(BIN)/python benchmarks/bench_log.py
+
+bench-listing: $(READY)                 ## pages of 100,000 checkpoints and 10,000 runs
+	$(BIN)/python benchmarks/bench_listing.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

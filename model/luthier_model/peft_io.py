@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from luthier_core.errors import BadRequest
+from luthier_core.errors import BadRequest, InvalidField
+from luthier_core.safetensors_check import check_finite, read_header
 from luthier_model.lora import (
     LORA_ALPHA,
     TARGETS,
@@ -85,6 +86,9 @@ def adapter_from_files(
     """
     config = _plain_config(files)
     rank: int = config["r"]
+    if WEIGHTS_FILE in files:
+        data = files[WEIGHTS_FILE]
+        check_finite(data, read_header(data, WEIGHTS_FILE), WEIGHTS_FILE)
     tensors = {
         name: tensor
         for name, tensor in tensors_from(files, WEIGHTS_FILE).items()
@@ -119,8 +123,9 @@ def tensors_from(files: Mapping[str, bytes], file: str) -> dict[str, Tensor]:
     if file not in files:
         raise BadRequest(f"the checkpoint has no {file}; it has {sorted(files)}")
     try:
+        read_header(files[file], file)
         return safetensors.torch.load(files[file])
-    except SafetensorError as error:
+    except (InvalidField, SafetensorError) as error:
         raise BadRequest(f"{file}: {error}") from error
 
 

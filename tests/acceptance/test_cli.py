@@ -33,7 +33,7 @@ class Cli:
         return subprocess.run(
             [sys.executable, "-m", "tinker.cli", *arguments],
             input=stdin,
-            env=environ,
+            env=environ | {"PYTHONFAULTHANDLER": "1"},
             cwd=self.home,
             capture_output=True,
             text=True,

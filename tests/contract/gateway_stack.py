@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from luthier_core import keys
 from luthier_core.auth import key_hmac
 from luthier_core.blobs import open_blobs
-from luthier_core.config import Config, GatewayConfig, LimitsConfig, ModelConfig, dump_config
+from luthier_core.config import (
+    Config,
+    GatewayConfig,
+    LimitsConfig,
+    ModelConfig,
+    SamplerConfig,
+    dump_config,
+)
 from luthier_core.records import ApiKeyRecord
 from luthier_core.testing import running_valkey
 
@@ -45,6 +52,8 @@ LIMITS = LimitsConfig(
 )
 MAX_BODY_BYTES = 256 * 1024
 POLL_HOLD_S = 1.0
+CLAIM_IDLE_S = 2.0
+"""Short: a test waits for it when a sampler has died."""
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
@@ -63,6 +72,7 @@ class GatewayStack:
 
     config: Config
     url: str
+    folder: Path
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -99,17 +109,27 @@ def running_gateway_stack(
     """All parts, ready; `folder` must have a short path, for the sockets in it."""
     with running_valkey() as redis_url:
         config = _configure(folder, redis_url, max_body_bytes)
-        stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}")
-        processes: list[subprocess.Popen[bytes]] = []
+        stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}", folder)
+        processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for role in ("registry", "gateway"):
-                processes.append(_start(folder, role))
+                processes[role] = _start(folder, role, role)
             for role in ("trainer", "sampler"):
-                processes.append(_start(folder, role, "--model", BASE_MODEL))
-            _wait_until_healthy(stack, folder)
+                processes[role] = _start(folder, role, role, "--model", BASE_MODEL)
+            _wait_until_healthy(stack, folder, processes)
             yield stack
         finally:
-            _stop(processes)
+            _stop(processes.values())
+
+
+@contextlib.contextmanager
+def another_sampler(stack: GatewayStack, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One more sampler of the stack's model, which may not be ready yet."""
+    process = _start(stack.folder, "sampler", name, "--model", BASE_MODEL)
+    try:
+        yield process
+    finally:
+        _stop([process])
 
 
 def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
@@ -127,6 +147,7 @@ def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
             port=_free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),
         limits=LIMITS,
+        sampler=SamplerConfig(claim_idle_s=CLAIM_IDLE_S),
     )
     (folder / "config.toml").write_text(dump_config(config))
     asyncio.run(_store_keys(config))
@@ -141,12 +162,12 @@ async def _store_keys(config: Config) -> None:
             await blobs.put(name, record.to_bytes())
 
 
-def _start(folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
+def _start(folder: Path, role: str, name: str, *arguments: str) -> subprocess.Popen[bytes]:
     """One service; the end of its standard input stops it, however this process ends."""
     argv = [sys.executable, "-m", f"luthier_{role}", "--config", str(folder / "config.toml")]
-    with (folder / f"{role}.log").open("wb") as log:
+    with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
-            [*argv, "--name", role, *arguments],
+            [*argv, "--name", name, *arguments],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -154,7 +175,7 @@ def _start(folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
         )
 
 
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
     """All drain at once; who does not within STOP_TIMEOUT_S is killed."""
     for process in processes:
         assert process.stdin is not None
@@ -167,10 +188,19 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
-    """Returns once every part is ready; TimeoutError with the parts' last words."""
+def _wait_until_healthy(
+    stack: GatewayStack, folder: Path, processes: Mapping[str, subprocess.Popen[bytes]]
+) -> None:
+    """Returns once every part is ready.
+
+    RuntimeError with its last words as soon as one has ended, TimeoutError with those of all.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
+        for role, process in processes.items():
+            if process.poll() is not None:
+                said = _last_words(folder, role)
+                raise RuntimeError(f"{role} ended with {process.returncode}:\n{said}")
         try:
             with urllib.request.urlopen(f"{stack.url}/api/v1/healthz", timeout=5):
                 return
@@ -179,8 +209,12 @@ def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
         except OSError:
             pass
         time.sleep(0.05)
-    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    logs = {role: _last_words(folder, role) for role in processes}
     raise TimeoutError(f"the stack did not get ready: {logs}")
+
+
+def _last_words(folder: Path, role: str) -> str:
+    return (folder / f"{role}.log").read_text(errors="replace")[-2000:]
 
 
 def _free_port() -> int:

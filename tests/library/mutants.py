@@ -73,8 +73,8 @@ MUTANTS: dict[str, tuple[str, str]] = {
         " and field_of(fields, 'kind') ~= 'rejected'",
         "",
     ),
-    "unpark: bytes stay parked": ("redis.call('HINCRBY', header, 'parked_bytes', -bytes)", ""),
-    "forget_pending: bytes stay": ("redis.call('HINCRBY', header, 'bytes', -bytes)", ""),
+    "unpark: bytes stay parked": ("redis.call('HINCRBY', header, 'parked_bytes', 0 - bytes)", ""),
+    "forget_pending: bytes stay": ("redis.call('HINCRBY', header, 'bytes', 0 - bytes)", ""),
     # --- quarantine
     "note_attempt: attempts count as deaths": (
         "num(known[2], 0)",

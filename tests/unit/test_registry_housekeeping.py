@@ -265,6 +265,8 @@ async def test_what_has_expired_loses_archive_and_files(stack: Stack) -> None:
 async def test_jobs_say_when_they_ran_and_what_they_did(stack: Stack) -> None:
     await job(stack, "sweep")
     jobs = {item["job"]: item for item in (await stack.client.admin("GET", "/jobs"))["jobs"]}
-    assert set(jobs) == {"generation", "rebuild-index", "usage", "storage", "expiry", "sweep"}
+    assert set(jobs) == {
+        *("generation", "rebuild-index", "lists", "usage", "storage", "expiry", "sweep")
+    }
     assert jobs["sweep"]["did"] == {"deleted": 0, "waiting": 0}
     assert "at" not in jobs["usage"]

@@ -33,7 +33,7 @@ _RUN = r"t/[^/]+/runs/(?P<run>[^/]+)/"
 _OP = re.compile(_RUN + r"ops/(?P<seq>\d+)-[0-9a-f]+")
 _RESULT = re.compile(_RUN + r"res/(?P<seq>\d+)-\d+")
 _SNAPSHOT = re.compile(_RUN + r"snap/(?P<ref>\d+-\d+)/[^/]+")
-_CHECKPOINT = re.compile(_RUN + r"(ckpt/\d+-\d+/[^/]+|man/(recovery-)?\d+)")
+_CHECKPOINT = re.compile(_RUN + r"(ckpt/\d+-\d+/[^/]+|man/\d+)")
 _SAMPLE = re.compile(r"t/[^/]+/samples/(?P<session>[^/]+)/(?P<seq>\d+)(-[0-9a-f]+|\.res)")
 _ARCHIVE = re.compile(r"t/[^/]+/archives/(?P<digest>[0-9a-f]+)\.tar")
 

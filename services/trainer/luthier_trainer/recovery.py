@@ -7,19 +7,15 @@ once (`runs/R/recovered/{epoch}`). A run that cannot go on leaves its last state
 import asyncio
 import contextlib
 import logging
-from datetime import UTC, datetime
-
-import redis.asyncio as redis
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
-from luthier_core.checkpoints import TinkerPath, save_checkpoint
 from luthier_core.errors import LuthierError
 from luthier_core.oplog import REDIS_ERRORS, RunHeader
 from luthier_core.protocol import Tenure
-from luthier_core.records import RecoveryRecord, RunRecord
-from luthier_trainer.engine_client import EngineClient, EngineDied
-from luthier_trainer.execution import RunContext
+from luthier_core.records import RecoveryRecord
+from luthier_trainer.engine_client import EngineDied
+from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.frames import EngineFailed, OutOfMemory
 from luthier_trainer.owned_run import OwnedRun
 from luthier_trainer.snapshots import Snapshots
@@ -42,13 +38,10 @@ def cause_of(header: RunHeader, me: str, tenure: Tenure) -> str:
 class Recoveries:
     """What one worker tells of the recoveries of its runs."""
 
-    def __init__(
-        self, worker: str, engine: EngineClient, blobs: Blobs, client: redis.Redis
-    ) -> None:
+    def __init__(self, worker: str, executor: Executor, blobs: Blobs) -> None:
         self._worker = worker
-        self._engine = engine
+        self._executor = executor
         self._blobs = blobs
-        self._redis = client
         self._noting: set[asyncio.Task[None]] = set()
         """Events that are being written."""
 
@@ -74,11 +67,11 @@ class Recoveries:
         May be repeated, under a later epoch too. Empty if there is none, or it cannot be saved now:
         the run must end all the same.
         """
-        if run.owner.under_way or run.context.record is None:
+        if run.owner.under_way or run.owner.broken:
             return ""
         try:
             async with asyncio.timeout(SAVE_S):
-                return await self._save(run.context, run.context.record, seq)
+                return str(await self._executor.save_recovery(run.context, seq) or "")
         except (EngineDied, EngineFailed, LuthierError, OutOfMemory, TimeoutError, *REDIS_ERRORS):
             log.exception("no checkpoint of %s after seq %d", run.tenure.run_id, seq)
             return ""
@@ -107,21 +100,3 @@ class Recoveries:
     async def _write(self, run: RunContext, event: RecoveryRecord) -> None:
         key = keys.run_recovery(run.tenant, run.run_id, event.epoch)
         await outlasting_outage(lambda: self._blobs.put_if_absent(key, event.to_bytes()))
-
-    async def _save(self, run: RunContext, record: RunRecord, seq: int) -> str:
-        name = f"recovery-{seq}"
-        files = await self._engine.save(run.run_id, optimizer=True)
-        await outlasting_outage(
-            lambda: save_checkpoint(
-                *(self._blobs, self._redis),
-                run=record,
-                kind="weights",
-                name=name,
-                seq=seq,
-                epoch=run.epoch,
-                files=files,
-                manifest_key=keys.recovery_manifest(run.tenant, run.run_id, seq),
-                now=datetime.now(UTC),
-            )
-        )
-        return str(TinkerPath(run.run_id, "weights", name))

@@ -91,7 +91,7 @@ class Worker:
         self._executing = ""
         """The run whose step is under way, whether or not it is still ours."""
         self._hints = Hints(oplog.redis, self._on_hint)
-        self._recoveries = Recoveries(lease.name, self._engine, blobs, oplog.redis)
+        self._recoveries = Recoveries(lease.name, executor, blobs)
         self._handing_over = HandingOver(
             lease.name,
             Moves(oplog.redis, base_model),
@@ -173,14 +173,13 @@ class Worker:
             and (tenure.owner.executed_to == tenure.committed or tenure.owner.broken)
             and await self._is_overdue(tenure.run_id, header)
         ):
-            with contextlib.suppress(Left):  # what was missing has come after all
+            # What was missing has come after all; or the engine died, and the next owner does this.
+            with contextlib.suppress(Left, EngineDied):
+                # First: a crash between the two makes it again before anybody is told.
+                recovery = await self._recoveries.save_state(run, tenure.committed)
                 last = await self._oplog.last_parked(tenure.run_id)
-                saved = (
-                    ""
-                    if run.owner.broken
-                    else await self._recoveries.save_state(run, run.owner.executed_to)
-                )
-                await drive(give_up_gap(tenure, last, saved=saved), run.effects.perform)
+                steps = give_up_gap(tenure, last, recovery=recovery)
+                await drive(steps, run.effects.perform)
             await self._forget(run)
 
     async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:
