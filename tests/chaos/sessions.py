@@ -92,7 +92,7 @@ def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
             scripts=scripts(2, poison=True),
             min_runs=max(share, 8),
         ),
-        torch("torch", random_kills(3), model(), min_runs=100 if long else 10),
+        torch("torch", random_kills(3, pause_s=4.0), model(), min_runs=100 if long else 10),
     ]
     if may_mount():
         listed.insert(6, toy("disk full", disk_full(2 * many), small_disk=True, min_runs=share))
