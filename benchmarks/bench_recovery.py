@@ -2,10 +2,10 @@
 
     python benchmarks/bench_recovery.py [--rounds 3] [--model FOLDER] [--seed 0]
 
-recovery: the quickstart on `luthier up` with one trainer, which is killed with SIGKILL at five random
-ones of the steps that it reports: in some rounds the whole trainer, in others its engine alone. What
-it learns must equal the undisturbed quickstart. A wait is the longest silence between two reported
-steps; most of it is the start of a process with torch and the model.
+recovery: the quickstart on `luthier up` with one trainer, which is killed with SIGKILL at five
+random ones of the steps that it reports: in some rounds the whole trainer, in others its engine
+alone. What it learns must equal the undisturbed quickstart. A wait is the longest silence between
+two reported steps; most of it is the start of a process with torch and the model.
 
 snapshots: how long an engine stands still for a copy of a run's state, how large the copy is, and
 how much a training step adds to the operation log. The copy is bound by memory, the log by what
