@@ -156,6 +156,7 @@ class Backends:
             max_datums=limits.max_datums,
             max_tokens_per_request=limits.max_tokens_per_request,
             max_num_samples=limits.max_num_samples,
+            custom_losses=limits.custom_losses,
         )
 
     async def _load_run(self, run_id: str) -> RunFacts:

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from luthier_core.errors import BadRequest, InvalidField
-from luthier_core.safetensors_check import check_finite, read_header
+from luthier_core.safetensors_check import read_header
+from luthier_model.adapted_linear import widened
 from luthier_model.lora import (
     LORA_ALPHA,
     TARGETS,
@@ -23,7 +24,6 @@ from luthier_model.lora import (
     LoraShape,
     LoraSpec,
     target_modules,
-    widened,
 )
 
 CONFIG_FILE = "adapter_config.json"
@@ -86,9 +86,6 @@ def adapter_from_files(
     """
     config = _plain_config(files)
     rank: int = config["r"]
-    if WEIGHTS_FILE in files:
-        data = files[WEIGHTS_FILE]
-        check_finite(data, read_header(data, WEIGHTS_FILE), WEIGHTS_FILE)
     tensors = {
         name: tensor
         for name, tensor in tensors_from(files, WEIGHTS_FILE).items()

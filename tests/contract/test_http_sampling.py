@@ -218,6 +218,21 @@ async def test_a_sampling_session_has_the_weights_of_the_moment_it_was_saved(api
     assert ephemeral != before
 
 
+async def test_a_training_checkpoint_can_be_sampled_from(api: Api):
+    """Examples of the SDK give the path of one; its weights are those of a sampler's."""
+    session = await api.session()
+    run = await api.run(session)
+    for _ in range(3):
+        await run.forward_backward(datum(PROMPT))
+        await run.step(learning_rate=0.5)
+    texts = []
+    for index, endpoint in enumerate(("save_weights", "save_weights_for_sampler")):
+        path = (await api.result(await run.send(endpoint, path="x")))["path"]
+        sampler = await api.sampler(session, sampling_session_seq_id=index, model_path=path)
+        texts.append(all_tokens(await sampler.sample(PROMPT, sampling_params=GREEDY)))
+    assert texts[0] == texts[1]
+
+
 async def test_in_flight_sampling_sessions_have_the_weights_that_were_saved_last(api: Api):
     run = await api.run()
 

@@ -22,7 +22,7 @@ def sent_by(version: str) -> dict[str, str]:
         {"X_Stainless_Package_Version": "0.0.1-alpha.1"},
     ],
 )
-@pytest.mark.parametrize("endpoint", ["create_model", "asample", "retrieve_future"])
+@pytest.mark.parametrize("endpoint", ["create_model", "sample", "asample", "retrieve_future"])
 async def test_a_release_without_sessions_is_told_to_upgrade(
     api: Api, headers: dict[str, str], endpoint: str
 ):
@@ -67,6 +67,7 @@ async def test_the_transport_that_follows_redirects_is_off_where_it_does(
         "proto_write_fwdbwd",
         "fwd_via_fwdbwd",
         "proto_compress_fwdbwd",
+        "custom_loss_server_side",
     }
     assert all(config.values())
 

@@ -38,10 +38,13 @@ def cause_of(header: RunHeader, me: str, tenure: Tenure) -> str:
 class Recoveries:
     """What one worker tells of the recoveries of its runs."""
 
-    def __init__(self, worker: str, executor: Executor, blobs: Blobs) -> None:
+    def __init__(
+        self, worker: str, executor: Executor, blobs: Blobs, snapshots: Snapshots | None
+    ) -> None:
         self._worker = worker
         self._executor = executor
         self._blobs = blobs
+        self._snapshots = snapshots
         self._noting: set[asyncio.Task[None]] = set()
         """Events that are being written."""
 
@@ -76,13 +79,14 @@ class Recoveries:
             log.exception("no checkpoint of %s after seq %d", run.tenure.run_id, seq)
             return ""
 
-    async def give_up(self, run: OwnedRun, difference: str, snapshots: Snapshots | None) -> None:
+    async def give_up(self, run: OwnedRun, difference: str) -> None:
         """A replay went another way than the run did: no state of it can be trusted but a stored.
 
         That one is offered as a checkpoint, and everything that is not committed fails.
         """
         saved = ""
-        if (ref := run.tenure.sound) is not None and snapshots is not None:
+        ref, snapshots = run.tenure.sound, self._snapshots
+        if ref is not None and snapshots is not None:
             with contextlib.suppress(EngineDied, EngineFailed, LuthierError, OutOfMemory):
                 if await snapshots.restore(run.context, ref) is not None:
                     path = await self.save_state(run, ref.seq)
