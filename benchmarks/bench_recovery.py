@@ -95,8 +95,8 @@ def measure_recovery(folder: Path, model: Path, rounds: int, rng: random.Random)
                         hurt()
 
                 ended = run_quickstart(stack, stack.api_key, folder, on_step=on_step)
-                is_equal &= ended.learnt == expected.learnt
-                if ended.learnt != expected.learnt:
+                if ended.exit_code or ended.learnt != expected.learnt:
+                    is_equal = False
                     print(f"DIFFERENT after kills at {steps}: {ended.output[-2000:]}")
                     continue
                 waits += [ended.longest_wait_s(step) for step in steps]
