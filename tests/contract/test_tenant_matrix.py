@@ -118,6 +118,7 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
         "project_id": "blue",
         "key_id": key["key_id"],
         "job": "usage",
+        "trainer": "trainer",
         "today": datetime.now(UTC).date().isoformat(),
     }
 
