@@ -16,7 +16,7 @@ COOKBOOK_READY := $(COOKBOOK_VENV)/.ready-$(COOKBOOK)
 TEST_PROCESSES ?= 2
 
 .PHONY: quickstart setup fmt check up proto reference build
-.PHONY: test test-s3 malicious malformed sim sim-long cluster-long fuzz compat compat-newest cookbook
+.PHONY: test test-s3 malicious malformed sim sim-long cluster-long chaos chaos-long fuzz compat compat-newest cookbook
 .PHONY: bench bench-log bench-listing
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
@@ -50,6 +50,13 @@ sim-long: $(READY)                      ## 20,000, and how often each planted bu
 
 cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
 	$(BIN)/python tests/cluster/run.py --trials 50 --planted
+
+chaos: $(READY)                         ## the whole service, killed at every crash point: < 10 minutes
+	$(BIN)/python tests/chaos/run.py
+
+chaos-long: $(READY)                    ## 900 faulted runs with a toy engine, 100 with torch, planted bugs
+	$(BIN)/python tests/chaos/run.py --long
+	$(BIN)/python tests/chaos/run.py --planted
 
 fuzz: $(READY) $(FUZZ_READY)            ## generated requests for FUZZ_SECONDS, from the OpenAPI description
 	$(BIN)/python tests/fuzz/run.py --schemathesis $(FUZZ_VENV)/bin/st --seconds $(FUZZ_SECONDS)

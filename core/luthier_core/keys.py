@@ -140,6 +140,16 @@ def model_wake(base_model: str) -> str:
     return f"wake:{base_model}"
 
 
+def run_moves(base_model: str) -> str:
+    """Hash run -> the trainer that is to have it; see moves.py."""
+    return f"moves:{base_model}"
+
+
+def drained_trainers(base_model: str) -> str:
+    """Set of the names of trainers that are to have no runs."""
+    return f"drained:{base_model}"
+
+
 def model_facts(base_model: str) -> str:
     """JSON facts of a base model, from its workers: what requests are checked against."""
     return f"model:{base_model}"
@@ -243,6 +253,16 @@ def checkpoint_prefix(tenant: str, run_id: str, seq: int, epoch: int) -> str:
 def checkpoint_manifest(tenant: str, run_id: str, seq: int) -> str:
     """Which files are op seq's checkpoint; create-if-absent, written after every file."""
     return f"{run_prefix(tenant, run_id)}man/{seq}"
+
+
+def run_recoveries(tenant: str, run_id: str) -> str:
+    """Prefix of the events of a run's history."""
+    return f"{run_prefix(tenant, run_id)}recovered/"
+
+
+def run_recovery(tenant: str, run_id: str, epoch: int) -> str:
+    """How the run was rebuilt by its owner under this epoch; create-if-absent."""
+    return f"{run_recoveries(tenant, run_id)}{epoch:010}.json"
 
 
 def name_record(tenant: str, run_id: str, kind: str, name: str) -> str:

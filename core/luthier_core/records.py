@@ -121,6 +121,25 @@ class RunRecord(Record):
         }
 
 
+class RecoveryRecord(Record):
+    """`runs/{run}/recovered/{epoch}.json`: how a run came back after it had lost its owner."""
+
+    epoch: int
+    at: AwareDatetime
+    cause: str
+    worker: str
+    """The trainer that has it since."""
+    from_seq: int
+    """Of the state that it began with; -1 for none."""
+    to_seq: int
+    """The last op whose result was out: those between were executed again."""
+    outcome: Literal["exact", "lost"]
+    """exact: every digest of the state was as before. lost: it could not be rebuilt."""
+    reason: str = ""
+    seconds: float
+    """From the take-over until new ops were executed."""
+
+
 class CheckpointRecord(Record):
     """`names/{run}/{kind}/{name}.json`: a name, and the checkpoint it stands for."""
 

@@ -17,6 +17,7 @@ from luthier_gateway import (
     forward_backward,
     futures,
     health,
+    moves,
     openapi,
     queues,
     rest,
@@ -115,6 +116,9 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     queues.list_queues: ADMIN,
     queues.session_queue: LOOK,
     queues.cancel_queued: TRAIN,
+    moves.move_run: OPERATOR,
+    moves.drain: OPERATOR,
+    moves.undrain: OPERATOR,
     usage.list_jobs: OPERATOR,
     usage.run_job: OPERATOR,
 }

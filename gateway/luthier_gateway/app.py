@@ -26,6 +26,7 @@ from luthier_gateway import (
     forward_backward,
     futures,
     health,
+    moves,
     openapi,
     queues,
     rest,
@@ -90,6 +91,7 @@ def routes() -> list[web.RouteDef]:
         *admin.routes(f"{API}/admin"),
         *usage.routes(API),
         *queues.routes(API),
+        *moves.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -151,11 +153,16 @@ def build_app(config: Config) -> web.Application:
         async with open_backends(config) as opened, openai.open_openai(opened) as shared:
             app[BACKENDS], app[openai.OPENAI] = opened, shared
             watch = app[GENERATION] = GenerationWatch(opened.oplog, opened.blobs)
-            watching = asyncio.create_task(watch.keep_looking(config.gateway.recheck_s))
+            recheck_s = config.gateway.recheck_s
+            tasks = [
+                asyncio.create_task(watch.keep_looking(recheck_s)),
+                asyncio.create_task(opened.accepted_samples.keep_looking(recheck_s)),
+            ]
             async with connect(config.side_redis_url()) as counters:
                 app[QUOTAS] = Quotas(config, opened.oplog, counters)
                 yield
-            await _cancel(watching)
+            for task in tasks:
+                await _cancel(task)
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)

@@ -19,6 +19,7 @@ from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
+from luthier_gateway.accepted import AcceptedSamples
 from luthier_gateway.auth import Authenticator, Turns
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ class Backends:
         self.registry = registry
         self.auth = auth
         self.turns = turns
+        self.accepted_samples = AcceptedSamples(oplog)
         self._runs = Cache(self._load_run)
         self._samplers = Cache(self._load_sampler)
         self._models = Cache(self._load_model)

@@ -165,6 +165,10 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", f"{API}/admin/queues"): Case(),
     ("GET", f"{API}/sessions/{{session_id}}/queue"): Case(),
     ("POST", f"{API}/training_runs/{{run_id}}/cancel_queued"): Case(),
+    # There is but one trainer.
+    ("POST", f"{API}/admin/runs/{{run_id}}/move"): Case({}, status=400, operator=True),
+    ("POST", f"{API}/admin/trainers/{{trainer}}/drain"): Case(status=400, operator=True),
+    ("DELETE", f"{API}/admin/trainers/{{trainer}}/drain"): Case(operator=True),
     ("GET", f"{API}/admin/jobs"): Case(operator=True),
     ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),

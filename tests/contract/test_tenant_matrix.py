@@ -120,6 +120,7 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
         "key_id": key["key_id"],
         "upload_id": uploaded["tinker_path"].removeprefix("tinker://").partition(":")[0],
         "job": "usage",
+        "trainer": "trainer",
         "today": datetime.now(UTC).date().isoformat(),
     }
 

@@ -80,6 +80,14 @@ def up(
     ] = "",
     trainers: Annotated[int, typer.Option(min=1, help="Trainers per model.")] = 1,
     samplers: Annotated[int, typer.Option(min=1, help="Samplers per model.")] = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Setting of docs/operating.md, such as limits.custom_losses=true.",
+        ),
+    ] = None,
     run: Annotated[
         str,
         typer.Option(
@@ -110,6 +118,7 @@ def up(
                 s3_url=options.check_s3_url(s3) if s3 else "",
                 num_trainers=trainers,
                 num_samplers=samplers,
+                settings=options.parse_settings(set_ or ()),
                 command=run,
             ),
             os.environ,

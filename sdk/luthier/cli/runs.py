@@ -65,7 +65,21 @@ def info(run_id: str, as_json: JsonOption = False) -> None:
     """One training run."""
     with server() as rest:
         run = rest.get_training_run(run_id).result()
-    (show_json if as_json else show_fields)(run)
+    if as_json:
+        show_json(run)
+        return
+    show_fields(run.model_copy(update={"recovered": len(run.recovered or ())}))
+    if run.recovered:
+        show_table(
+            ("recovered", "cause", "from seq", "to seq", "outcome", "seconds", "on"),
+            [
+                (
+                    *(event.at, event.cause, event.from_seq, event.to_seq),
+                    *(event.outcome, event.seconds, event.worker),
+                )
+                for event in run.recovered
+            ],
+        )
 
 
 @app.command()

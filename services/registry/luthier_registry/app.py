@@ -24,6 +24,7 @@ from luthier_core.errors import (
     Unauthorized,
     Unavailable,
 )
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
 from luthier_core.usage import Prices
@@ -81,7 +82,12 @@ def build_app(
     Without `keeps_house` its jobs run only when they are asked for.
     """
     app = web.Application(
-        middlewares=[answer_errors, _authenticate(service_token(config.secret())), record_event],
+        middlewares=[
+            answer_errors,
+            _authenticate(service_token(config.secret())),
+            pass_failpoints,
+            record_event,
+        ],
         client_max_size=MAX_BODY_BYTES,
     )
     app.add_routes(
@@ -174,6 +180,18 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Exception:
         log.exception("unexpected error in %s %s", request.method, request.path)
         return _error(LuthierError("an unexpected error in the registry"))
+
+
+@web.middleware
+async def pass_failpoints(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A test may end this process before a call that writes, or when it has written."""
+    if request.method == "GET":
+        return await handler(request)
+    kind = getattr(request.match_info.handler, "__name__", "")
+    await failpoint("rg.before", kind)
+    response = await handler(request)
+    await failpoint("rg.after", kind)
+    return response
 
 
 def _authenticate(token: str) -> Middleware:

@@ -18,6 +18,7 @@ from luthier_core.errors import BadRequest, InvalidField, NotFound, TooManyReque
 from luthier_core.records import (
     CheckpointRecord,
     LoraConfig,
+    RecoveryRecord,
     RunRecord,
     SamplerRecord,
     SessionRecord,
@@ -34,6 +35,9 @@ from luthier_registry.record_store import (
 )
 from luthier_registry.requests import CopyWeights, CreateRun, CreateSampler
 from luthier_registry.sessions import Sessions
+
+MAX_RECOVERIES = 100
+"""That a run's description lists."""
 
 
 class Store(RecordStore):
@@ -145,7 +149,13 @@ class Store(RecordStore):
                 return published
             raise
         (described,) = await self._listing(tenant).with_activity([row], self._clock())
-        return described
+        return {**described, "recovered": await self._recoveries(tenant, run_id)}
+
+    async def _recoveries(self, tenant: str, run_id: str) -> list[dict[str, Any]]:
+        """How the run came back each time its trainer had died, latest first."""
+        found = [info.key async for info in self._blobs.list(keys.run_recoveries(tenant, run_id))]
+        latest = sorted(found, reverse=True)[:MAX_RECOVERIES]
+        return [RecoveryRecord.from_bytes(await self._blobs.get(key)).to_dict() for key in latest]
 
     async def list_runs(
         self, tenant: str, *, offset: int, limit: int, project_id: str | None = None

@@ -19,6 +19,7 @@ from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_files
 from luthier_core.config import SamplerConfig
 from luthier_core.errors import LuthierError
+from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import REDIS_ERRORS, Oplog, Published
@@ -163,6 +164,7 @@ class Worker:
 
     async def _admit(self, job: SamplingJob) -> None:
         """Give the job to the engine, with its adapter; a job it refuses fails."""
+        await failpoint("sm.claim")
         try:
             request = request_of(job, Sample.model_validate_json(await self._body_of(job)))
             if job.inflight_run and (newest := await self._oplog.published(job.inflight_run)):
@@ -248,6 +250,7 @@ class Worker:
             await self._work.wait()
             self._work.clear()
             while self._engine.has_work:
+                await failpoint("sm.gen")
                 finished, partials = await self._on_engine(self._step)
                 for item in finished:
                     self._spawn(group, self._finish(item))
@@ -274,6 +277,7 @@ class Worker:
         job = self._jobs.get(finished.request_id)
         if job is None:
             return  # cancelled in its last step
+        await failpoint("sm.store")
         if finished.response is None:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:
@@ -290,6 +294,7 @@ class Worker:
             except REDIS_ERRORS:
                 log.warning("redis is away; settling %s again", job.request_id)
                 await asyncio.sleep(RETRY_S)
+        await failpoint("sm.ack")
         self._jobs.pop(job.request_id, None)
         self._room.set()
 

@@ -116,7 +116,7 @@ class RunEffects:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
         oplog = self._oplog
         if (point := _POINTS.get(type(effect))) is not None:
-            await failpoint(point)
+            await failpoint(point, getattr(effect, "kind", ""))
         match effect:
             case Execute(step):
                 return await self._execute(step)
@@ -176,14 +176,10 @@ class RunEffects:
                     return await self._snapshots.restore(self._context, ref)
         raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
-    async def save_recovery(self, committed: int) -> str:
-        """tinker:// path of the state after op `committed`, kept as a checkpoint; "" if none is."""
-        return str(await self._executor.save_recovery(self._context, committed) or "")
-
     async def _execute(self, step: Step) -> Executed:
         began, run_id = time.monotonic(), self._context.run_id
         try:
-            await failpoint("tr.exec" if step.publish else "tr.replay")
+            await failpoint("tr.exec" if step.publish else "tr.replay", step.op.kind)
             if step.action is Action.CLEAR_GRADIENT:
                 await self._executor.engine.clear_gradient(self._context.run_id)
                 return Executed()
@@ -191,7 +187,7 @@ class RunEffects:
                 raise BadRequest("cancelled by the owner of the run while it was queued")
             rest = await self._within_memory(step)
             if step.publish:
-                await failpoint("tr.mid")
+                await failpoint("tr.mid", step.op.kind)
             return Executed(rest=rest, checksum=await self._checksum(step))
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))

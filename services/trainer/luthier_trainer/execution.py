@@ -298,7 +298,7 @@ class Executor:
         if len(output) <= INLINE_LIMIT:
             return Body.of(output)
         key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
-        await failpoint("tr.put_res")
+        await failpoint("tr.put_res", op.kind)
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
 
