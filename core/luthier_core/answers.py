@@ -102,6 +102,19 @@ class CopiedWeights(Answer):
     tinker_path: str
 
 
+class KeepLast(Answer):
+    keep_last: int
+
+
+class CreatedUpload(Answer):
+    upload_id: str
+
+
+class UploadedCheckpoint(Answer):
+    tinker_path: str
+    sampler_path: str
+
+
 class SamplerInfo(Answer):
     sampler_id: str
     base_model: str

@@ -165,6 +165,9 @@ class HousekeepingConfig:
     """Usage is counted, and metrics are kept, this often; limits on tokens hold to within it."""
     expiry_s: float = 300.0
     storage_s: float = 300.0
+    keep_last: int = 0
+    """Checkpoints of each kind that a run keeps, unless its owner sets another number; 0: all."""
+    keep_last_s: float = 300.0
     sweep_s: float = 6 * 3600.0
     """How often objects that nothing needs are looked for."""
     trash_s: float = 24 * 3600.0
@@ -204,6 +207,11 @@ class Config:
     s3_access_key: str = field(default="", repr=False)
     """From the environment (AWS_ACCESS_KEY_ID) only, never from the file."""
     s3_secret_key: str = field(default="", repr=False)
+    link_access_key: str = field(default="", repr=False)
+    """Of an S3 identity that may only read archives and checkpoints' files: it signs the links.
+    From the environment (LUTHIER_LINK_ACCESS_KEY); empty: the store's own key signs."""
+    link_secret_key: str = field(default="", repr=False)
+    """LUTHIER_LINK_SECRET_KEY. On a folder it alone signs the links. Another one ends all links."""
 
     def model(self, name: str) -> ModelConfig:
         """The base model of that name; ConfigError with the names there are."""
@@ -243,6 +251,10 @@ class Config:
 
 
 _ENVIRON_ONLY = {"s3_access_key": "AWS_ACCESS_KEY_ID", "s3_secret_key": "AWS_SECRET_ACCESS_KEY"}
+_ENVIRON_ONLY |= {
+    "link_access_key": "LUTHIER_LINK_ACCESS_KEY",
+    "link_secret_key": "LUTHIER_LINK_SECRET_KEY",
+}
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -347,6 +359,8 @@ def _check(config: Config) -> None:
         raise ConfigError("trainer.nonfinite: must be fail or apply")
     if config.housekeeping.runner not in ("registry", "celery"):
         raise ConfigError("housekeeping.runner: must be registry or celery")
+    if config.housekeeping.keep_last < 0:
+        raise ConfigError("housekeeping.keep_last: must be 0 or more")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     if config.sampler.max_running > config.sampler.max_step_tokens:

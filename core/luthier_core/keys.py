@@ -275,6 +275,16 @@ def published_run(run_id: str) -> str:
     return f"published/{run_id}.json"
 
 
+def upload_record(tenant: str, upload_id: str) -> str:
+    """What somebody is about to upload; its files lie where the run's checkpoint 0 has them."""
+    return f"t/{tenant}/uploads/{upload_id}.json"
+
+
+def retention(tenant: str, run_id: str) -> str:
+    """How many checkpoints of a run are kept, where its owner has said so."""
+    return f"t/{tenant}/retention/{run_id}.json"
+
+
 def archive(tenant: str, manifest_digest: str) -> str:
     """Tar of a checkpoint's PEFT files: made on demand, and again if it is gone."""
     return f"t/{tenant}/archives/{manifest_digest}.tar"

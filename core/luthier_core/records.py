@@ -199,6 +199,38 @@ class SamplerRecord(Record):
     created_at: AwareDatetime
 
 
+class UploadRecord(Record):
+    """`uploads/{upload}.json`: an adapter that a client has announced, with a checked config."""
+
+    upload_id: str
+    """Also the session that will hold it."""
+    tenant: str
+    base_model: str
+    adapter_config: dict[str, Any]
+    num_bytes: int
+    """Of the weights."""
+    sha256: str
+    name: str
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None = None
+    """Of the checkpoint, not of the upload."""
+    user_metadata: dict[str, str] | None = None
+    project_id: str | None = None
+    key_id: str = ""
+
+    @property
+    def run_id(self) -> str:
+        """The run that will hold the checkpoint."""
+        return f"{self.upload_id}:train:0"
+
+
+class RetentionRecord(Record):
+    """`retention/{run}.json`: how many checkpoints of each kind the run keeps; 0: all."""
+
+    run_id: str
+    keep_last: int = Field(ge=0)
+
+
 class PublishedRunRecord(Record):
     """`published/{run}.json`: the tenant whose run this is. What is public, its names say."""
 

@@ -9,6 +9,7 @@ from aiohttp import web
 from luthier_core.config import Config
 from luthier_core.lifecycle import service_lifetime
 from luthier_core.service import service_main
+from luthier_core.store_probe import probe_store
 from luthier_gateway.app import build_app
 
 DRAIN_S = 5.0
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: Config) -> int:
+    await probe_store(config)
     runner = web.AppRunner(build_app(config), access_log=None, shutdown_timeout=DRAIN_S)
     async with service_lifetime() as stop:
         await runner.setup()

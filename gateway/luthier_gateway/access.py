@@ -24,6 +24,7 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    uploads,
     usage,
 )
 from luthier_gateway.openai import handlers as openai
@@ -89,10 +90,14 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     usage.stored_checkpoints: READ | ADMIN,
     usage.run_metrics: READ,
     checkpoints.copy_weights: TRAIN,
+    uploads.create_upload: TRAIN,
+    uploads.put_upload: TRAIN,
     checkpoints.delete_checkpoint: TRAIN,
     checkpoints.publish_checkpoint: TRAIN,
     checkpoints.unpublish_checkpoint: TRAIN,
     checkpoints.set_checkpoint_ttl: TRAIN,
+    checkpoints.get_keep_last: READ,
+    checkpoints.set_keep_last: TRAIN,
     rest.set_session_project: WORK,
     admin.list_orgs: OPERATOR,
     admin.create_org: OPERATOR,

@@ -33,6 +33,7 @@ from luthier_gateway import (
     sampling,
     sessions,
     training,
+    uploads,
     usage,
 )
 from luthier_gateway.auth import Authenticator, Turns
@@ -105,6 +106,8 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.get(f"{API}/training_runs/{{run_id}}", rest.get_training_run),
         web.get(f"{API}/training_runs/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
         web.get(f"{API}/models/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.get(f"{API}/training_runs/{{run_id}}/keep_last", checkpoints.get_keep_last),
+        web.put(f"{API}/training_runs/{{run_id}}/keep_last", checkpoints.set_keep_last),
         web.delete(checkpoint, checkpoints.delete_checkpoint),
         web.post(f"{checkpoint}/publish", checkpoints.publish_checkpoint),
         web.delete(f"{checkpoint}/publish", checkpoints.unpublish_checkpoint),
@@ -112,6 +115,8 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.get(f"{checkpoint}/archive", checkpoints.get_checkpoint_archive),
         web.get(f"{checkpoint}/external_weights_urls", checkpoints.get_external_weights_urls),
         web.get(f"{API}/checkpoints", checkpoints.list_checkpoints),
+        web.post(f"{API}/uploads", uploads.create_upload),
+        web.put(f"{API}/uploads/{{upload_id}}", uploads.put_upload),
         web.get(f"{files.PREFIX}{{key:.+}}", files.download, allow_head=False),
         web.get(f"{API}/sessions", rest.list_sessions),
         web.post(f"{API}/sessions/search", rest.search_sessions),

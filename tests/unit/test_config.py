@@ -113,6 +113,7 @@ def configs(draw: st.DrawFn) -> Config:
     ruled = {"port", "dtype", "sample_logprobs", "execution", "nonfinite"}
     ruled |= {"max_running", "max_step_tokens"}
     ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
+    ruled |= {"keep_last", "link_access_key", "link_secret_key"}
 
     def part(kind: type[Any]) -> Any:
         chosen = {}

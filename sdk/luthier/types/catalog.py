@@ -206,6 +206,13 @@ class CopyWeightsResponse(ResponseBase):
     tinker_path: str
 
 
+class UploadedCheckpoint(ResponseBase):
+    """An adapter that was uploaded: a training checkpoint, and the same weights for sampling."""
+
+    tinker_path: str
+    sampler_path: str
+
+
 class TraceExportResponse(ResponseBase):
     """Whether a trace is ready, and where it then is."""
 

@@ -46,8 +46,10 @@ from luthier_registry.requests import (
     SetProject,
     parse,
 )
+from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 from luthier_registry.web_io import (
     AUDIT,
@@ -55,8 +57,10 @@ from luthier_registry.web_io import (
     COPIES,
     IDENTITIES,
     JOBS,
+    RETENTION,
     SESSIONS,
     STORE,
+    UPLOADS,
     USAGE,
     actor_of,
     json_of,
@@ -70,8 +74,13 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 
 
-def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
-    """The application; its connections open when it starts and close when it stops."""
+def build_app(
+    config: Config, *, clock: Callable[[], datetime] | None = None, keeps_house: bool = True
+) -> web.Application:
+    """The application; its connections open when it starts and close when it stops.
+
+    Without `keeps_house` its jobs run only when they are asked for.
+    """
     app = web.Application(
         middlewares=[
             answer_errors,
@@ -113,7 +122,14 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
         ):
             now = clock or (lambda: datetime.now(UTC))
             lists = Lists(blobs, client, clock=now)
-            checkpoints = Checkpoints(blobs, client, builds, lists, clock=now)
+            checkpoints = Checkpoints(
+                blobs,
+                client,
+                builds,
+                lists,
+                clock=now,
+                archives_by_job=config.housekeeping.runner == "celery",
+            )
             app[CHECKPOINTS] = checkpoints
             sessions = Sessions(blobs, client, config.secret(), clock=now)
             app[SESSIONS] = sessions
@@ -121,10 +137,14 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds, lists)
+            app[UPLOADS] = Uploads(app[STORE], sessions, blobs, client, lists, clock=now)
+            app[RETENTION] = Retention(
+                blobs, client, lists, default=config.housekeeping.keep_last, clock=now
+            )
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             async with contextlib.AsyncExitStack() as running:
-                if config.housekeeping.runner == "registry":
+                if keeps_house and config.housekeeping.runner == "registry":
                     keeping = asyncio.create_task(jobs.keep_running())
                     running.push_async_callback(_cancel, keeping)
                 yield

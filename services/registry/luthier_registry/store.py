@@ -22,6 +22,7 @@ from luthier_core.records import (
     RunRecord,
     SamplerRecord,
     SessionRecord,
+    UploadRecord,
 )
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.record_store import (
@@ -220,27 +221,57 @@ class Store(RecordStore):
         self, tenant: str, run_id: str, source: CheckpointRecord, wanted: CopyWeights
     ) -> RunRecord:
         """The run that holds the copy, in its session; a repeat returns the first record."""
-        session_id, now = run_id.partition(":")[0], self._clock()
         if wanted.session_id is None:
-            session = SessionRecord(
-                session_id=session_id,
-                tenant=tenant,
-                created_at=now,
-                project_id=wanted.destination_project_id,
+            await self._sessions.put(
+                SessionRecord(
+                    session_id=run_id.partition(":")[0],
+                    tenant=tenant,
+                    created_at=self._clock(),
+                    project_id=wanted.destination_project_id,
+                    status="finished",
+                    finish_reason="success",
+                    finish_detail=f"a copy of {wanted.source_path}",
+                )
+            )
+        return await self._create_holder(
+            tenant, run_id, source.base_model, source.lora, source_path=wanted.source_path
+        )
+
+    async def create_upload_run(self, upload: UploadRecord, lora: LoraConfig) -> RunRecord:
+        """The run that holds an upload, in a session of its own; a repeat returns the first."""
+        await self._sessions.put(
+            SessionRecord(
+                session_id=upload.upload_id,
+                tenant=upload.tenant,
+                created_at=upload.created_at,
+                project_id=upload.project_id,
+                key_id=upload.key_id,
                 status="finished",
                 finish_reason="success",
-                finish_detail=f"a copy of {wanted.source_path}",
+                finish_detail="an adapter that was uploaded",
             )
-            await self._sessions.put(session)
+        )
+        return await self._create_holder(upload.tenant, upload.run_id, upload.base_model, lora)
+
+    async def _create_holder(
+        self,
+        tenant: str,
+        run_id: str,
+        base_model: str,
+        lora: LoraConfig,
+        *,
+        source_path: str | None = None,
+    ) -> RunRecord:
+        """A run that has checkpoints and is never trained; a repeat returns the first record."""
         run = RunRecord(
             run_id=run_id,
             tenant=tenant,
-            session_id=session_id,
-            base_model=source.base_model,
-            lora=source.lora,
+            session_id=run_id.partition(":")[0],
+            base_model=base_model,
+            lora=lora,
             optimizer_config={"type": "adamw"},
-            created_at=now,
-            source_path=wanted.source_path,
+            created_at=self._clock(),
+            source_path=source_path,
             trainable=False,
         )
         run = await self._create(keys.run_record(tenant, run_id), run)
