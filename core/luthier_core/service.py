@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from luthier_core.errors import ConfigError
 from luthier_core.generation import Generation
 from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
 from luthier_core.oplog import Oplog, connect
+from luthier_core.ops_server import Ops, serve_ops
 from luthier_core.redis_server import check_server
 from luthier_core.telemetry import setup_logging
 
@@ -31,12 +33,18 @@ def service_main(
     environ: Environ,
     *,
     role: str,
-    serve: Callable[[Config], Coroutine[Any, Any, int]],
+    serve: Callable[[Config, Ops], Coroutine[Any, Any, int]],
 ) -> int:
     """Run a service that needs its configuration only; the exit code."""
     arguments = _parser(role, name=role).parse_args(argv)
     setup_logging(arguments.name)
-    return _run(lambda: serve(load_config(arguments.config, environ)))
+
+    async def run() -> int:
+        config, ops = load_config(arguments.config, environ), Ops(role)
+        async with serve_ops(arguments.ops, ops):
+            return await serve(config, ops)
+
+    return _run(run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class WorkerParts:
     blobs: Blobs
     lease: WorkerLease
     renew_s: float
+    ops: Ops
 
     async def load(self, function: Callable[[], T]) -> T:
         """The result of a slow function, on a thread, while the lease is renewed."""
@@ -80,7 +89,11 @@ def worker_main(
     async def run() -> int:
         config = load_config(arguments.config, environ)
         model = config.model(arguments.model)
-        async with _open_worker(config, role, arguments.name, model) as parts:
+        ops = Ops(role, base_model=model.name)
+        async with (
+            serve_ops(arguments.ops, ops),
+            _open_worker(config, role, arguments.name, model, ops) as parts,
+        ):
             await work(parts)
             return 1 if parts.lease.lost.is_set() else 0
 
@@ -89,11 +102,12 @@ def worker_main(
 
 @contextlib.asynccontextmanager
 async def _open_worker(
-    config: Config, role: Literal["trainer", "sampler"], name: str, model: ModelConfig
+    config: Config, role: Literal["trainer", "sampler"], name: str, model: ModelConfig, ops: Ops
 ) -> AsyncIterator[WorkerParts]:
     settings = config.trainer if role == "trainer" else config.sampler
     async with contextlib.AsyncExitStack() as stack:
         stop = await stack.enter_async_context(service_lifetime())
+        ops.draining = stop.is_set
         client = connect(config.redis_url)
         stack.push_async_callback(client.aclose)
         await check_server(client, allow_volatile=config.allow_volatile_redis)
@@ -103,7 +117,12 @@ async def _open_worker(
         await oplog.load_library()
         lease = WorkerLease(oplog, name, role=role, base_model=model.name, lease_s=settings.lease_s)
         await lease.take()
-        yield WorkerParts(config, model, stop, oplog, blobs, lease, settings.lease_renew_s)
+        ops.readiness = partial(_worker_readiness, lease)
+        yield WorkerParts(config, model, stop, oplog, blobs, lease, settings.lease_renew_s, ops)
+
+
+async def _worker_readiness(lease: WorkerLease) -> str:
+    return "" if lease.state == "ready" else lease.state
 
 
 async def _confirmed(generation: Generation, stop: asyncio.Event) -> None:
@@ -119,6 +138,12 @@ def _parser(role: str, name: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, required=True, help="TOML file")
     parser.add_argument(
         "--name", default=name, required=name is None, help="unique among all parts"
+    )
+    parser.add_argument(
+        "--ops",
+        default="",
+        metavar="HOST:PORT",
+        help="serve /livez, /readyz and /metrics here, for whoever runs it; nowhere by default",
     )
     return parser
 

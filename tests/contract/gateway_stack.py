@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ LIMITS = LimitsConfig(
 MAX_BODY_BYTES = 256 * 1024
 POLL_HOLD_S = 1.0
 
+ROLES = ("registry", "gateway", "trainer", "sampler")
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 
@@ -63,6 +64,8 @@ class GatewayStack:
 
     config: Config
     url: str
+    ops: Mapping[str, str]
+    """Role -> URL of its ops port."""
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -99,13 +102,17 @@ def running_gateway_stack(
     """All parts, ready; `folder` must have a short path, for the sockets in it."""
     with running_valkey() as redis_url:
         config = _configure(folder, redis_url, max_body_bytes)
-        stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}")
+        ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
+        stack = GatewayStack(
+            config,
+            f"http://127.0.0.1:{config.gateway.port}",
+            {role: f"http://{address}" for role, address in ops.items()},
+        )
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for role in ("registry", "gateway"):
-                processes.append(_start(folder, role))
-            for role in ("trainer", "sampler"):
-                processes.append(_start(folder, role, "--model", BASE_MODEL))
+            for role in ROLES:
+                model = () if role in ("registry", "gateway") else ("--model", BASE_MODEL)
+                processes.append(_start(folder, role, "--ops", ops[role], *model))
             _wait_until_healthy(stack, folder)
             yield stack
         finally:

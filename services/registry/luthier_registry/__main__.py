@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,8 +12,10 @@ from aiohttp import web
 from luthier_core.config import Config
 from luthier_core.errors import ConfigError
 from luthier_core.lifecycle import service_lifetime
+from luthier_core.ops_server import Ops
 from luthier_core.service import service_main
-from luthier_registry.app import build_app
+from luthier_registry.app import build_app, unready
+from luthier_registry.web_io import OBSERVER
 
 DRAIN_S = 5.0
 
@@ -21,15 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return service_main(argv, os.environ, role="registry", serve=_serve)
 
 
-async def _serve(config: Config) -> int:
-    runner = web.AppRunner(build_app(config), access_log=None, shutdown_timeout=DRAIN_S)
+async def _serve(config: Config, ops: Ops) -> int:
+    app = build_app(config)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=DRAIN_S)
     async with service_lifetime() as stop:
+        ops.draining = stop.is_set
         await runner.setup()
         try:
             try:
                 await _site(runner, config.registry_url).start()
             except OSError as error:
                 raise ConfigError(f"registry_url: {config.registry_url}: {error}") from error
+            ops.readiness = partial(unready, app)
+            ops.before_scrape.append(app[OBSERVER].refresh)
             await stop.wait()
         finally:
             await runner.cleanup()

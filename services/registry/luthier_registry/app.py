@@ -24,7 +24,7 @@ from luthier_core.errors import (
     Unauthorized,
     Unavailable,
 )
-from luthier_core.oplog import REDIS_ERRORS, connect
+from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
 from luthier_core.usage import Prices
 from luthier_registry import admin_calls, checkpoint_calls, usage_calls
@@ -35,6 +35,7 @@ from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
 from luthier_registry.housekeeping import build_jobs
 from luthier_registry.identity import Identities
+from luthier_registry.observing import Observer
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -53,6 +54,7 @@ from luthier_registry.web_io import (
     COPIES,
     IDENTITIES,
     JOBS,
+    OBSERVER,
     SESSIONS,
     STORE,
     USAGE,
@@ -115,6 +117,7 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
+            app[OBSERVER] = Observer(Oplog(client), jobs, config.model_names, clock=now)
             async with contextlib.AsyncExitStack() as running:
                 if config.housekeeping.runner == "registry":
                     keeping = asyncio.create_task(jobs.keep_running())
@@ -187,8 +190,14 @@ async def livez(request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     """Redis and the object store answer as well."""
-    await request.app[STORE].check()
+    await unready(request.app)
     return web.json_response({"status": "ok"})
+
+
+async def unready(app: web.Application) -> str:
+    """Empty if this process can serve; raises what is away."""
+    await app[STORE].check()
+    return ""
 
 
 async def get_key(request: web.Request) -> web.Response:

@@ -25,6 +25,7 @@ from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
 from luthier_core.prompt_targets import PromptTargets
 from luthier_core.types import Sample
 from luthier_sampler.engine import Engine, Finished
+from luthier_sampler.observing import note_finished
 from luthier_sampler.sequence import SampleRequest
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class Worker:
             while self._engine.has_work:
                 finished, partials = await self._on_engine(self._step)
                 for item in finished:
+                    note_finished(item)
                     self._spawn(group, self._finish(item))
                 with contextlib.suppress(asyncio.QueueFull):
                     for partial in partials.items():

@@ -56,6 +56,7 @@ async def _work(parts: WorkerParts) -> None:
             snapshots=StoredSnapshots(engine, parts.blobs, settings),
             first_cycle=await client.incrby(keys.clock_cycles(wanted.name), CYCLES_PER_START),
         )
+        parts.ops.before_scrape.append(worker.observe)
         await worker.run(parts.stop)
     finally:
         await engine.close()

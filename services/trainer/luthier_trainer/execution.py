@@ -22,6 +22,7 @@ from luthier_core.types import (
     SaveWeightsForSampler,
 )
 from luthier_trainer.engine_client import EngineClient
+from luthier_trainer.observing import note_forward
 
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
@@ -90,6 +91,7 @@ class Executor:
         async def finish() -> Outcome:
             body = await self._result_body(run, op, output)
             metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
+            note_forward(op.kind, metrics)
             return Outcome.completed(body, "protobuf", metrics=_metrics(op.kind, metrics))
 
         return finish

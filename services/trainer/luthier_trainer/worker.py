@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
 from luthier_core.failpoints import failpoint
@@ -102,6 +102,13 @@ class Worker:
                 stopped.cancel()
                 self._draining = True
             await self._drain()
+
+    async def observe(self) -> None:
+        """Set the gauges of the runs held now."""
+        snapshotters = (run.snapshotter for run in self._runs.values())
+        ages = [snapshotter.age_s for snapshotter in snapshotters if snapshotter is not None]
+        metrics.OWNED_RUNS.set(len(self._runs))
+        metrics.SNAPSHOT_AGE_SECONDS.set(max(ages, default=0.0))
 
     # --- owning and reading -----------------------------------------------------------------------
 
@@ -332,7 +339,8 @@ class Worker:
             self._ready.clear()
             while share := plan(self._heads()):
                 async with self._cycling:
-                    await self._run_share(share, next(self._cycles))
+                    with metrics.CYCLE_SECONDS.time():
+                        await self._run_share(share, next(self._cycles))
 
     async def _run_share(self, share: Share, cycle: int) -> None:
         """Carry a share out; while another tenant waits, no more of it than must be."""
@@ -364,6 +372,7 @@ class Worker:
             await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
+            metrics.REPLAY_MISMATCHES.inc()
             reason = f"the run's state could not be rebuilt after a restart: {error}"
             run.owner.break_run(reason)
         except EngineDied as death:
