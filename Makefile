@@ -9,9 +9,11 @@ READY := $(VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
+DEPLOY_VENV ?= .venv-deploy
+DEPLOY_READY := $(DEPLOY_VENV)/.ready
 
 .PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
-	bench bench-log build
+	bench bench-log build deploy-check
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -78,3 +80,13 @@ bench-log: $(READY)                     ## the operation log: latency, rate, pol
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel
+
+# kubectl, and promtool of Debian's package prometheus, are to be on PATH.
+deploy-check: $(READY) $(DEPLOY_READY)  ## the manifests, the image and the alert rules, without a cluster
+	PATH="$(CURDIR)/$(DEPLOY_VENV)/bin:$$PATH" deploy/check.sh
+	$(BIN)/python -m pytest -q tests/deploy
+
+$(DEPLOY_READY): deploy/requirements.txt
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install --quiet -r deploy/requirements.txt
+	touch $(DEPLOY_READY)

@@ -4,8 +4,10 @@ Off unless the part is started with `--ops HOST:PORT`. Nothing here has a key: k
 of the cluster (deploy/k8s).
 """
 
+import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -85,6 +87,24 @@ async def serve_ops(address: str, ops: Ops) -> AsyncIterator[None]:
         yield
     finally:
         await runner.cleanup()
+
+
+def serve_ops_in_thread(address: str, ops: Ops) -> None:
+    """Serve `ops` until this process ends, beside a main program that has no event loop.
+
+    It is ready at once: such a program takes work, and nobody asks it for any.
+    """
+    parse_address(address)
+
+    async def ready() -> str:
+        return ""
+
+    async def serve() -> None:
+        async with serve_ops(address, ops):
+            await asyncio.Event().wait()
+
+    ops.readiness = ready
+    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True, name="ops").start()
 
 
 def build_app(ops: Ops) -> web.Application:

@@ -36,7 +36,7 @@ def service_main(
     serve: Callable[[Config, Ops], Coroutine[Any, Any, int]],
 ) -> int:
     """Run a service that needs its configuration only; the exit code."""
-    arguments = _parser(role, name=role).parse_args(argv)
+    arguments = service_parser(role).parse_args(argv)
     setup_logging(arguments.name)
 
     async def run() -> int:
@@ -81,9 +81,7 @@ def worker_main(
     work: Callable[[WorkerParts], Coroutine[Any, Any, None]],
 ) -> int:
     """Run a worker of one base model; the exit code is 1 if another took its name."""
-    parser = _parser(role)
-    parser.add_argument("--model", required=True, help="name of the base model to work for")
-    arguments = parser.parse_args(argv)
+    arguments = worker_parser(role).parse_args(argv)
     setup_logging(arguments.name)
 
     async def run() -> int:
@@ -133,19 +131,35 @@ async def _confirmed(generation: Generation, stop: asyncio.Event) -> None:
                 await stop.wait()
 
 
+def service_parser(role: str) -> argparse.ArgumentParser:
+    """The command line of a gateway or a registry."""
+    return _parser(role, name=role)
+
+
+def worker_parser(role: str) -> argparse.ArgumentParser:
+    """The command line of a trainer or a sampler."""
+    parser = _parser(role)
+    parser.add_argument("--model", required=True, help="name of the base model to work for")
+    return parser
+
+
 def _parser(role: str, name: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"luthier-{role}")
     parser.add_argument("--config", type=Path, required=True, help="TOML file")
     parser.add_argument(
         "--name", default=name, required=name is None, help="unique among all parts"
     )
+    add_ops_argument(parser)
+    return parser
+
+
+def add_ops_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ops",
         default="",
         metavar="HOST:PORT",
         help="serve /livez, /readyz and /metrics here, for whoever runs it; nowhere by default",
     )
-    return parser
 
 
 def _run(serve: Callable[[], Coroutine[Any, Any, int]]) -> int:

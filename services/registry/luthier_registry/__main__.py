@@ -32,7 +32,7 @@ async def _serve(config: Config, ops: Ops) -> int:
         await runner.setup()
         try:
             try:
-                await _site(runner, config.registry_url).start()
+                await _site(runner, config).start()
             except OSError as error:
                 raise ConfigError(f"registry_url: {config.registry_url}: {error}") from error
             ops.readiness = partial(unready, app)
@@ -43,8 +43,9 @@ async def _serve(config: Config, ops: Ops) -> int:
     return 0
 
 
-def _site(runner: web.AppRunner, url: str) -> web.BaseSite:
-    """Where registry_url says: unix:///path/to/socket or http://host:port."""
+def _site(runner: web.AppRunner, config: Config) -> web.BaseSite:
+    """Where registry_listen says, or registry_url: unix:///path/to/socket or http://host:port."""
+    url = f"http://{config.registry_listen}" if config.registry_listen else config.registry_url
     parts = urlsplit(url)
     if parts.scheme == "unix" and parts.path:
         # A socket that a killed process left would make this start fail.

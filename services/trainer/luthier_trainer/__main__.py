@@ -36,7 +36,9 @@ async def _work(parts: WorkerParts) -> None:
             }
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.
-        environ={name: os.environ[name] for name in os.environ if not name.startswith("AWS_")},
+        environ={
+            name: os.environ[name] for name in os.environ if not name.startswith(("AWS_", "REDIS_"))
+        },
         op_timeout_s=settings.op_timeout_s,
     )
     try:
