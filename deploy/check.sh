@@ -6,6 +6,7 @@ cd "$(dirname "$0")"
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 
+export LOG_LEVEL=ERROR  # of checkov, which otherwise tells at length that it may ask nobody
 KUBERNETES_VERSIONS="1.32.0 1.36.0"
 
 # What checkov finds and we mean:
@@ -29,5 +30,4 @@ checkov --file Dockerfile --framework dockerfile --skip-check "$SKIPPED" --skip-
 echo "Dockerfile: checkov finds nothing"
 
 promtool check rules prometheus/alerts.yaml
-promtool check config --syntax-only prometheus/prometheus.yaml
 promtool test rules prometheus/alerts_test.yaml

@@ -86,6 +86,10 @@ OUT_OF_ORDER = Counter(
     "Writes refused because they do not follow what is committed: Redis has gone back.",
     ["effect"],
 )
+for _effect in ("acquire", "begin", "commit", "fastforward", "failrange", "trim"):
+    # What first appears with a 1 has not increased, as Prometheus sees it: it starts with a 0.
+    FENCED.labels(_effect)
+    OUT_OF_ORDER.labels(_effect)
 HEAD_CONFLICTS = Counter(
     "luthier_trainer_head_conflicts_total", "HEADs that another worker had changed."
 )
@@ -145,6 +149,8 @@ REDIS_MEMORY_LIMIT_BYTES = Gauge(
     "luthier_registry_redis_memory_limit_bytes", "maxmemory; the machine's memory without one."
 )
 JOB_AGE_SECONDS = Gauge(
-    "luthier_registry_job_age_seconds", "Since a housekeeping job has run without error.", ["job"]
+    "luthier_registry_job_age_seconds", "Since a housekeeping job has run without error.", ["task"]
 )
-JOB_RESULT = Gauge("luthier_registry_job_result", "What its last run has counted.", ["job", "what"])
+JOB_RESULT = Gauge(
+    "luthier_registry_job_result", "What its last run has counted.", ["task", "what"]
+)

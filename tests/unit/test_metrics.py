@@ -153,8 +153,8 @@ async def test_queues_have_a_depth_and_an_age_for_each_tenant(oplog: Oplog):
     assert value("luthier_registry_log_ops_max", base_model="m") == 2
     ready = {"base_model": "m", "role": "trainer", "state": "ready"}
     assert REGISTRY.get_sample_value("luthier_registry_live_workers", ready) == 0
-    assert value("luthier_registry_job_age_seconds", job="sweep") == 60
-    assert value("luthier_registry_job_result", job="sweep", what="waiting") == 4
+    assert value("luthier_registry_job_age_seconds", task="sweep") == 60
+    assert value("luthier_registry_job_result", task="sweep", what="waiting") == 4
 
 
 @pytest.mark.parametrize("address", ["9090", ":9090", "host:", "host:x", "host:0", "host:65536"])
