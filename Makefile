@@ -13,7 +13,7 @@ DEPLOY_VENV ?= .venv-deploy
 DEPLOY_READY := $(DEPLOY_VENV)/.ready
 
 .PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
-	bench bench-log build deploy-check
+	bench bench-log build deploy-check alerts roll
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -57,7 +57,7 @@ $(FUZZ_READY): tests/fuzz/requirements.txt
 	touch $(FUZZ_READY)
 
 test: $(READY)                          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not deploy"
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)
@@ -84,7 +84,14 @@ build: $(READY)                         ## the wheel, into dist/
 # kubectl, and promtool of Debian's package prometheus, are to be on PATH.
 deploy-check: $(READY) $(DEPLOY_READY)  ## the manifests, the image and the alert rules, without a cluster
 	PATH="$(CURDIR)/$(DEPLOY_VENV)/bin:$$PATH" deploy/check.sh
-	$(BIN)/python -m pytest -q tests/deploy
+	$(BIN)/python -m pytest -q tests/deploy -m "not deploy"
+	$(BIN)/python -m pytest -q tests/deploy/test_pods.py
+
+alerts: $(READY)                        ## a real Prometheus on a stack, and three alerts by faults
+	$(BIN)/python -m pytest -q tests/deploy/test_alerts.py
+
+roll: $(READY)                          ## restart every part under the load of the official SDK
+	$(BIN)/python -m tests.deploy.roll
 
 $(DEPLOY_READY): deploy/requirements.txt
 	$(PYTHON) -m venv $(DEPLOY_VENV)

@@ -81,23 +81,26 @@ class Container:
         """Name -> where its value comes from."""
         return {item["name"]: item for item in self.spec.get("env", [])}
 
-    def value(self, item: Manifest, secrets: dict[str, str]) -> str:
+    def value(self, item: Manifest, secrets: dict[str, str], pod_name: str = "") -> str:
         """Of one environment variable."""
         if "value" in item:
             return str(item["value"])
         source = item["valueFrom"]
         if "fieldRef" in source:
             assert source["fieldRef"]["fieldPath"] == "metadata.name"
-            return self.pod_name
+            return pod_name or self.pod_name
         if "secretKeyRef" in source:
             return secrets[source["secretKeyRef"]["key"]]
         reference = source["configMapKeyRef"]
         data = named(self.overlay, "ConfigMap", reference["name"])["data"]
         return str(data[reference["key"]])
 
-    def argv(self, secrets: dict[str, str]) -> list[str]:
+    def variables(self, secrets: dict[str, str], pod_name: str = "") -> dict[str, str]:
+        return {name: self.value(item, secrets, pod_name) for name, item in self.environ.items()}
+
+    def argv(self, secrets: dict[str, str], pod_name: str = "") -> list[str]:
         """Command and arguments, as the kubelet puts variables into them."""
-        values = {name: self.value(item, secrets) for name, item in self.environ.items()}
+        values = self.variables(secrets, pod_name)
         words = [*self.spec["command"], *self.spec.get("args", [])]
         return [re.sub(r"\$\((\w+)\)", lambda m: values[m[1]], word) for word in words]
 

@@ -1,0 +1,198 @@
+"""A real Prometheus scrapes the demo, and faults fire alerts.
+
+The rules are those of deploy/prometheus with seconds for minutes in `for`, so that nobody waits.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import yaml
+from tests.deploy.manifests import ROOT
+from tests.deploy.pods import Cluster, running_cluster
+
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed"),
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
+]
+FIRES_S = 120.0
+ENGINE = "luthier_trainer.engine_child"
+
+
+class Prometheus:
+    """One server, asked by its HTTP API."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
+        self._url, self._http = url, http
+
+    async def ask(self, path: str) -> Any:
+        async with self._http.get(f"{self._url}/api/v1/{path}") as answer:
+            return (await answer.json())["data"]
+
+    async def firing(self) -> set[str]:
+        alerts = (await self.ask("alerts"))["alerts"]
+        return {a["labels"]["alertname"] for a in alerts if a["state"] == "firing"}
+
+    async def until_fires(self, name: str) -> None:
+        """Returns once this alert fires; AssertionError with those that do after FIRES_S."""
+        deadline = time.monotonic() + FIRES_S
+        while name not in (firing := await self.firing()):
+            assert time.monotonic() < deadline, f"{name} does not fire; {firing} do"
+            await asyncio.sleep(0.5)
+
+
+@contextlib.asynccontextmanager
+async def running_prometheus(cluster: Cluster, folder: Path) -> AsyncIterator[Prometheus]:
+    rules = (ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text()
+    loaded = yaml.safe_load(rules)
+    for rule in loaded["groups"][0]["rules"]:
+        if "for" in rule:
+            rule["for"] = rule["for"].replace("m", "s")
+    (folder / "alerts.yaml").write_text(yaml.safe_dump(loaded))
+    pods = [pod for pod in cluster.pods if pod.labels.get("luthier.dev/metrics") == "true"]
+    config = {
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "rule_files": ["alerts.yaml"],
+        "scrape_configs": [
+            {
+                "job_name": "luthier",
+                "honor_labels": True,
+                "static_configs": [
+                    {"targets": [f"{pod.address}:{pod.port('ops')}" for pod in pods]}
+                ],
+            }
+        ],
+    }
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    address = f"{cluster.network.address()}:9090"
+    with (folder / "prometheus.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            "prometheus",
+            f"--config.file={folder}/prometheus.yaml",
+            f"--storage.tsdb.path={folder}/tsdb",
+            f"--web.listen-address={address}",
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        async with aiohttp.ClientSession() as http:
+            prometheus = Prometheus(f"http://{address}", http)
+            await _until(lambda: prometheus.ask("rules"), cluster, "prometheus.log")
+            yield prometheus
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _until(ask: Callable[[], Any], cluster: Cluster, log: str) -> None:
+    deadline = time.monotonic() + FIRES_S
+    while True:
+        try:
+            await ask()
+            return
+        except (aiohttp.ClientError, KeyError):
+            assert time.monotonic() < deadline, cluster.log(log)
+            await asyncio.sleep(0.2)
+
+
+async def test_prometheus_reads_every_part_and_faults_fire_alerts():
+    with tempfile.TemporaryDirectory(prefix="lu-prom-") as name:
+        folder = Path(name)
+        async with (
+            running_cluster("cpu-demo", folder) as cluster,
+            running_prometheus(cluster, folder) as prometheus,
+        ):
+            await _all_targets_are_up(prometheus)
+            await _all_rules_are_well(prometheus)
+            assert await prometheus.firing() == set()
+
+            await _ask_for_the_run_of_another(cluster)
+            await prometheus.until_fires("LuthierForeignIds")
+
+            await _kill_engines(cluster, 4)
+            await prometheus.until_fires("LuthierEngineDies")
+
+            (sampler,) = cluster.pods_of("sampler")
+            assert sampler.process is not None
+            sampler.process.send_signal(signal.SIGSTOP)
+            try:
+                await prometheus.until_fires("LuthierPartDown")
+                await prometheus.until_fires("LuthierNoWorker")
+            finally:
+                sampler.process.send_signal(signal.SIGCONT)
+
+
+async def _all_targets_are_up(prometheus: Prometheus) -> None:
+    deadline = time.monotonic() + FIRES_S
+    while True:
+        targets = (await prometheus.ask("targets"))["activeTargets"]
+        if len(targets) == 5 and all(target["health"] == "up" for target in targets):
+            return
+        assert time.monotonic() < deadline, targets
+        await asyncio.sleep(0.5)
+
+
+async def _all_rules_are_well(prometheus: Prometheus) -> None:
+    written = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text())
+    deadline = time.monotonic() + FIRES_S
+    while True:
+        (group,) = (await prometheus.ask("rules"))["groups"]
+        if all(rule["health"] == "ok" for rule in group["rules"]):
+            break
+        assert time.monotonic() < deadline, group["rules"]
+        await asyncio.sleep(0.5)
+    assert len(group["rules"]) == len(written["groups"][0]["rules"])
+
+
+async def _ask_for_the_run_of_another(cluster: Cluster) -> None:
+    """A run of ann's, asked for by bob: a few times, and when that was seen, thirty more."""
+    ann, bob = await cluster.new_key("ann"), await cluster.new_key("bob")
+    url = f"{cluster.url}/api/v1"
+    async with aiohttp.ClientSession() as http:
+
+        async def post(key: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+            headers = {"X-API-Key": key}
+            async with http.post(f"{url}/{path}", json=body, headers=headers) as answer:
+                return answer.status, await answer.json()
+
+        _, session = await post(ann, "create_session", {"tags": [], "sdk_version": "0.38.0"})
+        wanted = {
+            "session_id": session["session_id"],
+            "model_seq_id": 0,
+            "base_model": "luthier/demo",
+            "lora_config": {"rank": 4},
+        }
+        status, created = await post(ann, "create_model", wanted)
+        assert status == 200, created
+        for count in (1, 30):
+            for _ in range(count):
+                status, _ = await post(bob, "get_info", {"model_id": created["model_id"]})
+                assert status == 404
+            await asyncio.sleep(3)  # three scrapes: what is first seen with a value never increased
+
+
+async def _kill_engines(cluster: Cluster, times: int) -> None:
+    (trainer,) = cluster.pods_of("trainer")
+    assert trainer.process is not None
+    worker = psutil.Process(trainer.process.pid)
+    killed: set[int] = set()
+    deadline = time.monotonic() + FIRES_S * times
+    while len(killed) < times:
+        for child in worker.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.pid not in killed and ENGINE in child.cmdline():
+                    os.kill(child.pid, signal.SIGKILL)
+                    killed.add(child.pid)
+        assert time.monotonic() < deadline, f"only {len(killed)} engines seen"
+        await asyncio.sleep(0.2)
