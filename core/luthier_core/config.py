@@ -162,6 +162,16 @@ class HousekeepingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Traces for OpenTelemetry; needs the extra `tracing`."""
+
+    otlp_endpoint: str = ""
+    """http://host:4318 of a collector that takes OTLP over HTTP; empty: no traces."""
+    sample_ratio: float = 1.0
+    """Of the requests that bring no trace of their own; those that do are as they say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole deployment. Every service reads the same file and uses its part."""
 
@@ -194,6 +204,7 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     s3_access_key: str = field(default="", repr=False)
     """From the environment (AWS_ACCESS_KEY_ID) only, never from the file."""
     s3_secret_key: str = field(default="", repr=False)
@@ -363,6 +374,8 @@ def _check(config: Config) -> None:
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     if config.sampler.max_running > config.sampler.max_step_tokens:
         raise ConfigError("sampler.max_running: must not be above sampler.max_step_tokens")
+    if not 0 <= config.tracing.sample_ratio <= 1:
+        raise ConfigError(f"tracing.sample_ratio: {config.tracing.sample_ratio} is not 0..1")
     if not 0 <= config.gateway.port <= 65535:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
     if config.gateway.tenant_requests_at_once < 1:

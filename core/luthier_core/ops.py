@@ -99,10 +99,13 @@ class Op:
     body: Body
     told: int = -1
     """The loss of any gradient up to this seq was known to the client when this op was admitted."""
+    trace: str = ""
+    """What tracing.carried gave for the request."""
 
     def fields(self) -> dict[str, str | bytes]:
         """Fields of the stream entry, without `told`: the admit function stamps that."""
-        return {"kind": self.kind.value, "digest": self.digest, **self.body.fields()}
+        traced = {"trace": self.trace} if self.trace else {}
+        return {"kind": self.kind.value, "digest": self.digest, **self.body.fields(), **traced}
 
     @classmethod
     def from_entry(cls, run_id: str, entry_id: bytes, fields: Mapping[bytes, bytes]) -> Self:
@@ -114,6 +117,7 @@ class Op:
             digest=fields[b"digest"].decode(),
             body=Body.from_fields(fields),
             told=int(fields.get(b"told", b"-1")),
+            trace=fields.get(b"trace", b"").decode(),
         )
 
 
@@ -218,6 +222,8 @@ class SamplingJob:
     """JSON of the asample request."""
     streams: bool = False
     """Somebody reads its tokens while it runs."""
+    trace: str = ""
+    """What tracing.carried gave for the request."""
 
     @property
     def request_id(self) -> str:
@@ -234,4 +240,5 @@ class SamplingJob:
             weights=fields[b"weights"].decode(),
             body=Body.from_fields(fields),
             streams=fields.get(b"streams") == b"1",
+            trace=fields.get(b"trace", b"").decode(),
         )

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from luthier_core import tracing
 from luthier_core.blobs import Blobs, open_blobs
 from luthier_core.config import Config, ModelConfig, load_config
 from luthier_core.errors import ConfigError
@@ -41,6 +42,7 @@ def service_main(
 
     async def run() -> int:
         config, ops = load_config(arguments.config, environ), Ops(role)
+        tracing.start(role, arguments.name, config.tracing)
         async with serve_ops(arguments.ops, ops):
             return await serve(config, ops)
 
@@ -87,6 +89,7 @@ def worker_main(
     async def run() -> int:
         config = load_config(arguments.config, environ)
         model = config.model(arguments.model)
+        tracing.start(role, arguments.name, config.tracing)
         ops = Ops(role, base_model=model.name)
         async with (
             serve_ops(arguments.ops, ops),

@@ -7,7 +7,7 @@ from zlib import crc32
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from luthier_core import metrics
+from luthier_core import metrics, tracing
 from luthier_core.futures import FutureId
 from luthier_gateway.backends import BACKENDS, TENANT
 from luthier_gateway.generation import GENERATION
@@ -22,8 +22,10 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "none"
     began, status = time.monotonic(), 499  # the client went away before there was an answer
+    parent = request.headers.get("traceparent", "")[:64]
     try:
-        response = await handler(request)
+        with tracing.request_span(f"{request.method} {route}", parent):
+            response = await handler(request)
         status = response.status
         return response
     finally:

@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from luthier_core import keys
 from luthier_core.auth import key_hmac
 from luthier_core.blobs import open_blobs
-from luthier_core.config import Config, GatewayConfig, LimitsConfig, ModelConfig, dump_config
+from luthier_core.config import (
+    Config,
+    GatewayConfig,
+    LimitsConfig,
+    ModelConfig,
+    TracingConfig,
+    dump_config,
+)
 from luthier_core.records import ApiKeyRecord
 from luthier_core.testing import running_valkey
 
@@ -97,11 +104,11 @@ def save_tiny_model(folder: Path) -> None:
 
 @contextlib.contextmanager
 def running_gateway_stack(
-    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES
+    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES, otlp_endpoint: str = ""
 ) -> Iterator[GatewayStack]:
     """All parts, ready; `folder` must have a short path, for the sockets in it."""
     with running_valkey() as redis_url:
-        config = _configure(folder, redis_url, max_body_bytes)
+        config = _configure(folder, redis_url, max_body_bytes, otlp_endpoint)
         ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
         stack = GatewayStack(
             config,
@@ -119,7 +126,7 @@ def running_gateway_stack(
             _stop(processes)
 
 
-def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
+def _configure(folder: Path, redis_url: str, max_body_bytes: int, otlp_endpoint: str) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
     secret = os.urandom(32)
@@ -134,6 +141,7 @@ def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
             port=_free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),
         limits=LIMITS,
+        tracing=TracingConfig(otlp_endpoint=otlp_endpoint),
     )
     (folder / "config.toml").write_text(dump_config(config))
     asyncio.run(_store_keys(config))

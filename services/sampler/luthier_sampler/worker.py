@@ -8,12 +8,13 @@ jobs of one that stays away are claimed by the others.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_files
 from luthier_core.config import SamplerConfig
@@ -64,6 +65,8 @@ class Worker:
         self._engine = engine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._jobs: dict[str, SamplingJob] = {}
+        self._began: dict[str, float] = {}
+        """Request -> when it was claimed, in seconds since the epoch."""
         self._tasks: set[asyncio.Task[None]] = set()
         """One per job that is being admitted or settled."""
         self._work = asyncio.Event()
@@ -156,6 +159,8 @@ class Worker:
 
     async def _admit(self, job: SamplingJob) -> None:
         """Give the job to the engine, with its adapter; a job it refuses fails."""
+        tracing.note_queued(job.trace)
+        self._began[job.request_id] = time.time()
         try:
             request = _request(job, Sample.model_validate_json(await self._body_of(job)))
             # One load for all who wait for the same adapter.
@@ -189,6 +194,7 @@ class Worker:
     def _cancel(self, request_id: str) -> None:
         """A hint: whoever has this request gives its blocks back. Its outcome is stored already."""
         if self._jobs.pop(request_id, None) is not None:
+            self._began.pop(request_id, None)
             self._thread.submit(self._engine.cancel, request_id)
             self._room.set()
 
@@ -236,6 +242,8 @@ class Worker:
         while True:
             try:
                 await self._oplog.settle(job, self._base_model, outcome)
+                began_s = self._began.pop(job.request_id, time.time())
+                tracing.note_since("sample", job.trace, began_s, request_id=job.request_id)
                 break
             except REDIS_ERRORS:
                 log.warning("redis is away; settling %s again", job.request_id)

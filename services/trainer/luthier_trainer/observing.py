@@ -1,21 +1,25 @@
 """The trainer's metrics, read off the effects that its protocol core asks for."""
 
+import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from luthier_core import metrics
+from luthier_core import metrics, tracing
 from luthier_core.ops import Kind
+from luthier_core.owner import Step
 from luthier_core.protocol import (
     MAX_ATTEMPTS,
     MAX_DEATHS,
     Acquire,
     Begin,
     CasHead,
+    Commit,
     Effect,
     Execute,
     FailRange,
+    Finish,
 )
 
 
@@ -27,17 +31,34 @@ class EffectWatch:
         self._began = clock()
         self._is_recovery = False
         """Somebody had the run before, and no new op has begun yet."""
+        self._carriers: dict[int, str] = {}
+        """Seq -> the trace of an op that is executed and not committed."""
 
     async def watch(self, effect: Effect, performing: Awaitable[Any]) -> Any:
         """The effect's answer, once it is counted and timed."""
         began = self._clock()
         try:
-            answer = await performing
+            with self._span(effect):
+                answer = await performing
         finally:
             name = type(effect).__name__.lower()
             metrics.EFFECT_SECONDS.labels(name).observe(self._clock() - began)
         self._note(effect, name, answer)
         return answer
+
+    def _span(self, effect: Effect) -> contextlib.AbstractContextManager[None]:
+        """A span in the trace of the request that an effect is for."""
+        match effect:
+            case Execute(Step(op=op, publish=True)) if op.trace:
+                self._carriers[op.seq] = op.trace
+                tracing.note_queued(op.trace)
+                return tracing.work_span(f"execute {op.kind}", op.trace, seq=op.seq, run=op.run_id)
+            case Finish(Step(op=op)):
+                return tracing.work_span("finish", op.trace, seq=op.seq, run=op.run_id)
+            case Commit(run_id, _, seq):
+                carrier = self._carriers.pop(seq, "")
+                return tracing.work_span("commit", carrier, seq=seq, run=run_id)
+        return contextlib.nullcontext()
 
     def _note(self, effect: Effect, name: str, answer: Any) -> None:
         status = getattr(answer, "status", answer)
