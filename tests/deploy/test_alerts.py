@@ -60,7 +60,6 @@ async def running_prometheus(cluster: Cluster, folder: Path) -> AsyncIterator[Pr
             rule["for"] = rule["for"].replace("m", "s")
     (folder / "alerts.yaml").write_text(yaml.safe_dump(loaded))
     pods = [pod for pod in cluster.pods if pod.labels.get("luthier.dev/metrics") == "true"]
-    targets = [f"{pod.address}:{pod.port('ops')}" for pod in pods]
     config = {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": ["alerts.yaml"],

@@ -110,6 +110,7 @@ def configs(draw: st.DrawFn) -> Config:
     }
     ruled = {"port", "dtype", "sample_logprobs", "max_running", "max_step_tokens"}
     ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
+    ruled |= {"sample_ratio"}
 
     def part(kind: type[Any]) -> Any:
         chosen = {}
