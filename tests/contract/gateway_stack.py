@@ -108,25 +108,34 @@ def running_gateway_stack(
 ) -> Iterator[GatewayStack]:
     """All parts, ready; `folder` must have a short path, for the sockets in it."""
     with running_valkey() as redis_url:
-        config = _configure(folder, redis_url, max_body_bytes, otlp_endpoint)
-        ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
-        stack = GatewayStack(
-            config,
-            f"http://127.0.0.1:{config.gateway.port}",
-            {role: f"http://{address}" for role, address in ops.items()},
-        )
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for role in ROLES:
-                model = () if role in ("registry", "gateway") else ("--model", BASE_MODEL)
-                processes.append(_start(folder, role, "--ops", ops[role], *model))
-            _wait_until_healthy(stack, folder)
+        config = configure(folder, redis_url, max_body_bytes, otlp_endpoint)
+        with running_services(folder, config) as stack:
             yield stack
-        finally:
-            _stop(processes)
 
 
-def _configure(folder: Path, redis_url: str, max_body_bytes: int, otlp_endpoint: str) -> Config:
+@contextlib.contextmanager
+def running_services(folder: Path, config: Config) -> Iterator[GatewayStack]:
+    """Every part on a Redis that is there, ready; `folder` holds the configuration."""
+    ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
+    stack = GatewayStack(
+        config,
+        f"http://127.0.0.1:{config.gateway.port}",
+        {role: f"http://{address}" for role, address in ops.items()},
+    )
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for role in ROLES:
+            model = () if role in ("registry", "gateway") else ("--model", BASE_MODEL)
+            processes.append(_start(folder, role, "--ops", ops[role], *model))
+        _wait_until_healthy(stack, folder)
+        yield stack
+    finally:
+        _stop(processes)
+
+
+def configure(
+    folder: Path, redis_url: str, max_body_bytes: int = MAX_BODY_BYTES, otlp_endpoint: str = ""
+) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
     secret = os.urandom(32)

@@ -68,10 +68,10 @@ class Load:
 
     async def run(self, service: tinker.ServiceClient) -> dict[str, object]:
         runs = [
-            await service.create_lora_training_client_async(base_model=BASE_MODEL, rank=4)
+            await service.create_lora_training_client(base_model=BASE_MODEL, rank=4)
             for _ in range(NUM_RUNS)
         ]
-        sampler = await service.create_sampling_client_async(base_model=BASE_MODEL)
+        sampler = await service.create_sampling_client(base_model=BASE_MODEL)
         print("loading", flush=True)
         self._began = time.monotonic()
         reading = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
@@ -106,8 +106,8 @@ class Load:
         async for _ in self._ticks(self._steps_per_s / NUM_RUNS):
             await room.acquire()
             sent_s = self._now()
-            gradient = await run.forward_backward_async([datum], "cross_entropy")
-            update = await run.optim_step_async(types.AdamParams(learning_rate=1e-4))
+            gradient = run.forward_backward([datum], "cross_entropy")
+            update = run.optim_step(types.AdamParams(learning_rate=1e-4))
             self.steps.sent += 1
             self._start(wait(gradient, update, sent_s))
 
@@ -117,7 +117,7 @@ class Load:
 
         async def sample(sent_s: float) -> None:
             try:
-                result = await sampler.sample_async(prompt, 1, params)
+                result = await sampler.sample(prompt, 1, params)
                 assert len(result.sequences) == 1
                 self.samples.note(sent_s, self._now())
             except Exception as error:
