@@ -134,7 +134,12 @@ def running_services(folder: Path, config: Config) -> Iterator[GatewayStack]:
 
 
 def configure(
-    folder: Path, redis_url: str, max_body_bytes: int = MAX_BODY_BYTES, otlp_endpoint: str = ""
+    folder: Path,
+    redis_url: str,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    otlp_endpoint: str = "",
+    *,
+    store_keys: bool = True,
 ) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
@@ -153,7 +158,8 @@ def configure(
         tracing=TracingConfig(otlp_endpoint=otlp_endpoint),
     )
     (folder / "config.toml").write_text(dump_config(config))
-    asyncio.run(_store_keys(config))
+    if store_keys:
+        asyncio.run(_store_keys(config))
     return config
 
 
