@@ -12,8 +12,15 @@ FUZZ_SECONDS ?= 300
 DEPLOY_VENV ?= .venv-deploy
 DEPLOY_READY := $(DEPLOY_VENV)/.ready
 
-.PHONY: quickstart setup fmt check sim sim-long cluster-long fuzz test up proto compat compat-newest \
-	bench bench-log build deploy-check alerts roll
+MALFORMED ?= 6000
+COOKBOOK ?= 0.6.1
+COOKBOOK_VENV ?= .venv-cookbook
+COOKBOOK_READY := $(COOKBOOK_VENV)/.ready-$(COOKBOOK)
+TEST_PROCESSES ?= 2
+
+.PHONY: quickstart setup fmt check up proto reference build
+.PHONY: test test-s3 malicious malformed sim sim-long cluster-long fuzz compat compat-newest cookbook
+.PHONY: bench bench-log bench-listing deploy-check alerts roll
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -56,8 +63,19 @@ $(FUZZ_READY): tests/fuzz/requirements.txt
 	$(FUZZ_VENV)/bin/python -m pip install --quiet -r tests/fuzz/requirements.txt
 	touch $(FUZZ_READY)
 
+malformed: $(READY)                     ## MALFORMED malformed requests, a good client beside them
+	$(BIN)/python -m tests.fuzz.malformed_run --cases $(MALFORMED)
+
 test: $(READY)                          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not deploy"
+	$(BIN)/python -m pytest -m "not gpu and not deploy" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+# A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
+test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
+	$(BIN)/python -m pytest --stores disk,moto,rgw --races 1000 \
+		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
+
+malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
+	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)
@@ -66,17 +84,34 @@ proto: $(READY)                         ## generate the code of our .proto anew
 	$(BIN)/python -m grpc_tools.protoc -I core --python_out=core --pyi_out=core \
 		core/luthier_core/proto/wire.proto
 
+reference: $(READY)                     ## docs/sdk-reference.md from the docstrings of the client
+	$(BIN)/python docs/sdk_reference.py
+
 compat: $(READY)                        ## every SDK release against a stack; writes docs/compatibility.md
 	$(BIN)/python -m tests.compat.matrix
 
 compat-newest: $(READY)                 ## what the newest SDK release on PyPI changes on the wire
 	$(BIN)/python -m tests.compat.newest
 
+cookbook: $(READY) $(COOKBOOK_READY)    ## the training loops of tinker_cookbook, as they are, on a stack
+	$(BIN)/python -m tests.cookbook.run --python $(COOKBOOK_VENV)/bin/python
+
+# Of its own: the cookbook must meet the official SDK, and nothing of ours.
+$(COOKBOOK_READY): tests/cookbook/requirements.txt
+	$(PYTHON) -m venv $(COOKBOOK_VENV)
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet -r tests/cookbook/requirements.txt
+	$(COOKBOOK_VENV)/bin/python -m pip install --quiet --no-deps tinker_cookbook==$(COOKBOOK)
+	touch $(COOKBOOK_READY)
+
 bench: $(READY)                         ## milliseconds per step through the whole stack
 	$(BIN)/python benchmarks/bench_gateway.py
 
 bench-log: $(READY)                     ## the operation log: latency, rate, polls, memory, overload
 	$(BIN)/python benchmarks/bench_log.py
+
+bench-listing: $(READY)                 ## pages of 100,000 checkpoints and 10,000 runs
+	$(BIN)/python benchmarks/bench_listing.py
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

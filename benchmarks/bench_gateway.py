@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from instant_stub import running_stub
 
 NUM_TOKENS = 16
 RANK = 16
@@ -274,18 +275,6 @@ def running_stack(data: Path) -> Iterator[tuple[str, str]]:
             wait_for(data / "endpoint", process)
             key = (data / "api-key").read_text().strip()
             yield (data / "endpoint").read_text().strip(), key
-        finally:
-            process.terminate()
-
-
-@contextlib.contextmanager
-def running_stub() -> Iterator[str]:
-    """URL of a server that knows every result before it is asked."""
-    stub = Path(__file__).with_name("instant_stub.py")
-    with subprocess.Popen([sys.executable, str(stub)], stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().decode().strip()
         finally:
             process.terminate()
 

@@ -4,12 +4,18 @@
     one by one, its best static batch, its own continuous batching.
 (b) The same load with 8 adapters mixed.
 (c) 16 samples of one 512-token prompt, beside one sample of it: the prompt is computed once.
+(d) 512 requests like those of (a), queued at once with the official SDK through a `luthier up`:
+    tokens/s beside the engine alone, time to the first token, memory before and after.
+(e) One request at a time through the service: what it takes beyond the engine, at most 10 ms and
+    2 fsync.
 
 Greedy, float32, a random model of 63 M parameters that the benchmark makes. Every answer of the
 engine is compared with transformers'. On a CPU the load is bound by matrix products: the ceiling is
 their measured rate. On a GPU at this size, or alone, it is bound by reading the weights.
 
-    python benchmarks/bench_sampler.py [--threads N] [--layers N] [--repeats N]
+(d) and (e) use one thread for the engine on both sides, and the same model.
+
+    python benchmarks/bench_sampler.py [--part engine|service] [--threads N] [--repeats N]
 """
 
 import argparse
@@ -26,7 +32,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from sampler_service import measure_service
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from luthier_core.config import SamplerConfig
 from luthier_core.proto import wire_pb2
@@ -49,19 +63,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--part", choices=("engine", "service"), help="(a) to (c), or (d) and (e)")
     parser.add_argument("--layers", type=int, default=8, help="8 are 63 M parameters")
     parser.add_argument("--repeats", type=int, default=3, help="the best of them counts")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, options.layers)
-        results = measure(folder, options.repeats)
+        if options.part != "service":
+            torch.set_num_threads(options.threads)
+            results |= measure(folder, options.repeats)
+        if options.part != "engine":
+            results |= measure_service(Path(folder), options.repeats)
     for name, value in results.items():
         print(f"{name:58} {value:12.2f}")
     facts = {
         "bench": "sampler",
         "cpu": cpu_name(),
         "threads": options.threads,
+        "part": options.part or "all",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -83,6 +103,10 @@ def make_model(folder: str, num_layers: int) -> None:
         eos_token_id=None,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    # Nothing here is text, but a sampler does not start without a tokenizer.
+    words = {f"w{i}": i for i in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def measure(folder: str, repeats: int) -> dict[str, float]:

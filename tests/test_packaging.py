@@ -1,11 +1,15 @@
 """The wheel has every package and its data, and CPU packages import without torch."""
 
+import contextlib
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGE_FOLDERS = [*ROOT.glob("*/luthier*/"), *ROOT.glob("services/*/luthier*/")]
@@ -70,3 +74,37 @@ def test_the_command_starts_without_server_packages() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert answer.stdout == "[]\n"
+
+
+def test_the_client_alone_needs_what_it_names_and_nothing_of_the_server() -> None:
+    """Every module that the SDK loads comes from its dependencies, or theirs."""
+    program = (
+        "import sys, luthier, aiohttp\n"
+        "luthier.types.SampleRequest, luthier.data, luthier.wire\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    owners = packages_distributions()
+    names = answer.stdout.split()
+    loaded = {canonicalize_name(owner) for name in names for owner in owners.get(name, ())}
+    assert loaded - closure("luthier") <= {"pip", "setuptools"}
+    assert {"redis", "minio", "torch", "rich", "typer", "celery"} & closure("luthier") == set()
+
+
+def closure(name: str) -> set[str]:
+    """Distributions that `pip install name` brings, without extras, by their canonical names."""
+    found: set[str] = set()
+    todo = [name]
+    while todo:
+        one = canonicalize_name(todo.pop())
+        if one in found:
+            continue
+        found.add(one)
+        with contextlib.suppress(PackageNotFoundError):  # for another platform or Python
+            for line in requires(one) or []:
+                requirement = Requirement(line)
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    todo.append(requirement.name)
+    return found

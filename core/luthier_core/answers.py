@@ -105,6 +105,7 @@ class CopiedWeights(Answer):
 class SamplerInfo(Answer):
     sampler_id: str
     base_model: str
+    tokenizer_id: str | None = None
     model_path: str | None = None
 
 

@@ -81,6 +81,9 @@ class Blobs(Protocol):
     async def delete(self, key: str) -> None:
         """Remove the object; no error if there is none."""
 
+    async def refuses_damaged(self, key: str) -> bool:
+        """Whether bytes that are not those of their checksum are refused; tried with one object."""
+
     def signed_url(self, key: str, expires_s: int) -> str:
         """A URL from which anybody can GET this one object for expires_s seconds.
 

@@ -97,6 +97,11 @@ def sampling_cancelled(base_model: str, shard: str = "{s0}") -> str:
     return f"{shard}:cancel:{base_model}"
 
 
+def sampling_published(base_model: str) -> str:
+    """Sharded pub/sub channel that carries runs whose in-flight weights have moved: hints."""
+    return f"{{s0}}:published:{base_model}"
+
+
 def sampling_partials(request_id: str) -> str:
     """Sharded pub/sub channel that carries the tokens of one running sample so far: hints."""
     session = request_id.rpartition(":")[0]
@@ -139,6 +144,9 @@ def model_facts(base_model: str) -> str:
     """JSON facts of a base model, from its workers: what requests are checked against."""
     return f"model:{base_model}"
 
+
+CHANGING = "changing"
+"""Hash: changes of checkpoints that are under way, or that died; see the registry's lists.py."""
 
 GENERATION = "sys:gen"
 """Which Redis this is; see generation.py."""
@@ -288,6 +296,11 @@ def samples_segment(shard: str, first_entry: str) -> str:
 def model_facts_object(base_model: str) -> str:
     """The same as model_facts, for when Redis was wiped."""
     return f"sys/models/{base_model}.json"
+
+
+def store_probe(name: str) -> str:
+    """Written and deleted at the start of a service; see store_probe.py."""
+    return f"sys/probe/{name}"
 
 
 def sweep_candidates(tenant: str) -> str:

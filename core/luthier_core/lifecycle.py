@@ -8,6 +8,7 @@ import os
 import signal
 import stat
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -17,6 +18,13 @@ import uvloop
 
 from luthier_core import keys
 from luthier_core.oplog import Oplog
+
+ORPHAN_S = 12.0
+"""How long a part may drain once its parent has gone: two seconds more than the longest drain.
+
+Whoever waits for a Redis that went away with the parent needs longer, and for nothing: what is not
+committed by then is done again by the next owner, as after any kill.
+"""
 
 
 def run_service(main: Coroutine[Any, Any, int]) -> int:
@@ -30,21 +38,19 @@ async def service_lifetime() -> AsyncIterator[asyncio.Event]:
     """An event that is set when this process is to drain and exit.
 
     That is: SIGTERM, SIGINT, or the end of standard input where that is a pipe. `luthier up` holds
-    the other end, so no part outlives it, however it dies.
+    the other end, so no part outlives it by more than ORPHAN_S, however it dies and whatever the
+    part is busy with.
     """
     stop = asyncio.Event()
     faulthandler.register(signal.SIGUSR1)  # `kill -USR1 PID` writes every thread's stack to the log
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    watches_stdin = _stdin_is_pipe()
-    if watches_stdin:
-        loop.add_reader(sys.stdin.fileno(), _read_stdin, stop)
-    try:
-        yield stop
-    finally:
-        if watches_stdin:
-            loop.remove_reader(sys.stdin.fileno())
+    if _stdin_is_pipe():
+        # A thread, not the event loop: a loop that is stuck could not end the process.
+        watch = threading.Thread(target=_end_with_stdin, args=(loop, stop), daemon=True)
+        watch.start()
+    yield stop
 
 
 def _stdin_is_pipe() -> bool:
@@ -55,10 +61,14 @@ def _stdin_is_pipe() -> bool:
     return stat.S_ISFIFO(mode)
 
 
-def _read_stdin(stop: asyncio.Event) -> None:
-    if os.read(sys.stdin.fileno(), 4096) == b"":
-        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-        stop.set()
+def _end_with_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """At the end of standard input: asks for a drain, and ends the process after ORPHAN_S."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    # Its timer is a thread of C that needs no interpreter: not even one that ends can hold it up.
+    faulthandler.dump_traceback_later(ORPHAN_S, exit=True)
+    with contextlib.suppress(RuntimeError):  # the loop has ended: the process is about to
+        loop.call_soon_threadsafe(stop.set)
 
 
 class WorkerLease:

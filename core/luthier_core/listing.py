@@ -4,12 +4,12 @@ Whoever writes a record adds its row afterwards; both can be done again. A page 
 `luthier admin rebuild-index` can make every index anew from the bucket. Redis errors pass through.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
+import orjson
 import redis.asyncio as redis
 from redis.exceptions import WatchError
 
@@ -52,13 +52,12 @@ class Listing:
         await self._add("samplers", record.sampling_session_id, {}, record.created_at, lists)
 
     async def add_checkpoint(self, record: CheckpointRecord) -> None:
-        row_id = f"{record.run_id}/{record.kind}/{record.name}"
         await self._add(
             "checkpoints",
-            row_id,
+            record.row_id,
             record.row(),
             record.created_at,
-            _checkpoint_lists(row_id),
+            _checkpoint_lists(record.row_id),
             expires_at=record.expires_at,
         )
 
@@ -130,11 +129,18 @@ class Listing:
 
     async def _runs_of_project(self, project_id: str) -> list[str]:
         """Ids of all its runs, latest first."""
-        run_ids = (await self.ids("runs"))[::-1]
-        session_ids = list({run_id.partition(":")[0] for run_id in run_ids})
-        sessions = await self._rows_by_id("sessions", session_ids)
-        wanted = {key for key, row in sessions.items() if row["project_id"] == project_id}
-        return [run_id for run_id in run_ids if run_id.partition(":")[0] in wanted]
+        sessions: Any = await cast(
+            Any, self._redis.hgetall(keys.index_rows(self._tenant, "sessions"))
+        )
+        pipe = self._redis.pipeline(transaction=False)
+        for session_id, row in sessions.items():
+            if orjson.loads(row)["project_id"] == project_id:
+                order = keys.index_order(self._tenant, f"runs:{session_id.decode()}")
+                pipe.zrange(order, 0, -1, withscores=True)
+        found = [run for runs in await pipe.execute() for run in runs]
+        # As Redis sorts: by time, then by id.
+        found.sort(key=lambda run: (run[1], run[0]), reverse=True)
+        return [run_id.decode() for run_id, _ in found]
 
     async def with_activity(
         self, rows: Sequence[Mapping[str, Any]], now: datetime
@@ -143,25 +149,37 @@ class Listing:
         await self._drop_expired(now)
         pipe = self._redis.pipeline(transaction=False)
         for row in rows:
-            run_id = row["training_run_id"]
             for kind in ("weights", "sampler_weights"):
-                order = keys.index_order(self._tenant, f"checkpoints:{run_id}:{kind}")
-                pipe.zrevrange(order, 0, 0)
-            pipe.zscore(keys.live_runs(row["base_model"]), run_id)
+                order = f"checkpoints:{row['training_run_id']}:{kind}"
+                pipe.zrevrange(keys.index_order(self._tenant, order), 0, 0)
         replies = await pipe.execute()
-        last_ids = [item.decode() for reply in replies if isinstance(reply, list) for item in reply]
+        last_ids = [item.decode() for reply in replies for item in reply]
         checkpoints = await self._rows_by_id("checkpoints", last_ids)
+        last_admits = await self._last_admits(rows)
         return [
             {
                 **row,
                 "last_checkpoint": _first(checkpoints, weights),
                 "last_sampler_checkpoint": _first(checkpoints, sampler_weights),
-                "last_request_time": _later(row["last_request_time"], last_admit_s),
+                "last_request_time": _later(
+                    row["last_request_time"], last_admits.get(row["training_run_id"])
+                ),
             }
-            for row, weights, sampler_weights, last_admit_s in zip(
-                rows, replies[0::3], replies[1::3], replies[2::3], strict=True
+            for row, weights, sampler_weights in zip(
+                rows, replies[0::2], replies[1::2], strict=True
             )
         ]
+
+    async def _last_admits(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+        """Run id -> when its last op was admitted; None for a run that is at rest."""
+        runs_of: dict[str, list[str]] = {}
+        for row in rows:
+            runs_of.setdefault(row["base_model"], []).append(row["training_run_id"])
+        found: dict[str, float | None] = {}
+        for base_model, run_ids in runs_of.items():
+            scores = await cast(Any, self._redis.zmscore(keys.live_runs(base_model), run_ids))
+            found |= zip(run_ids, scores, strict=True)
+        return found
 
     async def expired(self, now: datetime) -> list[str]:
         """run/kind/name of what has expired and is not yet swept."""
@@ -183,7 +201,7 @@ class Listing:
         expiring = keys.index_order(self._tenant, EXPIRING)
         async with self._redis.pipeline(transaction=True) as pipe:
             if row:
-                pipe.hset(keys.index_rows(self._tenant, table), row_id, json.dumps(row))
+                pipe.hset(keys.index_rows(self._tenant, table), row_id, orjson.dumps(row))
             for name in lists:
                 pipe.zadd(keys.index_order(self._tenant, name), {row_id: time.timestamp()})
             if expires_at:
@@ -224,7 +242,7 @@ class Listing:
             return {}
         values = await cast(Any, self._redis.hmget(keys.index_rows(self._tenant, table), list(ids)))
         return {
-            row_id: json.loads(value)
+            row_id: orjson.loads(value)
             for row_id, value in zip(ids, values, strict=True)
             if value is not None
         }

@@ -59,8 +59,10 @@ class _TimedConnection(AbstractConnection):
     """
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if not self.is_connected:  # connecting has limits and retries of its own
-            await self.connect_check_health(check_health=False)
+        if not self.is_connected:
+            # One try: who sends tries again anyhow, and retries of retries would take 24 times as
+            # long as `connect` says. Not below: connecting has a limit of its own.
+            await self.connect_check_health(check_health=False, retry_socket_connect=False)
         try:
             async with asyncio.timeout(IO_TIMEOUT_S):
                 await super().send_packed_command(command, check_health)
@@ -154,6 +156,15 @@ class RunHeader:
             lost=int(text[10] or -1),
             cancelled_to=int(text[11] or -1),
         )
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Published:
+    """A run's in-flight sampler weights; a later save is larger."""
+
+    epoch: int
+    seq: int
+    manifest_key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,6 +389,14 @@ class Oplog:
         """Move the in-flight sampler weights forward, never back. OK | STALE | FENCED."""
         reply = await self._call("publish", [keys.run_header(run_id)], [epoch, server, seq, key])
         return cast(bytes, reply).decode()
+
+    async def published(self, run_id: str) -> Published | None:
+        """The in-flight sampler weights of a run; None if it has saved none."""
+        fields = ("published_epoch", "published_seq", "published")
+        found = await cast(Any, self.redis.hmget(keys.run_header(run_id), fields))
+        if found[2] is None:
+            return None
+        return Published(int(found[0]), int(found[1]), found[2].decode())
 
     async def fail_range(
         self,

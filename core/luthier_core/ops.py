@@ -220,6 +220,8 @@ class SamplingJob:
     """Object key of the checkpoint manifest whose adapter samples; empty for the base model."""
     body: Body
     """JSON of the asample request."""
+    inflight_run: str = ""
+    """Run whose newest in-flight weights sample, also in mid-generation, instead of `weights`."""
     streams: bool = False
     """Somebody reads its tokens while it runs."""
     trace: str = ""
@@ -239,6 +241,7 @@ class SamplingJob:
             tenant=fields[b"tenant"].decode(),
             weights=fields[b"weights"].decode(),
             body=Body.from_fields(fields),
+            inflight_run=fields.get(b"inflight_run", b"").decode(),
             streams=fields.get(b"streams") == b"1",
             trace=fields.get(b"trace", b"").decode(),
         )

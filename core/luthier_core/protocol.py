@@ -503,10 +503,16 @@ def gap_is_overdue(
     return now_s - header.gap_since / 1000 > limit_s
 
 
-def give_up_gap(tenure: Tenure, last_parked: int) -> Steps[None]:
-    """Fail what waits above a gap that was not filled in time; everything below is committed."""
+def give_up_gap(tenure: Tenure, last_parked: int, *, recovery: str = "") -> Steps[None]:
+    """Fail what waits above a gap that was not filled in time; everything below is committed.
+
+    `recovery`: tinker:// path of the state below it, for the client to go on from.
+    """
     first = tenure.committed + 1
-    never = Outcome.failure(f"seq {first} never arrived, so nothing after it was executed", "user")
+    reason = f"seq {first} never arrived, so nothing after it was executed"
+    if recovery:
+        reason += f"; the state before it is {recovery}"
+    never = Outcome.failure(reason, "user")
     seqs = range(first, last_parked + 1)
     status = yield FailRange(tenure.run_id, tenure.epoch, seqs, never)
     tenure.check(status)

@@ -142,6 +142,11 @@ class CheckpointRecord(Record):
     lora: LoraConfig
 
     @property
+    def row_id(self) -> str:
+        """How the lists name it."""
+        return f"{self.run_id}/{self.kind}/{self.name}"
+
+    @property
     def tinker_path(self) -> str:
         return f"tinker://{self.run_id}/{self.kind}/{self.name}"
 
@@ -170,6 +175,8 @@ class SamplerRecord(Record):
     """tinker:// path; None for a base model and for ephemeral weights."""
     weights: str = ""
     """Object key of the checkpoint's manifest; empty for the base model."""
+    inflight_run: str = ""
+    """Run whose newest in-flight weights it follows, instead of those it was made with."""
     created_at: AwareDatetime
 
 

@@ -19,6 +19,7 @@ from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
 from luthier_core.oplog import Oplog, connect
 from luthier_core.ops_server import Ops, serve_ops
 from luthier_core.redis_server import check_server
+from luthier_core.store_probe import check_store
 from luthier_core.telemetry import setup_logging
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ async def _open_worker(
         await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
         blobs = await stack.enter_async_context(open_blobs(config))
+        await check_store(blobs, config)
         await _confirmed(Generation(client, blobs), stop)
         await oplog.load_library()
         lease = WorkerLease(oplog, name, role=role, base_model=model.name, lease_s=settings.lease_s)

@@ -324,7 +324,7 @@ class SaveWeights(WireModel):
 class SaveWeightsForSampler(WireModel):
     """POST save_weights_for_sampler: named with `path`, else for a sampling session.
 
-    `kind` inflight is served as a snapshot, which the protocol allows (6.1).
+    `kind` inflight: all such samplers of the run move on to what is saved last (6.1).
     """
 
     model_id: str

@@ -1,11 +1,12 @@
 """Bookkeeping calls about runs, sessions and keys, forwarded to the registry."""
 
+import contextlib
 from urllib.parse import urlencode
 
 from aiohttp import web
 
 from luthier_core.auth import key_id
-from luthier_core.errors import InvalidField, Unsupported
+from luthier_core.errors import InvalidField, Unavailable, Unsupported
 from luthier_core.rest_types import SearchSessions, SetProject
 from luthier_core.types import parse
 from luthier_gateway.backends import BACKENDS, TENANT
@@ -75,8 +76,11 @@ async def set_session_project(request: web.Request) -> web.Response:
 
 async def get_sampler(request: web.Request) -> web.Response:
     """What a sampling session samples from."""
-    sampler = await request.app[BACKENDS].sampler(request[TENANT], request.match_info["sampler_id"])
+    backends = request.app[BACKENDS]
+    sampler = await backends.sampler(request[TENANT], request.match_info["sampler_id"])
     answer = {"sampler_id": sampler.sampling_session_id, "base_model": sampler.base_model}
+    with contextlib.suppress(Unavailable):  # a model that is not served any more has a name left
+        answer["tokenizer_id"] = (await backends.model_facts(sampler.base_model))["tokenizer_id"]
     if sampler.model_path is not None:
         answer["model_path"] = sampler.model_path
     return json_response(answer)

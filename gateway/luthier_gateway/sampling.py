@@ -77,6 +77,7 @@ async def asample(request: web.Request) -> web.Response:
             "session": session,
             "tenant": tenant,
             "weights": sampler.weights,
+            "inflight_run": sampler.inflight_run,
             **stored.fields(),
         }
     await enqueue(backends, sampler, str(seq), digest, job)

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from luthier_core.errors import BadRequest
+from luthier_core.errors import BadRequest, InvalidField
+from luthier_core.safetensors_check import read_header
 from luthier_model.lora import (
     LORA_ALPHA,
     TARGETS,
@@ -119,8 +120,9 @@ def tensors_from(files: Mapping[str, bytes], file: str) -> dict[str, Tensor]:
     if file not in files:
         raise BadRequest(f"the checkpoint has no {file}; it has {sorted(files)}")
     try:
+        read_header(files[file], file)
         return safetensors.torch.load(files[file])
-    except SafetensorError as error:
+    except (InvalidField, SafetensorError) as error:
         raise BadRequest(f"{file}: {error}") from error
 
 

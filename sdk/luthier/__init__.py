@@ -3,6 +3,8 @@
 A client of the Tinker API: `import luthier as tinker` runs a program that was written for it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from luthier import data, metrics, types
 from luthier.errors import (
     APIConnectionError,
@@ -51,13 +53,11 @@ from luthier.types import (
     ModelInput,
     ModelInputChunk,
     OptimParams,
-    OptimStepRequest,
     OptimStepResponse,
     ParsedCheckpointTinkerPath,
     PromptProvenanceSpan,
     SampledProvenanceSpan,
     SampledSequence,
-    SampleRequest,
     SampleResponse,
     SamplingParams,
     StopReason,
@@ -65,6 +65,9 @@ from luthier.types import (
     TensorDtype,
     TrainingRun,
 )
+
+if TYPE_CHECKING:
+    from luthier.types import OptimStepRequest, SampleRequest
 
 __all__ = [
     "APIConnectionError",
@@ -129,3 +132,9 @@ __all__ = [
     "progress",
     "types",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("OptimStepRequest", "SampleRequest"):  # they are the server's, and slow to import
+        return getattr(types, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,8 @@ class APIFuture(Generic[T]):
     def result(self, timeout: float | None = None) -> T:
         """Waits for the result, at most `timeout` seconds; TimeoutError does not end the request.
 
-        Ctrl-C while waiting cancels it.
+        Ctrl-C while waiting cancels it. RuntimeError on the thread of the client itself, which
+        would wait for ever.
         """
         if not self._future.done() and _on_loop(self._loop):
             raise RuntimeError("this would wait for itself: use await")
@@ -36,7 +37,10 @@ class APIFuture(Generic[T]):
             raise
 
     async def result_async(self, timeout: float | None = None) -> T:
-        """Like .result(), for coroutines. Cancelling the waiting task cancels the request."""
+        """Like .result(), for coroutines; timeout in seconds.
+
+        Cancelling the waiting task cancels the request.
+        """
         inner = asyncio.wrap_future(self._future)
         try:
             async with asyncio.timeout(timeout):

@@ -105,6 +105,8 @@ class CompletionPoller:
             self._num_expected -= 1
             if not self._num_expected:
                 self._early.clear()
+                if self._retrieved and not self._session.is_closed:
+                    self._begin()
 
     async def wait(self, request_id: str) -> None:
         """Returns when there is a result, good or bad; raises what ended the polling."""
@@ -113,12 +115,15 @@ class CompletionPoller:
             return
         done = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = done
-        if self._poll is None or self._poll.done():
-            self._poll = self._session.spawn(self._run())
+        self._begin()
         try:
             await done
         finally:
             self._waiting.pop(request_id, None)
+
+    def _begin(self) -> None:
+        if self._poll is None or self._poll.done():
+            self._poll = self._session.spawn(self._run())
 
     def retrieved(self, request_id: str) -> None:
         """Its result was read in full: the server may forget it."""
@@ -128,7 +133,8 @@ class CompletionPoller:
         try:
             while self._waiting:
                 await self._ask({})
-            await self._ask({"timeout": 0.0})
+            if self._retrieved:
+                await self._ask({"timeout": 0.0})
         except LuthierError as error:
             for done in self._waiting.values():
                 if not done.done():
@@ -162,7 +168,8 @@ class CompletionPoller:
         del self._retrieved[: len(retrieved)]
         self._cursor = int(said["cursor"])
         for completion in said.get("completions", ()):
-            done = self._waiting.get(completion["request_id"])
+            # Out of the waiting at once: nobody polls again for who has been told.
+            done = self._waiting.pop(completion["request_id"], None)
             if done is None:
                 self._early.add(completion["request_id"])
             elif not done.done():

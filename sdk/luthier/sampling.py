@@ -17,7 +17,7 @@ from luthier.future import APIFuture, Opening
 from luthier.polling import CompletionPoller, retrieve, waiting_sentence
 from luthier.session import Session
 from luthier.settings import read_settings
-from luthier.tokenizer import load_tokenizer
+from luthier.tokenizer import tokenizer_of
 from luthier.transport import PATIENCE_S, Response
 from luthier.window import Window
 
@@ -261,7 +261,7 @@ class SamplingClient(Opening):
         """The base model's tokenizer; ImportError without transformers."""
         self.result()
         assert self._ids is not None
-        return load_tokenizer(self._ids.tokenizer_id or self._ids.base_model)
+        return tokenizer_of(self._ids.base_model, self._ids.tokenizer_id)
 
     def get_sampler_handle(self) -> str:
         """A string that from_sampler_handle makes a client of, in any process; no credentials."""

@@ -75,6 +75,11 @@ class Session:
         self._pid = os.getpid()
         _open_sessions.add(self)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether its end has begun."""
+        return self._is_closed
+
     def start(self, coroutine: Coroutine[Any, Any, T]) -> APIFuture[T]:
         """An operation of this session: it ends with the session at the latest."""
         if self._is_closed:

@@ -1,37 +1,26 @@
 """TrainingClient: forward, backward and optimizer steps of one training run, in call order."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import orjson
 from pydantic import BaseModel
 
-from luthier import custom_loss, types, wire
+from luthier import types, wire
 from luthier._loop import handle_of, operation, value_of, waited
 from luthier.custom_loss import CustomLossFn
-from luthier.errors import LuthierError, RequestFailedError
 from luthier.future import APIFuture, Opening
-from luthier.polling import retrieve
+from luthier.passes import Passes
+from luthier.run_requests import RunRequests
 from luthier.sampling import SamplerIds, SamplingClient
 from luthier.session import Session
-from luthier.tokenizer import load_tokenizer
-from luthier.transport import PROTOBUF, Response
-from luthier_core.proto import wire_pb2
+from luthier.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 M = TypeVar("M", bound=BaseModel)
-T = TypeVar("T")
-Chunks = list[wire_pb2.ForwardBackwardRequest]
-
-MAX_POLLS = 8
-"""Results of one run waited for at once. They come in order, so more would only wait longer."""
-MAX_CHUNKS_SENDING = 8
-ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +44,17 @@ class TrainingClient(Opening):
     def __init__(self, session: Session, opening: APIFuture[RunIds]) -> None:
         self._session = session
         self._ids: RunIds | None = None
-        self._calls = count(1)
-        self._last_call = 0
-        self._refused_until = 0
-        """Calls up to this one were made before a failure that their caller could not know."""
-        self._refusal: Exception | None = None
-        self._next_seq = 1
-        self._turn = asyncio.Lock()
-        """Requests are numbered and sent one call at a time, in the order of the calls."""
-        self._polls = asyncio.Semaphore(MAX_POLLS)
+        self._requests = RunRequests(session, self._opened_id)
+        self._passes = Passes(session, self._requests)
         # Last: it begins on another thread, at once.
         super().__init__(session.start(self._open(opening)))
 
     async def _open(self, opening: APIFuture[RunIds]) -> None:
         self._ids = await asyncio.wrap_future(opening.future())
+
+    async def _opened_id(self) -> str:
+        await self._opened()
+        return self._run.model_id
 
     @property
     def model_id(self) -> str:
@@ -89,8 +75,12 @@ class TrainingClient(Opening):
         loss_fn: types.LossFnType,
         loss_fn_config: Mapping[str, float | str] | None = None,
     ) -> APIFuture[types.ForwardBackwardOutput]:
-        """Loss and log probabilities (nats) of the data; gradients stay as they are."""
-        return self._passes(data, loss_fn, loss_fn_config, forward_only=True)
+        """Loss and log probabilities (nats) of the data; gradients stay as they are.
+
+        `loss_fn_outputs[i]["logprobs"]` of the result is float32 in the shape of the target_tokens
+        of `data[i]`: [T], or [T, K]. RequestFailedError names what is wrong with the data.
+        """
+        return self._pass(data, loss_fn, loss_fn_config, forward_only=True)
 
     forward_async = handle_of(forward)
 
@@ -103,9 +93,9 @@ class TrainingClient(Opening):
         """Like forward, and adds the gradient of the loss to the run's.
 
         The loss is a sum over tokens and data, so parts may be sent one by one. `data` is read
-        before this returns. RequestFailedError names what is wrong with it.
+        before this returns. Outputs are those of forward; RequestFailedError names what is wrong.
         """
-        return self._passes(data, loss_fn, loss_fn_config, forward_only=False)
+        return self._pass(data, loss_fn, loss_fn_config, forward_only=False)
 
     forward_backward_async = handle_of(forward_backward)
 
@@ -119,11 +109,12 @@ class TrainingClient(Opening):
         its own. Needs torch. If it raises, the result raises the same, and requests that were made
         before that could be known are not sent.
         """
-        return self._session.start(self._custom(next_call(self), list(data), loss_fn))
+        call = self._requests.next_call()
+        return self._session.start(self._passes.run_custom(call, list(data), loss_fn))
 
     forward_backward_custom_async = handle_of(forward_backward_custom)
 
-    def _passes(
+    def _pass(
         self,
         data: Sequence[types.Datum],
         loss_fn: str,
@@ -134,98 +125,8 @@ class TrainingClient(Opening):
         # Encoded here and now: the caller may change its arrays after this returns.
         encoded = [wire.encode_datum(datum) for datum in data]
         request = wire.loss_request(loss_fn, config, forward_only=forward_only)
-        return self._session.start(self._in_turn(next_call(self), encoded, request))
-
-    async def _in_turn(
-        self,
-        call: int,
-        encoded: Sequence[wire_pb2.Datum],
-        request: wire_pb2.ForwardBackwardRequest,
-    ) -> types.ForwardBackwardOutput:
-        async def send() -> list[str]:
-            return await self._send_chunks(await self._chunks(encoded, request))
-
-        return await self._output(await self._submitted(call, send), request)
-
-    async def _chunks(
-        self, encoded: Sequence[wire_pb2.Datum], request: wire_pb2.ForwardBackwardRequest
-    ) -> Chunks:
-        config = await self._session.config()
-        return wire.split(
-            encoded,
-            request,
-            max_datums=config.fwdbwd_max_chunk_len,
-            max_bytes=config.fwdbwd_max_chunk_bytes_count,
-        )
-
-    async def _send_chunks(self, chunks: Chunks) -> list[str]:
-        """The request ids of all chunks. Holds the turn: they get consecutive numbers."""
-        config = await self._session.config()
-        first, self._next_seq = self._next_seq, self._next_seq + len(chunks)
-        room = asyncio.Semaphore(MAX_CHUNKS_SENDING)
-
-        async def send(seq: int, chunk: wire_pb2.ForwardBackwardRequest) -> str:
-            chunk.model_id, chunk.seq_id = self._run.model_id, seq
-            body = chunk.SerializeToString()
-            headers = {"Content-Type": PROTOBUF}
-            if config.proto_compress_fwdbwd:
-                body, headers["Content-Encoding"] = await asyncio.to_thread(_zstd, body), "zstd"
-            async with room:
-                response = await self._session.transport.call(
-                    "POST", "forward_backward", body=body, headers=headers
-                )
-            return response.text_field("request_id")
-
-        numbered = enumerate(chunks, start=first)
-        sent = await asyncio.gather(
-            *(send(seq, chunk) for seq, chunk in numbered), return_exceptions=True
-        )
-        for answer in sent:
-            if isinstance(answer, BaseException):
-                raise answer
-        return [answer for answer in sent if isinstance(answer, str)]
-
-    async def _output(
-        self, request_ids: Sequence[str], request: wire_pb2.ForwardBackwardRequest
-    ) -> types.ForwardBackwardOutput:
-        kind = "Forward" if request.forward_only else "ForwardBackward"
-        results = [self._retrieved(request_id, kind, protobuf=True) for request_id in request_ids]
-        bodies = [response.body for response in await _all(results)]
-        return wire.combine([wire.decode_forward_backward(body) for body in bodies])
-
-    async def _custom(
-        self, call: int, data: list[types.Datum], loss_fn: CustomLossFn
-    ) -> types.ForwardBackwardOutput:
-        """Forward, the caller's loss, backward through a surrogate; nothing comes in between."""
-        forward = wire.loss_request("cross_entropy", None, forward_only=True)
-        backward = wire.loss_request("cross_entropy", None, forward_only=False)
-
-        async def passes() -> tuple[list[str], float, dict[str, float]]:
-            scored = [wire.encode_datum(datum) for datum in custom_loss.scored(data)]
-            ids = await self._send_chunks(await self._chunks(scored, forward))
-            output = await self._output(ids, forward)
-            loss, metrics, weighted = await asyncio.to_thread(
-                custom_loss.linearised, data, output, loss_fn
-            )
-            surrogate = [wire.encode_datum(datum) for datum in weighted]
-            ids = await self._send_chunks(await self._chunks(surrogate, backward))
-            return ids, loss, metrics
-
-        async def send() -> tuple[list[str], float, dict[str, float]]:
-            try:
-                return await passes()
-            except Exception as error:
-                # An optimizer step that was called before this was known must not be taken.
-                self._refused_until, self._refusal = self._last_call, error
-                raise
-
-        ids, loss, metrics = await self._submitted(call, send)
-        output = await self._output(ids, backward)
-        surrogate_loss = output.metrics["loss:sum"]
-        metrics = {**output.metrics, "surrogate_loss:sum": surrogate_loss, **metrics}
-        return types.ForwardBackwardOutput(
-            output.loss_fn_output_type, output.loss_fn_outputs, {**metrics, "loss:sum": loss}
-        )
+        call = self._requests.next_call()
+        return self._session.start(self._passes.run(call, encoded, request))
 
     # --- optimizer, saving, loading --------------------------------------------------------------
 
@@ -347,7 +248,7 @@ class TrainingClient(Opening):
             saved = self.save_weights_for_sampler(name)
             return SamplingClient(self._session, self._session.start(self._sampler_of(saved)))
         request = {"type": "save_weights_for_sampler", "kind": kind}
-        opening = self._snapshot(next_call(self), request)
+        opening = self._snapshot(self._requests.next_call(), request)
         return SamplingClient(self._session, self._session.start(opening))
 
     async def save_weights_and_get_sampling_client_async(
@@ -366,7 +267,7 @@ class TrainingClient(Opening):
 
     async def _snapshot(self, call: int, request: dict[str, Any]) -> SamplerIds:
         request["sampling_session_seq_id"] = next(self._session.sampling_seqs)
-        response = await self._answered(
+        response = await self._requests.json_result(
             call, "save_weights_for_sampler", "SaveWeightsForSampler", request
         )
         return await self._sampler_ids(response.text_field("sampling_session_id"))
@@ -413,88 +314,18 @@ class TrainingClient(Opening):
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The base model's tokenizer; ImportError without transformers."""
         data = self.get_info().model_data
-        name = data.tokenizer_id or data.model_name
-        if name is None:
-            raise LuthierError("the server does not say which tokenizer this model has")
-        return load_tokenizer(name)
+        return tokenizer_of(data.model_name, data.tokenizer_id)
 
     # --- how requests go out ---------------------------------------------------------------------
 
     def _request(
         self, endpoint: str, request_type: str, request: dict[str, Any], result: type[M]
     ) -> APIFuture[M]:
-        return self._session.start(
-            self._parsed(next_call(self), endpoint, request_type, request, result)
-        )
+        call = self._requests.next_call()
+        return self._session.start(self._parsed(call, endpoint, request_type, request, result))
 
     async def _parsed(
         self, call: int, endpoint: str, request_type: str, request: dict[str, Any], result: type[M]
     ) -> M:
-        return (await self._answered(call, endpoint, request_type, request)).parsed(result)
-
-    async def _answered(
-        self, call: int, endpoint: str, request_type: str, request: dict[str, Any]
-    ) -> Response:
-        async def send() -> str:
-            seq, self._next_seq = self._next_seq, self._next_seq + 1
-            numbered = {**request, "model_id": self._run.model_id, "seq_id": seq}
-            given = {name: value for name, value in numbered.items() if value is not None}
-            response = await self._session.transport.call(
-                "POST", endpoint, body=orjson.dumps(given)
-            )
-            return response.text_field("request_id")
-
-        return await self._retrieved(await self._submitted(call, send), request_type)
-
-    async def _submitted(self, call: int, send: Callable[[], Awaitable[T]]) -> T:
-        """What `send` returns, when it is this call's turn.
-
-        It runs in a task of its own: a caller that gives up must leave no gap in the numbers, for
-        which every later request of this run would wait.
-        """
-
-        async def in_turn() -> T:
-            async with self._turn:
-                await self._opened()
-                if call <= self._refused_until:
-                    raise RequestFailedError(
-                        f"not sent, because a call before it failed: {self._refusal!r}",
-                        f"{self._run.model_id}: call {call}",
-                        "user",
-                    ) from self._refusal
-                return await send()
-
-        return await asyncio.shield(self._session.spawn(in_turn()))
-
-    async def _retrieved(
-        self, request_id: str, request_type: str, *, protobuf: bool = False
-    ) -> Response:
-        async with self._polls:
-            return await retrieve(
-                self._session.transport, request_id, request_type, protobuf=protobuf
-            )
-
-
-def next_call(client: TrainingClient) -> int:
-    """The number of a call, taken by the thread that makes it."""
-    client._last_call = next(client._calls)
-    return client._last_call
-
-
-async def _all(results: Sequence[Awaitable[Response]]) -> list[Response]:
-    """All of them, or the first error in their order once none is waited for any more."""
-    answers = await asyncio.gather(*results, return_exceptions=True)
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-    return [answer for answer in answers if isinstance(answer, Response)]
-
-
-def _zstd(body: bytes) -> bytes:
-    import sys
-
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-    return bytes(zstd.compress(body, ZSTD_LEVEL))
+        response = await self._requests.json_result(call, endpoint, request_type, request)
+        return response.parsed(result)

@@ -46,7 +46,9 @@ POLL_TIMEOUT_S = 45.0
 CONNECT_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 1024
 """Above what the limits on polls, samples and fetches can add up to in ordinary use."""
-MAX_BACKOFF_S = 30.0
+MAX_BACKOFF_S = 10.0
+"""So a server that was away for long is found again soon."""
+MAX_RETRY_AFTER_S = 60.0
 RETRIED_STATUSES = frozenset({408, 429})
 SDK_VERSION = version("luthier")
 
@@ -237,7 +239,7 @@ def _backoff_s(attempt: int) -> float:
 def _retry_after_s(response: Response) -> float | None:
     """What the server asks for, if it is a number of seconds."""
     try:
-        return min(max(float(response.headers["Retry-After"]), 0.05), MAX_BACKOFF_S)
+        return min(max(float(response.headers["Retry-After"]), 0.05), MAX_RETRY_AFTER_S)
     except (KeyError, ValueError):
         return None
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from luthier import types
@@ -142,8 +143,9 @@ def json_tensor(tensor: types.TensorData) -> dict[str, Any]:
 
 
 def decode_forward_backward(body: bytes) -> types.ForwardBackwardOutput:
-    """The result of one chunk."""
-    message = wire_pb2.ForwardBackwardOutput.FromString(body)
+    """The result of one chunk; APIResponseValidationError if it is none."""
+    message = wire_pb2.ForwardBackwardOutput()
+    _parse(message, body)
     return types.ForwardBackwardOutput(
         loss_fn_output_type=message.loss_fn_output_type.rpartition(":")[2] or "ArrayRecord",
         loss_fn_outputs=[
@@ -151,6 +153,14 @@ def decode_forward_backward(body: bytes) -> types.ForwardBackwardOutput:
         ],
         metrics=dict(message.metrics),
     )
+
+
+def _parse(message: Message, body: bytes) -> None:
+    try:
+        message.ParseFromString(body)
+    except DecodeError:
+        kind = message.DESCRIPTOR.name
+        raise APIResponseValidationError(f"no {kind} as protobuf: {body[:200]!r}") from None
 
 
 def _outputs(record: wire_pb2.ArrayRecord) -> Iterator[LossFnOutput]:
@@ -229,7 +239,8 @@ def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 def decode_sample(body: bytes, sequence_ids: Sequence[str]) -> types.SampleResponse:
     """The result of a sampling request; APIResponseValidationError if sequences lack ids."""
-    message = wire_pb2.SampleResponse.FromString(body)
+    message = wire_pb2.SampleResponse()
+    _parse(message, body)
     if len(sequence_ids) != len(message.sequences):
         raise APIResponseValidationError(
             f"sample_sequence_ids: {len(sequence_ids)} for {len(message.sequences)} sequences"

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 import tinker
-import torch
 from tests.acceptance.quickstart import Ended, run_quickstart
 from tests.acceptance.stack import Stack, running_stack
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from luthier_model.demo import ensure_demo_model
 
 KEYS = {"alpha": "tml-acceptance-key-of-alpha", "beta": "tml-acceptance-key-of-beta"}
 """Tenant -> its API key on the shared stack."""
@@ -35,14 +32,6 @@ def collect_sdk_leaks() -> Iterator[None]:
     """What the SDK leaks is found here, where it is expected, and not in some later test."""
     yield
     gc.collect()
-
-
-@pytest.fixture(scope="session")
-def demo_model(request: pytest.FixtureRequest) -> Path:
-    """Built by the first test run and kept in pytest's cache for later ones."""
-    assert request.config.cache is not None
-    torch.set_num_threads(1)
-    return ensure_demo_model(Path(request.config.cache.mkdir("demo-model")))
 
 
 @pytest.fixture(scope="session")

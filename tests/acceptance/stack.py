@@ -31,6 +31,9 @@ READY_S = 120.0
 STOP_S = 60.0
 ANSWER_S = 120.0
 
+LAST_WORDS = 4000
+"""Characters of a log that an error shows."""
+
 
 def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float) -> None:
     """Returns once the condition holds; TimeoutError if it does not within timeout_s."""
@@ -73,8 +76,9 @@ class Stack:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns once everything is ready; RuntimeError with the output if it is not to be."""
-        (self.data / "endpoint").unlink(missing_ok=True)  # a killed stack leaves its own
+        """Returns once everything is ready; RuntimeError with its output once a process ends."""
+        for left in ("endpoint", "status.json"):  # by a stack that was killed
+            (self.data / left).unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._argv, "--port", str(self._port)],
@@ -175,12 +179,28 @@ class Stack:
         return asyncio.run(read())
 
     def _has_endpoint(self) -> bool:
-        assert self._process is not None
-        if self._process.poll() is not None:
-            raise RuntimeError(f"luthier up has ended:\n{self._log.read_text()}")
+        self._check_running()
+        with contextlib.suppress(FileNotFoundError):  # nothing has been started yet
+            self._check_parts()
         return (self.data / "endpoint").exists()
 
+    def _check_running(self) -> None:
+        """RuntimeError with its last words if `luthier up` has ended."""
+        assert self._process is not None
+        if self._process.poll() is not None:
+            said = self._log.read_text(errors="replace")[-LAST_WORDS:]
+            raise RuntimeError(f"luthier up ended with {self._process.returncode}:\n{said}")
+
+    def _check_parts(self) -> None:
+        """RuntimeError with its last words if a part has ended, though it is to start again."""
+        for status in self._statuses():
+            if status["restarts"] or status["state"] == "restarting":
+                log = self.data / "logs" / f"{status['name']}.log"
+                said = log.read_text(errors="replace")[-LAST_WORDS:]
+                raise RuntimeError(f"{status['name']} ended at its start:\n{said}")
+
     def _is_healthy(self) -> bool:
+        self._check_running()
         try:
             return self.request("GET", "healthz", api_key="").status == 200
         except OSError:  # the gateway is being started again
@@ -191,8 +211,12 @@ class Stack:
         return int(pid) if pid else None
 
     def _status(self, part: str) -> dict[str, Any]:
-        parts = json.loads((self.data / "status.json").read_text())["parts"]
-        return next(status for status in parts if status["name"] == part)
+        self._check_running()
+        return next(status for status in self._statuses() if status["name"] == part)
+
+    def _statuses(self) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = json.loads((self.data / "status.json").read_text())["parts"]
+        return parts
 
 
 @contextlib.contextmanager

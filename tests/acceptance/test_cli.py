@@ -4,16 +4,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import tinker
 from safetensors.torch import load_file
 from tests.acceptance.conftest import KEYS
 from tests.acceptance.stack import ANSWER_S, BASE_MODEL, Stack
 from tests.acceptance.training import create_run
+from tinker.cli.__main__ import main_cli
+
+COMMANDS = {
+    *(f"auth {name}" for name in ("login", "logout", "status", "whoami")),
+    *(f"billing {name}" for name in ("usage", "checkpoint-storage")),
+    *(f"checkpoint {name}" for name in ("list", "info", "delete", "download")),
+    *(f"checkpoint {name}" for name in ("publish", "unpublish", "set-ttl")),
+    *("model list", "run list", "run info", "session export-trace", "version"),
+}
+"""Each of which has a test below."""
+NEEDS_THE_HUB = {"checkpoint push-hf"}
+"""Uploads what `checkpoint download` has fetched to a service that is not ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,20 @@ def saved(shared_stack: Stack) -> Saved:
         external = run.save_weights_external("out").result(timeout=ANSWER_S).path
         weights = run.save_state("state").result(timeout=ANSWER_S).path
         return Saved(run.model_id, weights, external)
+
+
+def test_every_command_of_this_release_is_run_here() -> None:
+    assert set(commands_of(main_cli)) == COMMANDS | NEEDS_THE_HUB
+
+
+def commands_of(group: click.Group, words: str = "") -> Iterator[str]:
+    with click.Context(group) as context:
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            if isinstance(command, click.Group):
+                yield from commands_of(command, f"{words}{name} ")
+            else:
+                yield f"{words}{name}"
 
 
 def test_run_commands_list_and_describe(cli: Cli, saved: Saved) -> None:

@@ -51,6 +51,10 @@ class ToyEngine:
     def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
         return {"state.json": json.dumps(asdict(self._state(run_id))).encode()}
 
+    def logprob_gap(self, run_id: str) -> dict[str, float]:
+        """Nobody samples from a toy."""
+        return {"logprob_gap:alarm": 0.0}
+
     def copy_state(self, run_id: str) -> "ToyCopy":
         return ToyCopy(self._state(run_id))
 

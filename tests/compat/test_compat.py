@@ -1,22 +1,20 @@
 """Releases of the official SDK, unmodified, against one stack: every public method of each."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.acceptance.stack import Stack, running_stack
-from tests.compat.matrix import CACHE, NEWEST, Cell, install, read_cells, start_program
+from tests.compat.matrix import NEWEST, Cell, install, read_cells, start_program
 from tests.compat.newest import Wire, describe_changes, known_calls, read_wire
-
-from luthier_model.demo import ensure_demo_model
 
 VERSIONS = ("0.6.3", "0.24.1", NEWEST)
 """Bare JSON; JSON with types and binary results; what is current. `make compat` runs them all."""
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    model = ensure_demo_model(CACHE / "demo-model")
-    with running_stack(tmp_path_factory.mktemp("compat") / "data", model) as stack:
+def stack(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with running_stack(tmp_path_factory.mktemp("compat") / "data", demo_model) as stack:
         yield stack
 
 

@@ -10,8 +10,11 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
+from minio import Minio
 from tests.contract.gateway_client import Api
 from tests.contract.gateway_stack import KEYS, GatewayStack, running_gateway_stack
+from tests.stores.kinds import Store, parametrize_stores, running_moto
+from tests.stores.rgw import ACCESS_KEY, SECRET_KEY
 
 from luthier_core.blobs import Blobs
 from luthier_core.disk_blobs import DiskBlobs
@@ -19,43 +22,38 @@ from luthier_core.oplog import Oplog, connect
 from luthier_gateway.app import build_app
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """host:port of an in-process S3 server with an empty bucket `luthier`."""
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    from minio import Minio
-
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    try:
-        host, port = running.get_host_and_port()
-        endpoint = f"{host}:{port}"
-        Minio(endpoint, "key", "secret", secure=False, region="us-east-1").make_bucket("luthier")
-        yield endpoint
-    finally:
-        running.stop()
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parametrize_stores(metafunc, ["disk", "moto"])
 
 
-@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
-async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Blobs]:
+@pytest.fixture
+async def blobs(store: Store, tmp_path: Path) -> AsyncIterator[Blobs]:
     """An empty store of each sort."""
-    if request.param == "disk":
+    url = store.new_url(tmp_path)
+    if store.kind == "disk":
         yield DiskBlobs(tmp_path, "http://gateway", b"secret")
         return
     from luthier_core.s3_blobs import S3Blobs
 
     async with S3Blobs(
-        request.getfixturevalue("s3_endpoint"),
-        "luthier",
-        access_key="key",
-        secret_key="secret",
+        store.endpoint,
+        url.rpartition("/")[2],
+        access_key=ACCESS_KEY,
+        secret_key=SECRET_KEY,
         secure=False,
         region="us-east-1",
         retry_base_s=0.0,
-    ) as store:
-        yield store
-        async for info in store.list(""):
-            await store.delete(info.key)
+    ) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """host:port of an in-process S3 server with an empty bucket `luthier`."""
+    with running_moto() as endpoint:
+        server = Minio(endpoint, ACCESS_KEY, SECRET_KEY, secure=False, region="us-east-1")
+        server.make_bucket("luthier")
+        yield endpoint
 
 
 @pytest.fixture(scope="session")

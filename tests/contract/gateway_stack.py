@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from luthier_core.config import (
     GatewayConfig,
     LimitsConfig,
     ModelConfig,
+    SamplerConfig,
     TracingConfig,
     dump_config,
 )
@@ -52,6 +53,8 @@ LIMITS = LimitsConfig(
 )
 MAX_BODY_BYTES = 256 * 1024
 POLL_HOLD_S = 1.0
+CLAIM_IDLE_S = 2.0
+"""Short: a test waits for it when a sampler has died."""
 
 ROLES = ("registry", "gateway", "trainer", "sampler")
 START_TIMEOUT_S = 120.0
@@ -71,6 +74,7 @@ class GatewayStack:
 
     config: Config
     url: str
+    folder: Path
     ops: Mapping[str, str]
     """Role -> URL of its ops port."""
 
@@ -114,23 +118,34 @@ def running_gateway_stack(
 
 
 @contextlib.contextmanager
+def another_sampler(stack: GatewayStack, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One more sampler of the stack's model, which may not be ready yet."""
+    process = _start(stack.folder, "sampler", name, "--model", BASE_MODEL)
+    try:
+        yield process
+    finally:
+        _stop([process])
+
+
+@contextlib.contextmanager
 def running_services(folder: Path, config: Config) -> Iterator[GatewayStack]:
     """Every part on a Redis that is there, ready; `folder` holds the configuration."""
     ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
     stack = GatewayStack(
         config,
         f"http://127.0.0.1:{config.gateway.port}",
+        folder,
         {role: f"http://{address}" for role, address in ops.items()},
     )
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for role in ROLES:
             model = () if role in ("registry", "gateway") else ("--model", BASE_MODEL)
-            processes.append(_start(folder, role, "--ops", ops[role], *model))
-        _wait_until_healthy(stack, folder)
+            processes[role] = _start(folder, role, role, "--ops", ops[role], *model)
+        _wait_until_healthy(stack, folder, processes)
         yield stack
     finally:
-        _stop(processes)
+        _stop(processes.values())
 
 
 def configure(
@@ -155,6 +170,7 @@ def configure(
             port=_free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),
         limits=LIMITS,
+        sampler=SamplerConfig(claim_idle_s=CLAIM_IDLE_S),
         tracing=TracingConfig(otlp_endpoint=otlp_endpoint),
     )
     (folder / "config.toml").write_text(dump_config(config))
@@ -171,12 +187,12 @@ async def _store_keys(config: Config) -> None:
             await blobs.put(name, record.to_bytes())
 
 
-def _start(folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
+def _start(folder: Path, role: str, name: str, *arguments: str) -> subprocess.Popen[bytes]:
     """One service; the end of its standard input stops it, however this process ends."""
     argv = [sys.executable, "-m", f"luthier_{role}", "--config", str(folder / "config.toml")]
-    with (folder / f"{role}.log").open("wb") as log:
+    with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
-            [*argv, "--name", role, *arguments],
+            [*argv, "--name", name, *arguments],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -184,7 +200,7 @@ def _start(folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
         )
 
 
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Collection[subprocess.Popen[bytes]]) -> None:
     """All drain at once; who does not within STOP_TIMEOUT_S is killed."""
     for process in processes:
         assert process.stdin is not None
@@ -197,10 +213,19 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
-    """Returns once every part is ready; TimeoutError with the parts' last words."""
+def _wait_until_healthy(
+    stack: GatewayStack, folder: Path, processes: Mapping[str, subprocess.Popen[bytes]]
+) -> None:
+    """Returns once every part is ready.
+
+    RuntimeError with its last words as soon as one has ended, TimeoutError with those of all.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
+        for role, process in processes.items():
+            if process.poll() is not None:
+                said = _last_words(folder, role)
+                raise RuntimeError(f"{role} ended with {process.returncode}:\n{said}")
         try:
             with urllib.request.urlopen(f"{stack.url}/api/v1/healthz", timeout=5):
                 return
@@ -209,8 +234,12 @@ def _wait_until_healthy(stack: GatewayStack, folder: Path) -> None:
         except OSError:
             pass
         time.sleep(0.05)
-    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    logs = {role: _last_words(folder, role) for role in processes}
     raise TimeoutError(f"the stack did not get ready: {logs}")
+
+
+def _last_words(folder: Path, role: str) -> str:
+    return (folder / f"{role}.log").read_text(errors="replace")[-2000:]
 
 
 def _free_port() -> int:

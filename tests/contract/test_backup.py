@@ -16,7 +16,7 @@ from tests.contract.gateway_stack import KEYS, GatewayStack, configure, running_
 
 from luthier_core.config import Config, dump_config
 from luthier_core.testing import running_valkey
-from luthier_registry.backup import main
+from luthier_registry.backup.__main__ import main
 
 LISTS = ("training_runs", "checkpoints", "sessions")
 

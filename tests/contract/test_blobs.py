@@ -3,18 +3,22 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from aiohttp import ClientSession, web
+from tests.stores.kinds import Store
 
 from luthier_core.blobs import PIECE_BYTES, BlobInfo, BlobMissing, Blobs, open_blobs
-from luthier_core.config import Config
+from luthier_core.config import Config, ModelConfig
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.errors import ConfigError, LuthierError, Unavailable
 from luthier_core.s3_blobs import S3Blobs
+from luthier_core.store_probe import broken_promises, check_store
 
 KEY = "t/ann/runs/0f3a:train:0/run.json"
 
@@ -75,16 +79,59 @@ async def test_create_if_absent_keeps_the_first(blobs: Blobs) -> None:
     assert await blobs.get(KEY) == b"first"
 
 
-def skip_on_moto(blobs: Blobs) -> None:
-    if isinstance(blobs, S3Blobs):
-        pytest.skip("moto honours conditions, but without a lock: two of its threads can both win")
-
-
 async def test_of_many_creators_one_wins(blobs: Blobs) -> None:
-    skip_on_moto(blobs)
     won = await asyncio.gather(*(blobs.put_if_absent(KEY, b"%d" % i) for i in range(16)))
     assert won.count(True) == 1
     assert await blobs.get(KEY) == b"%d" % won.index(True)
+
+
+NUM_RACERS = 4
+RACES_AT_ONCE = 32
+
+
+async def won_races(num_races: int, race: Callable[[int], Awaitable[Sequence[bool]]]) -> list[int]:
+    """How many have won each race."""
+    room = asyncio.Semaphore(RACES_AT_ONCE)
+
+    async def one(number: int) -> int:
+        async with room:
+            return list(await race(number)).count(True)
+
+    return await asyncio.gather(*(one(number) for number in range(num_races)))
+
+
+async def test_of_the_creators_in_each_of_many_races_one_wins(
+    blobs: Blobs, pytestconfig: pytest.Config
+) -> None:
+    num_races: int = pytestconfig.getoption("races")
+
+    async def race(number: int) -> Sequence[bool]:
+        key = f"races/{number}"
+        won = await asyncio.gather(
+            *(blobs.put_if_absent(key, b"%d" % racer) for racer in range(NUM_RACERS))
+        )
+        assert await blobs.get(key) == b"%d" % won.index(True)
+        return won
+
+    assert await won_races(num_races, race) == [1] * num_races
+
+
+async def test_of_the_swappers_in_each_of_many_races_one_wins(
+    blobs: Blobs, pytestconfig: pytest.Config
+) -> None:
+    num_races: int = pytestconfig.getoption("races")
+
+    async def race(number: int) -> Sequence[bool]:
+        key = f"races/{number}"
+        first = await blobs.put(key, b"first")
+        etags = await asyncio.gather(
+            *(blobs.put_if_match(key, b"%d" % racer, first) for racer in range(NUM_RACERS))
+        )
+        won = [etag is not None for etag in etags]
+        assert await blobs.get_with_etag(key) == (b"%d" % won.index(True), etags[won.index(True)])
+        return won
+
+    assert await won_races(num_races, race) == [1] * num_races
 
 
 async def test_a_swap_needs_the_current_etag(blobs: Blobs) -> None:
@@ -104,7 +151,6 @@ async def test_a_swap_of_a_missing_object_fails(blobs: Blobs) -> None:
 
 
 async def test_no_increment_is_lost_among_swappers(blobs: Blobs) -> None:
-    skip_on_moto(blobs)
     await blobs.put(KEY, b"0")
 
     async def increment() -> None:
@@ -184,6 +230,58 @@ async def test_a_signed_url_names_the_object_and_its_end(blobs: Blobs) -> None:
         async with ClientSession() as http, http.get(url) as response:
             assert await response.read() == b"content"
             assert response.headers["Content-Disposition"] == "attachment"
+
+
+class Forgetful:
+    """A store that ignores conditions and checksums, or some of them."""
+
+    def __init__(self, real: Blobs, *ignored: str) -> None:
+        self._real, self._ignored = real, ignored
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    async def put_if_absent(self, key: str, data: bytes) -> bool:
+        if "absent" in self._ignored:
+            await self._real.put(key, data)
+            return True
+        return await self._real.put_if_absent(key, data)
+
+    async def put_if_match(self, key: str, data: bytes, etag: str) -> str | None:
+        if "match" in self._ignored:
+            return await self._real.put(key, data)
+        return await self._real.put_if_match(key, data, etag)
+
+    async def refuses_damaged(self, key: str) -> bool:
+        return "checksum" not in self._ignored and await self._real.refuses_damaged(key)
+
+
+async def test_the_probe_finds_what_a_store_does_not_keep_and_leaves_it_as_it_was(
+    blobs: Blobs, store: Store
+) -> None:
+    known = {"moto": ["a damaged upload is stored"]}
+    assert await broken_promises(blobs) == known.get(store.kind, [])
+    assert [info.key async for info in blobs.list("")] == []
+
+
+@pytest.mark.parametrize(
+    ("ignored", "says"),
+    [
+        (("absent",), "create-if-absent replaces"),
+        (("match",), "a write under an old ETag"),
+        (("checksum",), "a damaged upload is stored"),
+    ],
+)
+async def test_a_store_that_cannot_fence_is_refused_to_several_trainers(
+    tmp_path: Path, ignored: tuple[str, ...], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store: Any = Forgetful(DiskBlobs(tmp_path, "", b""), *ignored)
+    alone = replace(config(tmp_path, "x"), models=(ModelConfig(name="m", path="/m"),))
+    await check_store(store, alone)
+    assert says in caplog.text
+    shared = replace(alone, models=(ModelConfig(name="m", path="/m", num_trainers=2),))
+    with pytest.raises(ConfigError, match=says):
+        await check_store(store, shared)
 
 
 # --- disk -----------------------------------------------------------------------------------------
@@ -279,7 +377,7 @@ class FlakyStore:
         if fault == "lost":
             assert request.transport is not None
             request.transport.close()
-        headers = {"ETag": answer.headers.get("ETag", "")}
+        headers = {name: answer.headers.get(name, "") for name in ("ETag", "Content-Type")}
         return web.Response(status=answer.status, body=body, headers=headers)
 
 
@@ -352,6 +450,22 @@ async def test_a_conditional_write_whose_answer_was_lost_still_counts_as_won(
     front.faults = ["lost"]
     assert not await store.put_if_absent(KEY, b"third")
     assert await store.get(KEY) == b"second"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("fault", [409, 500])
+async def test_a_writer_that_was_told_to_try_again_has_not_written_what_another_wrote(
+    flaky: tuple[FlakyStore, S3Blobs], fault: int
+) -> None:
+    front, store = flaky
+    first = await store.put(KEY, b"0")
+    assert await store.put_if_match(KEY, b"1", first) is not None
+    front.faults = [fault]  # another conditional write at this moment: ours was not carried out
+    assert await store.put_if_match(KEY, b"1", first) is None
+    await store.delete(KEY)
+    assert await store.put_if_absent(KEY, b"1")
+    front.faults = [fault]
+    assert not await store.put_if_absent(KEY, b"1")
 
 
 # --- choosing -------------------------------------------------------------------------------------

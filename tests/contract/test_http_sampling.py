@@ -9,6 +9,7 @@ import pytest
 from tests.contract.gateway_client import (
     BASE_MODEL,
     Api,
+    Sampler,
     datum,
     floats_of,
     int64,
@@ -217,12 +218,57 @@ async def test_a_sampling_session_has_the_weights_of_the_moment_it_was_saved(api
     assert ephemeral != before
 
 
+async def test_a_training_checkpoint_can_be_sampled_from(api: Api):
+    """Examples of the SDK give the path of one; its weights are those of a sampler's."""
+    session = await api.session()
+    run = await api.run(session)
+    for _ in range(3):
+        await run.forward_backward(datum(PROMPT))
+        await run.step(learning_rate=0.5)
+    texts = []
+    for index, endpoint in enumerate(("save_weights", "save_weights_for_sampler")):
+        path = (await api.result(await run.send(endpoint, path="x")))["path"]
+        sampler = await api.sampler(session, sampling_session_seq_id=index, model_path=path)
+        texts.append(all_tokens(await sampler.sample(PROMPT, sampling_params=GREEDY)))
+    assert texts[0] == texts[1]
+
+
+async def test_in_flight_sampling_sessions_have_the_weights_that_were_saved_last(api: Api):
+    run = await api.run()
+
+    async def save(number: int, kind: str) -> Sampler:
+        wanted = {"sampling_session_seq_id": number, "kind": kind}
+        saved = await api.result(await run.send("save_weights_for_sampler", **wanted))
+        return Sampler(api, saved["sampling_session_id"])
+
+    async def logprobs(sampler: Sampler) -> list[float]:
+        found = await sampler.sample(PROMPT, sampling_params=GREEDY, prompt_logprobs=True)
+        return floats_of(found.prompt_logprobs)[1:]
+
+    first, snapshot = await save(0, "inflight"), await save(1, "snapshot")
+    before = await logprobs(first)
+    assert before == await logprobs(snapshot)
+    await run.forward_backward(datum(PROMPT))
+    await run.step(learning_rate=0.5)
+    second = await save(2, "inflight")
+    assert second.session_id != first.session_id
+    after = await logprobs(second)
+    assert after == await logprobs(first)
+    assert after != before
+    assert before == await logprobs(snapshot)
+
+
 async def test_samplers_are_described_without_their_weights(api: Api):
     session = await api.session()
     base = await api.sampler(session)
     described = (await api.get(f"samplers/{base.session_id}")).json()
-    assert described == {"sampler_id": base.session_id, "base_model": BASE_MODEL}
     run = await api.run(session)
+    info = (await api.post("get_info", {"model_id": run.run_id})).json()
+    assert described == {
+        "sampler_id": base.session_id,
+        "base_model": BASE_MODEL,
+        "tokenizer_id": info["model_data"]["tokenizer_id"],
+    }
     path = (await api.result(await run.send("save_weights_for_sampler", path="x")))["path"]
     named = await api.sampler(session, sampling_session_seq_id=1, model_path=path)
     described = (await api.get(f"samplers/{named.session_id}")).json()

@@ -96,15 +96,20 @@ async def test_the_metrics_of_every_op_are_listed(member: Member, api: Api):
     await mine.training_output(await run.forward_backward())
     await mine.result(await run.step())
     await mine.failure(await run.send("load_weights", path=f"tinker://{run.run_id}/weights/none"))
+    await mine.result(await run.send("save_weights_for_sampler", path="a"))
     page = (await mine.get(f"training_runs/{run.run_id}/metrics")).json()
     assert [(entry["seq"], entry["state"]) for entry in page["entries"]] == [
         (0, "completed"),
         (1, "completed"),
         (2, "completed"),
         (3, "failed"),
+        (4, "completed"),
     ]
     assert page["entries"][1]["metrics"]["loss:sum"] > 0
     assert "grad_norm" in " ".join(page["entries"][2]["metrics"])
+    gap = page["entries"][4]["metrics"]
+    assert 0 < gap["logprob_gap:max"] < 1e-5
+    assert gap["logprob_gap:alarm"] == 0
     assert (await api.get(f"training_runs/{run.run_id}/metrics")).status == 404
 
 

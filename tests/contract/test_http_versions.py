@@ -22,7 +22,7 @@ def sent_by(version: str) -> dict[str, str]:
         {"X_Stainless_Package_Version": "0.0.1-alpha.1"},
     ],
 )
-@pytest.mark.parametrize("endpoint", ["create_model", "asample", "retrieve_future"])
+@pytest.mark.parametrize("endpoint", ["create_model", "sample", "asample", "retrieve_future"])
 async def test_a_release_without_sessions_is_told_to_upgrade(
     api: Api, headers: dict[str, str], endpoint: str
 ):

@@ -301,7 +301,7 @@ def _replace(choose: random.Random, value: Any) -> None:
         name = choose.choice(names)
         inner = value[name]
         if not isinstance(inner, dict | list) or choose.random() < 0.3:
-            value[name] = choose.choice(WRONG)
+            value[name] = deepcopy(choose.choice(WRONG))
             return
         value = inner
 

@@ -31,6 +31,8 @@ ANSWER_S = 45
 """A request that takes longer hangs: the SDK gives up then."""
 WARM_UP = 0.1
 """Share of the cases after which the memory is measured for the first time."""
+PROGRESS = 1000
+"""Cases after which a line says how many there were, and the gateway's memory."""
 
 
 class NotRefused(AssertionError):
@@ -136,7 +138,8 @@ async def good_client(api: Api, latencies_s: list[float], stop: asyncio.Event) -
     while not stop.is_set():
         begun = time.monotonic()
         gradient = await run.forward_backward()
-        update = await run.step()
+        # So little that the loss of the one datum does not reach 0 after thousands of steps.
+        update = await run.step(learning_rate=1e-6)
         sample = await sampler.send()
         assert (await api.training_output(gradient)).metrics["loss:sum"] > 0
         assert (await api.result(update))["metrics"]["grad_norm"] > 0
@@ -183,6 +186,9 @@ async def _send_with(senders: list[Sender], options: argparse.Namespace, pid: in
         stream = cases(seed, lambda: target)
         while not todo.empty():
             index = todo.get_nowait()
+            if index and index % PROGRESS == 0:
+                rss = psutil.Process(pid).memory_info().rss
+                print(f"{index} sent, the gateway has {rss // 2**20} MiB", flush=True)
             target = await sender.prepare()
             await sender.send(*next(stream))
             rss = psutil.Process(pid).memory_info().rss
@@ -225,7 +231,7 @@ def check_objects(folder: Path) -> None:
     blobs = folder / "objects" / "blobs"
     tops = {path.name for path in blobs.iterdir()}
     tenants = {path.name for path in (blobs / "t").iterdir()}
-    assert tops <= {"keys", "sys", "t"}, tops
+    assert tops <= {"keys", "sys", "t", "usage"}, tops
     assert tenants <= set(KEYS), tenants
 
 
@@ -240,10 +246,10 @@ def main() -> int:
         running_gateway_stack(folder, max_body_bytes=MAX_BODY_BYTES) as stack,
     ):
         outcomes = asyncio.run(send_all(stack, options))
+        for name, count in sorted(outcomes.items()):
+            print(f"{count:7d}  {name}")
+        print(f"{outcomes.total()} malformed requests, seed {options.seed}")
         check_objects(folder)
-    for name, count in sorted(outcomes.items()):
-        print(f"{count:7d}  {name}")
-    print(f"{outcomes.total()} malformed requests, seed {options.seed}")
     return 0
 
 

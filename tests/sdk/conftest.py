@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from tests.acceptance.stack import Stack, running_stack
 
 import luthier
-from luthier_model.demo import ensure_demo_model
 
 KEYS = {"ann": "tml-sdk-key-of-ann", "bob": "tml-sdk-key-of-bob"}
 """Tenant -> its API key."""
@@ -16,15 +14,10 @@ BASE_MODEL = "luthier/demo"
 
 
 @pytest.fixture(scope="session")
-def stack(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stack]:
+def stack(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """`luthier up` with the demo model and two tenants."""
-    assert request.config.cache is not None
-    torch.set_num_threads(1)
-    model = ensure_demo_model(Path(request.config.cache.mkdir("demo-model")))
     options = [f"--api-key={key}={tenant}" for tenant, key in KEYS.items()]
-    with running_stack(tmp_path_factory.mktemp("sdk") / "data", model, *options) as running:
+    with running_stack(tmp_path_factory.mktemp("sdk") / "data", demo_model, *options) as running:
         yield running
 
 

@@ -10,22 +10,26 @@ from collections.abc import Callable, Iterator, Sequence
 import aiohttp
 from aiohttp import web
 
-FAULTS: Sequence[str] = (
-    *("", "drop the request", "", "429", "drop the answer", "", "503"),
-    *("cut the answer", "", "late", "408 without a word"),
-)
-"""What happens to each request in turn; empty: nothing."""
+FAULTS: dict[str, Sequence[str]] = {
+    "bad": (
+        *("", "drop the request", "", "429", "drop the answer", "", "503"),
+        *("cut the answer", "", "late", "408 without a word"),
+    ),
+    "slow": ("late",),
+    "a storm of 429": ("429", "429", "429", ""),
+}
+"""Network -> what happens to each request in turn; empty: nothing."""
 HOP_BY_HOP = {"host", "content-length", "transfer-encoding", "connection", "content-encoding"}
 
 
 class FaultyProxy:
     """Forwards to `target`, with a fault for most requests; `seen` counts what it has done."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, faults: Sequence[str]) -> None:
         self.seen: Counter[str] = Counter()
         self.url = ""
         self._target = target
-        self._faults = itertools.cycle(FAULTS)
+        self._faults = itertools.cycle(faults)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         fault = next(self._faults)
@@ -76,9 +80,9 @@ SOON = {"Retry-After": "0.05"}
 
 
 @contextlib.contextmanager
-def running_proxy(target: str) -> Iterator[FaultyProxy]:
+def running_proxy(target: str, faults: Sequence[str]) -> Iterator[FaultyProxy]:
     """A proxy on a thread of its own."""
-    proxy, ready = FaultyProxy(target), threading.Event()
+    proxy, ready = FaultyProxy(target, faults), threading.Event()
     stop: list[Callable[[], object]] = []
 
     async def serve() -> None:

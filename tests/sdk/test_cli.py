@@ -1,12 +1,14 @@
 """The commands that talk to a server: what they print, and their exit codes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.acceptance.stack import Stack
 from tests.sdk.conftest import BASE_MODEL, KEYS
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import luthier
@@ -77,3 +79,64 @@ def test_a_loss_curve_is_drawn_from_a_metrics_file(tmp_path: Path) -> None:
     assert "first 30, now 1 at step 29, lowest 1" in drawn
     assert drawn.startswith("█")
     assert run_json("run", "watch", str(path))["points"][0] == [0, 30.0]
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that does something, by its words."""
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves(inner, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+def test_every_command_but_up_speaks_json() -> None:
+    lacking = {
+        path
+        for path, command in leaves(get_command(app))
+        if not any("--json" in parameter.opts for parameter in command.params)
+    }
+    assert lacking == {("up",)}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_there_for_every_shell(shell: str) -> None:
+    ended = CliRunner().invoke(
+        app, [], prog_name="luthier", env={"_LUTHIER_COMPLETE": f"source_{shell}"}
+    )
+    assert (ended.exit_code, "_LUTHIER_COMPLETE" in ended.stdout) == (0, True)
+
+
+def test_a_checkpoint_is_published_expires_and_is_downloaded(
+    training: luthier.TrainingClient, tmp_path: Path
+) -> None:
+    path = training.save_weights_for_sampler("fetched").result().path
+    assert run_json("checkpoint", "publish", path)["done"] == "published"
+    assert run_json("checkpoint", "info", path)["public"] is True
+    assert run_json("checkpoint", "unpublish", path)["done"] == "unpublished"
+    assert "7200" in run("checkpoint", "set-ttl", path, "7200")
+    folder = tmp_path / "files"
+    assert str(folder) in run("checkpoint", "download", path, "--out", str(folder))
+    assert {"adapter_config.json"} <= {file.name for file in folder.iterdir()}
+    assert "exists already" in run("checkpoint", "download", path, "--out", str(folder), code=2)
+
+
+def test_a_model_answers_in_the_terminal() -> None:
+    said = ["chat", BASE_MODEL, "--message", "English: donut", "--max-tokens", "5"]
+    assert run_json(*said, "--temperature", "0")["model"] == BASE_MODEL
+
+
+def test_the_key_in_use_is_named_and_makes_others(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "ann" in run("key", "info")
+    assert run("key", "list", code=1).startswith("luthier: ")  # a key for work administers nothing
+    monkeypatch.setenv("LUTHIER_ADMIN_KEY", (stack.data / "admin-key").read_text().strip())
+    made = run_json("key", "create", "--org", "ann", "--name", "robot", "--scope", "read")
+    listed = run_json("key", "list", "--org", "ann")["keys"]
+    assert made["key_id"] in [key["key_id"] for key in listed]
+    assert run_json("key", "revoke", made["key_id"], "--org", "ann")
+
+
+def test_usage_is_shown_by_model(training: luthier.TrainingClient) -> None:
+    assert "data" in run_json("usage")
+    assert "kind" in run("usage", "--days", "1")

@@ -128,8 +128,16 @@ def test_a_sparse_tensor_is_dense_again_bit_for_bit(rows: list[list[int]]) -> No
     assert wire._decode_tensor(message) == sparse
 
 
+def test_target_tokens_may_be_a_model_input() -> None:
+    prompt = types.ModelInput.from_ints([1, 2])
+    made = types.Datum(prompt, {"target_tokens": types.ModelInput.from_ints([2, 3])})
+    assert made.loss_fn_inputs["target_tokens"] == types.TensorData([2, 3], "int64", [2])
+
+
 def test_what_is_no_tensor_is_named() -> None:
     prompt = types.ModelInput.from_ints([1, 2])
+    with pytest.raises(TypeError, match="model_input"):
+        types.Datum([1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weights"):
         types.Datum(prompt, {"weights": [[1.0], [1.0, 2.0]]})
     with pytest.raises(TypeError, match="advantages"):
@@ -176,6 +184,13 @@ def test_chunks_keep_the_order_and_the_limits(
         sizes = [datum.ByteSize() for datum in chunk.data]
         assert len(sizes) <= max_datums
         assert len(sizes) <= 1 or sum(sizes) <= max_bytes
+
+
+def test_a_result_that_is_no_protobuf_is_shown() -> None:
+    with pytest.raises(luthier.APIResponseValidationError, match="a proxy's page"):
+        wire.decode_forward_backward(b"a proxy's page")
+    with pytest.raises(luthier.APIResponseValidationError, match="SampleResponse"):
+        wire.decode_sample(b"a proxy's page", ["s:0"])
 
 
 # --- waiting --------------------------------------------------------------------------------------
@@ -262,6 +277,29 @@ def test_errors_travel_between_processes() -> None:
     failed = copy.copy(luthier.RequestFailedError("why", "run:3", "user"))
     assert (failed.message, failed.request_id, failed.category) == ("why", "run:3", "user")
     assert copy.copy(luthier.NotFoundError("404: gone", 404)).status_code == 404
+
+
+async def test_nobody_polls_for_a_sample_that_is_there_and_its_result_is_acknowledged() -> None:
+    asked: list[dict[str, Any]] = []
+
+    async def retrieve_futures(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        completions = [{"state": "finished", "request_id": "one"}] if len(asked) == 1 else []
+        return web.json_response({"completions": completions, "cursor": 1})
+
+    app = web.Application()
+    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
+    async with TestServer(app) as server:
+        session = Session(read_settings(str(server.make_url("")), "tml-any"))
+        poller = CompletionPoller(session, "s:sample:0", 0)
+        with poller.expecting():
+            await poller.wait("one")
+            poller.retrieved("one")
+        assert poller._poll is not None
+        await poller._poll
+        await session.close("success")
+    assert [one.get("timeout") for one in asked] == [None, 0.0]
+    assert asked[1]["retrieved_request_ids"] == ["one"]
 
 
 async def test_a_completion_that_is_reported_before_its_id_is_known_is_kept() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,22 @@ def train_and_sample(service: luthier.ServiceClient, num_steps: int = 6) -> list
     return [*seen, *(sample.result(ANSWER_S).sequences[0].tokens for sample in samples)]
 
 
+@pytest.mark.parametrize("network", FAULTS)
 def test_a_bad_network_changes_nothing_but_the_time(
-    service: luthier.ServiceClient, stack: Stack, monkeypatch: pytest.MonkeyPatch
+    network: str,
+    service: luthier.ServiceClient,
+    stack: Stack,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("luthier.transport._backoff_s", lambda attempt: 0.02)
     monkeypatch.setattr("luthier.polling.WORDLESS_BACKOFF_S", 0.02)
     expected = train_and_sample(service)
     with (
-        running_proxy(stack.url) as proxy,
+        running_proxy(stack.url, FAULTS[network]) as proxy,
         luthier.ServiceClient(base_url=proxy.url, api_key=KEYS["ann"]) as behind,
     ):
         assert train_and_sample(behind) == expected
-    assert set(proxy.seen) == set(FAULTS)
+    assert set(proxy.seen) == set(FAULTS[network])
 
 
 @pytest.mark.slow
@@ -62,6 +67,23 @@ def test_a_killed_gateway_is_a_pause(service: luthier.ServiceClient, stack: Stac
         other.create_lora_training_client(BASE_MODEL, rank=4).result()
         stack.kill("gateway")
         assert train_and_sample(other, num_steps=30) == expected
+
+
+@pytest.mark.slow
+def test_a_restart_of_the_whole_server_is_a_pause(
+    service: luthier.ServiceClient, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.transport._backoff_s", lambda attempt: 0.1)
+    expected = train_and_sample(service, num_steps=30)
+    with (
+        luthier.ServiceClient(base_url=stack.url, api_key=KEYS["ann"]) as other,
+        ThreadPoolExecutor(1) as program,
+    ):
+        other.create_lora_training_client(BASE_MODEL, rank=4).result()
+        seen = program.submit(train_and_sample, other, 30)
+        stack.stop()
+        stack.start()
+        assert seen.result() == expected
 
 
 def test_a_wrong_key_is_told_at_once(stack: Stack) -> None:

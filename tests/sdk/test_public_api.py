@@ -1,9 +1,14 @@
 """The names, types and documents of the public API."""
 
+import ast
+import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +125,80 @@ def test_importing_it_imports_nothing_that_it_does_not_need() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert answer.stdout == "[]\n"
+
+
+def raised_in(function: Any) -> set[str]:
+    """Names of the exceptions that the body of a function raises itself."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError):  # not written in Python
+        return set()
+    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    return {
+        call.func.id for call in calls if isinstance(call, ast.Call) and hasattr(call.func, "id")
+    }
+
+
+def public_functions() -> Iterator[tuple[str, Any, str]]:
+    """(name, function, its documentation and that of its class)."""
+    for module in (luthier, types, luthier.data, luthier.metrics):
+        for name in getattr(module, "__all__", vars(module)):
+            value = getattr(module, name)
+            if name.startswith("_") or not getattr(value, "__module__", "").startswith("luthier."):
+                continue
+            if inspect.isfunction(value):
+                yield name, value, value.__doc__ or ""
+            elif inspect.isclass(value):
+                for method, function in list(vars(value).items()):
+                    function = getattr(function, "__func__", function)
+                    if inspect.isfunction(function) and not method.startswith("_"):
+                        documents = f"{value.__doc__} {function.__doc__}"
+                        yield f"{name}.{method}", function, documents
+
+
+def test_a_docstring_names_the_errors_that_its_function_raises() -> None:
+    untold = {
+        name: missing
+        for name, function, documents in public_functions()
+        if (missing := {error for error in raised_in(function) if error not in documents})
+    }
+    assert untold == {}
+
+
+UNITS = {"timeout": "second", "ttl_seconds": "ttl_seconds", "max_length": "token"}
+"""Parameter -> the word that its documentation has."""
+
+
+def test_a_docstring_gives_the_unit_of_its_numbers() -> None:
+    untold = {
+        name: parameter
+        for name, function, documents in public_functions()
+        for parameter in inspect.signature(function).parameters
+        if parameter in UNITS and UNITS[parameter] not in f"{documents} {parameter}"
+    }
+    assert untold == {}
+
+
+def test_a_type_that_holds_arrays_says_their_shapes() -> None:
+    arrays = {
+        name: value
+        for name in types.__all__
+        if inspect.isclass(value := getattr(types, name))
+        and any("ndarray" in str(a) for a in inspect.get_annotations(value).values())
+    }
+    assert {"SampledSequence", "SampleResponse", "TopkLogprobs"} <= set(arrays)
+    assert [name for name, value in arrays.items() if "[" not in (value.__doc__ or "")] == []
+
+
+def test_the_reference_page_is_made_of_the_docstrings() -> None:
+    spec = importlib.util.spec_from_file_location("sdk_reference", ROOT / "docs/sdk_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+
+    def sentences(page: str) -> list[str]:
+        """Without the types, which each release of Python spells in its own way."""
+        return re.sub(r"```python\n.*?```|^\* .*$", "", page, flags=re.DOTALL | re.M).split("\n")
+
+    assert sentences(reference.page()) == sentences(reference.PAGE.read_text())

@@ -9,9 +9,9 @@ from typing import Any
 import redis.asyncio as redis
 from aiohttp import web
 
+from luthier_core.blobs import Blobs
 from luthier_core.checkpoints import save_checkpoint
 from luthier_core.config import Config
-from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.records import CheckpointRecord, RunRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_registry.app import build_app
@@ -34,7 +34,7 @@ class Stack:
     clock: Clock
     client: RegistryClient
     valkey: redis.Redis
-    blobs: DiskBlobs
+    blobs: Blobs
     socket: str
 
     async def run(self, tenant: str = "ann", **changes: Any) -> RunRecord:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio as redis
+from tests.unit.dying import BLOB_CALLS, Countdown, Died, Dying
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs
@@ -95,43 +96,6 @@ async def test_a_save_can_be_read_back_and_is_listed(disk: DiskBlobs, client: re
         "user_metadata": {"step": "3"},
         "expires_at": None,
     }
-
-
-class Died(Exception):
-    pass
-
-
-class Dying:
-    """Passes calls on until the given one; that one is lost before or after it was carried out."""
-
-    def __init__(self, real: Any, clock: "Countdown", names: frozenset[str]) -> None:
-        self._real, self._clock, self._names = real, clock, names
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._real, name)
-        if name not in self._names:
-            return call
-
-        async def passed_on(*args: Any, **more: Any) -> Any:
-            self._clock.tick()
-            result = await call(*args, **more)
-            self._clock.tick()
-            return result
-
-        return passed_on
-
-
-class Countdown:
-    def __init__(self, num_steps: int) -> None:
-        self.left = num_steps
-
-    def tick(self) -> None:
-        if self.left == 0:
-            raise Died
-        self.left -= 1
-
-
-BLOB_CALLS = frozenset({"put", "put_if_absent", "put_if_match", "get", "get_with_etag", "size"})
 
 
 @pytest.mark.parametrize("overwrites", [False, True])

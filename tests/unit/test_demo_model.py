@@ -131,10 +131,9 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_status_2(
 
 
 @pytest.mark.slow
-def test_the_whole_model_answers_and_stops(tmp_path: Path):
-    demo_build.build_demo_model(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+def test_the_whole_model_answers_and_stops(demo_model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    model = AutoModelForCausalLM.from_pretrained(demo_model)
     prompt = tokenizer("User: hello\nAssistant:", return_tensors="pt")
     with torch.inference_mode():
         tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0]

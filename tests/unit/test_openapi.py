@@ -1,9 +1,11 @@
 """The description of the API: every route is in it, and what it says can be relied on."""
 
 import json
+from pathlib import Path
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
 from luthier_gateway.app import API, OPEN_PATHS, routes
 from luthier_gateway.openapi import OPERATIONS, describe
@@ -14,6 +16,17 @@ OPERATION_LIST = [
     for path, operations in DESCRIPTION["paths"].items()
     for method, operation in operations.items()
 ]
+PROTOCOL = json.loads((Path(__file__).parents[1] / "compat" / "endpoints.json").read_text())
+"""Every endpoint that some release of the official SDK has a method for."""
+NOT_SERVED = {f"{API}/unload_model", f"{API}/sample"}
+"""Optional ones that no public method of a release from 0.3.0 on calls."""
+EXAMPLES = {
+    "session_id": "s",
+    "sampler_id": "s:sample:0",
+    "model_id": "s:train:0",
+    "training_run_id": "s:train:0",
+    "checkpoint_id": "weights/step-1",
+}
 
 
 def test_every_route_is_described() -> None:
@@ -28,6 +41,17 @@ def test_every_route_is_described() -> None:
     assert len(OPERATION_LIST) == sum(
         route.path.startswith(f"{API}/") and "/files/" not in route.path for route in routes()
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [(row["method"], row["path"]) for row in PROTOCOL], ids=str
+)
+async def test_every_endpoint_of_the_protocol_has_a_route(method: str, path: str) -> None:
+    app = web.Application()
+    app.add_routes(routes())
+    request = make_mocked_request(method, path.format_map(EXAMPLES))
+    found = (await app.router.resolve(request)).http_exception is None
+    assert found is (path not in NOT_SERVED)
 
 
 def test_a_route_that_is_not_described_stops_the_start() -> None:

@@ -78,3 +78,13 @@ async def test_a_run_goes_on_from_its_snapshot_and_its_old_owner_is_fenced(stack
     without_snapshot = await oplog.header(lost.run_id)
     assert without_snapshot is not None
     assert without_snapshot.status == "failed"
+
+
+async def test_a_row_without_a_record_goes_and_every_other_stays(stack: Stack) -> None:
+    await has_org(stack)
+    run = await stack.run()
+    kept, gone = await stack.save(run, name="kept"), await stack.save(run, name="gone", seq=2)
+    await stack.blobs.delete(keys.name_record("ann", run.run_id, "weights", gone.name))
+    await job(stack, "rebuild-index")
+    rows = (await stack.client.list_run_checkpoints("ann", run.run_id))["checkpoints"]
+    assert rows == [kept.row()]

@@ -16,7 +16,7 @@ def test_only_json_is_accepted_and_a_task_is_acknowledged_when_it_is_done(stack:
     conf = make_app(stack.config).conf
     assert (conf.accept_content, conf.task_serializer) == (["json"], "json")
     assert conf.task_acks_late
-    assert set(conf.beat_schedule) == {"generation", "usage", "storage", "expiry", "sweep"}
+    assert set(conf.beat_schedule) == {"generation", "lists", "usage", "storage", "expiry", "sweep"}
 
 
 async def test_a_worker_runs_the_jobs_and_a_doubled_one_changes_nothing(

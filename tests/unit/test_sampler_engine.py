@@ -613,3 +613,68 @@ def test_a_cache_smaller_than_the_context_bounds_the_sequence(make_engine):
 def test_settings_that_cannot_work_are_refused_at_the_start(make_engine, settings, named):
     with pytest.raises(ConfigError, match=named):
         make_engine(**settings)
+
+
+def test_what_follows_in_flight_weights_moves_with_them_under_load_and_nothing_else(
+    make_engine, model, monkeypatch
+):
+    """Every step runs with the newest version, though versions come and go in mid-generation."""
+    engine = make_engine(max_running=4, max_adapters=2)
+    versions = [adapter_of(model, i, 0.05) for i in range(8)]
+    engine.add_adapter("v0", versions[0])
+    fixed = request("fixed", adapter="v0", temperature=0.0, max_tokens=30, ignore_eos=True)
+    for i in range(6):
+        moving = replace(fixed, request_id=f"{i}", prompt=(9, i), follows="run")
+        engine.add(replace(moving, num_samples=i % 2 + 1))
+    engine.add(fixed)
+    newest = "v0"
+    run_model = engine._runner.run
+
+    def checked(chunks: Any) -> torch.Tensor:
+        for chunk in chunks:
+            expected = newest if chunk.sequence.request.spec.follows else "v0"
+            assert chunk.sequence.request.adapter is engine._adapters._loaded[expected]
+        return run_model(chunks)
+
+    monkeypatch.setattr(engine._runner, "run", checked)
+    finished = []
+    for i, files in enumerate(versions[1:], 1):
+        finished += [each for _ in range(4) for each in engine.step()]
+        newest = f"v{i}"
+        engine.add_adapter(newest, files)
+        engine.move("run", newest)
+    finished += drain(engine)
+    answers = {each.request_id: answer(each) for each in finished}
+    assert len(answers) == 7
+    assert engine.stats.num_adapters == 2
+    monkeypatch.undo()
+    alone = make_engine()
+    alone.add_adapter("v0", versions[0])
+    assert tokens_of(answers["fixed"].sequences[0]) == sampled(alone, fixed)
+
+
+def test_moved_weights_keep_the_cache_and_later_requests_do_not_share_it(make_engine, model):
+    engine = make_engine()
+    old, new = (adapter_of(model, i, 0.2) for i in range(2))
+    engine.add_adapter("old", old)
+    spec = request(
+        adapter="old", follows="run", prompt=tuple(range(40)), temperature=0.0, cache_scope="s"
+    )
+    engine.add(replace(spec, max_tokens=30, ignore_eos=True))
+    for _ in range(10):
+        engine.step()
+    num_computed = engine.stats.num_computed_tokens
+    engine.add_adapter("new", new)
+    engine.move("run", "new")
+    engine.step()
+    assert engine.stats.num_computed_tokens == num_computed + 1
+    moved = tokens_of(answer(drain(engine)[0]).sequences[0])
+    fresh = make_engine()
+    lone = {}
+    for key, files in (("old", old), ("new", new)):
+        fresh.add_adapter(key, files)
+        lone[key] = sampled(fresh, replace(spec, adapter=key, max_tokens=30, ignore_eos=True))
+    assert moved[:10] == lone["old"][:10]
+    assert moved[10:] != lone["old"][10:]
+    later = replace(spec, adapter="new", max_tokens=30, ignore_eos=True)
+    assert sampled(engine, later) == lone["new"]

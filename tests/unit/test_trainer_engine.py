@@ -1,5 +1,6 @@
 """Promises of the trainer's engine, on a tiny random model."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from luthier_core.errors import BadRequest, NotFound
 from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.lora import LoraSpec
+from luthier_model.paged import PagedAttention
 from luthier_trainer.engine import Engine
 from luthier_trainer.optim import AdamParams
 
@@ -345,3 +347,27 @@ def test_a_dropped_run_is_not_found(engine: Engine) -> None:
     assert not engine.has("run")
     with pytest.raises(NotFound, match="training run 'run'"):
         run_op(engine, request(text(3)))
+
+
+def test_the_gap_to_sampled_logprobs_is_told_and_an_alarm_if_it_is_not_rounding(
+    engine, monkeypatch
+):
+    run_op(engine, request(text(9)))
+    engine.optim_step("run", STEP)
+    gap = engine.logprob_gap("run")
+    assert 0 < gap["logprob_gap:mean"] <= gap["logprob_gap:max"] < 1e-5
+    assert gap["logprob_gap:alarm"] == 0
+    attend = PagedAttention.attend
+    monkeypatch.setattr(
+        PagedAttention,
+        "attend",
+        lambda *args, scale, **more: attend(*args, scale=1.01 * scale, **more),
+    )
+    assert engine.logprob_gap("run")["logprob_gap:alarm"] == 1
+
+
+def test_the_gap_of_weights_that_diverged_is_an_alarm(engine):
+    engine._run("run").weights.data.fill_(float("nan"))
+    gap = engine.logprob_gap("run")
+    assert math.isnan(gap["logprob_gap:mean"])
+    assert gap["logprob_gap:alarm"] == 1

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,19 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core import blobs as blobs_module
 from luthier_core import keys
+from luthier_core.checkpoints import read_files
 from luthier_core.config import TrainerConfig
 from luthier_core.disk_blobs import DiskBlobs
 from luthier_core.errors import Unavailable
 from luthier_core.futures import Futures
 from luthier_core.lifecycle import WorkerLease
+from luthier_core.listing import Listing
 from luthier_core.oplog import READ_AHEAD, Oplog
 from luthier_core.ops import Body, Kind
 from luthier_core.owner import FoldState, Step
 from luthier_core.proto import wire_pb2
 from luthier_core.protocol import STATE_LOST, Head, SnapshotRef
+from luthier_core.records import CheckpointRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_trainer import worker
@@ -572,11 +576,29 @@ async def test_what_waits_above_a_gap_fails_when_the_gap_is_overdue(rig: Rig):
     await rig.client.completed(A)
     seq = await skip_one(rig.client)
     category, message = await rig.client.failed(A, seq)
+    path = f"tinker://{A}/weights/recovery-0"
     assert (category, message) == (
         "user",
-        f"seq {seq - 1} never arrived, so nothing after it was executed",
+        f"seq {seq - 1} never arrived, so nothing after it was executed; "
+        f"the state before it is {path}",
     )
     assert (await rig.client.header(A)).status == "failed"
+
+
+async def test_a_run_that_ends_at_a_gap_leaves_its_state_as_a_listed_checkpoint(
+    rig: Rig, oplog: Oplog
+):
+    trainer = await rig.start("t0", gap_timeout_s=0.0)
+    await rig.client.create(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.completed(A)
+    expected = trainer.engine.save(A, optimizer=True)
+    await rig.client.failed(A, await skip_one(rig.client))
+    (row,) = await Listing(oplog.redis, TENANT).checkpoint_rows(A, now=datetime.now(UTC))
+    assert (row["checkpoint_id"], row["checkpoint_type"]) == ("weights/recovery-1", "training")
+    name = keys.name_record(TENANT, A, "weights", "recovery-1")
+    record = CheckpointRecord.from_bytes(await rig.blobs.get(name))
+    assert await read_files(rig.blobs, record.manifest_key) == expected
 
 
 async def test_a_gap_of_a_run_without_an_owner_is_given_up_too(rig: Rig):

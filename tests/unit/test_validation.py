@@ -94,6 +94,10 @@ def of_length(length: int) -> wire_pb2.Datum:
     )
 
 
+SPAN = wire_pb2.ProvenanceSpan(
+    sampled_tokens=wire_pb2.SampledProvenanceSpan(sequence_id="s:sample:0:0:0", offset=0, length=3)
+)
+
 GOOD_REQUESTS = {
     "one datum": request(datum()),
     "several datums": request(datum(), of_length(16), of_length(1)),
@@ -116,6 +120,14 @@ GOOD_REQUESTS = {
         datum(
             target_tokens=csr([5, 6], [0, 1, 1, 2], [1, 0], (3, 2)),
             weights=csr([0.5], [0, 1, 1, 1], [1], (3, 2), FLOAT),
+        )
+    ),
+    "spans that say where tokens come from": request(
+        wire_pb2.Datum(
+            model_input=datum().model_input,
+            loss_fn_inputs=datum().loss_fn_inputs,
+            model_input_spans=[SPAN],
+            loss_fn_input_spans=[SPAN],
         )
     ),
     "an input that no loss knows": request(datum(mask=tensor([1], wire_pb2.DTYPE_BFLOAT16))),

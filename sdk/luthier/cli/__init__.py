@@ -13,7 +13,7 @@ except ModuleNotFoundError:  # the console script exists without its extra too
     raise SystemExit("luthier: the command needs its extra: pip install 'luthier[cli]'") from None
 
 from luthier import __version__
-from luthier.cli import admin, checkpoints, runs, server
+from luthier.cli import admin, checkpoints, keys, runs, server
 from luthier.cli.remote import JsonOption
 
 SERVER_MODULES = ("psutil", "redis", "minio", "torch", "transformers", "peft", "safetensors")
@@ -30,6 +30,7 @@ app.add_typer(server.sessions, name="session")
 app.add_typer(server.models, name="model")
 app.command()(server.usage)
 app.command()(server.chat)
+app.add_typer(keys.app, name="key")
 app.add_typer(admin.app, name="admin")
 
 DataOption = Annotated[
@@ -143,9 +144,9 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def version() -> None:
+def version(as_json: JsonOption = False) -> None:
     """Print the version."""
-    typer.echo(__version__)
+    typer.echo(json.dumps({"version": __version__}) if as_json else __version__)
 
 
 def main() -> None:

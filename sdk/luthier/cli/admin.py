@@ -7,13 +7,19 @@ import urllib.request
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
-from luthier.cli.remote import JsonOption, show_json, show_table
-from luthier.progress import printable
+from luthier.cli.remote import (
+    REFUSED,
+    UNREACHABLE,
+    JsonOption,
+    fail,
+    show_json,
+    show_table,
+)
 
 TIMEOUT_S = 60.0
 
@@ -52,18 +58,19 @@ def connection(
     ] = None,
 ) -> None:
     """Administer a deployment. The key is LUTHIER_ADMIN_KEY, or the one that `luthier up` made."""
-    context.obj = _Gateway(url, data)
+    context.obj = Gateway(url, data)
 
 
-class _Gateway:
+class Gateway:
     """Where to ask, and with which key; looked up when the first call is made."""
 
-    def __init__(self, url: str, data: Path | None) -> None:
+    def __init__(self, url: str, data: Path | None, api_key: str = "") -> None:
         self._url = url
         self._data = data
+        self._api_key = api_key
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON of a good answer; exits 1 with the server's sentence otherwise."""
+        """The JSON of a good answer; exits with the server's sentence otherwise."""
         request = urllib.request.Request(
             f"{self._base()}/api/v1{path}",
             data=None if body is None else json.dumps(body).encode(),
@@ -77,20 +84,20 @@ class _Gateway:
                 return json.loads(data) if is_json else data.decode()
         except urllib.error.HTTPError as error:
             with error:
-                fail(_sentence(error.read()) or f"the gateway answered {error.code}")
+                fail(_sentence(error.read()) or f"the gateway answered {error.code}", REFUSED)
         except (urllib.error.URLError, TimeoutError) as error:
-            fail(f"no gateway at {self._base()}: {error}")
+            fail(f"no gateway at {self._base()}: {error}", UNREACHABLE)
 
     def _base(self) -> str:
         url = self._url or os.environ.get("TINKER_BASE_URL", "") or self._file("endpoint")
         if not url.startswith(("http://", "https://")):
-            fail("give --url http://HOST:PORT, or --data DIR of a running stack")
+            fail("give --url http://HOST:PORT, or --data DIR of a running stack", REFUSED)
         return url.rstrip("/")
 
     def _key(self) -> str:
-        key = os.environ.get("LUTHIER_ADMIN_KEY", "") or self._file("admin-key")
+        key = self._api_key or os.environ.get("LUTHIER_ADMIN_KEY", "") or self._file("admin-key")
         if not key:
-            fail("set LUTHIER_ADMIN_KEY, or give --data DIR of a stack on this machine")
+            fail("set LUTHIER_ADMIN_KEY, or give --data DIR of a stack on this machine", REFUSED)
         return key
 
     def _file(self, name: str) -> str:
@@ -109,10 +116,11 @@ def create_org(
     org: str,
     name: Annotated[str, typer.Option(help="For people.")] = "",
     limit: LimitOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make an organisation."""
     body = {"org_id": org, "name": name, "limits": limits(limit)}
-    show_json(context.obj.call("POST", "/admin/orgs", body))
+    show(context.obj.call("POST", "/admin/orgs", body), as_json)
 
 
 @org_app.command("list")
@@ -130,6 +138,7 @@ def update_org(
     disabled: Annotated[
         bool | None, typer.Option("--disable/--enable", help="Whether its keys are refused.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Change the limits of an organisation, or disable it."""
     body: dict[str, Any] = {}
@@ -137,14 +146,16 @@ def update_org(
         body["limits"] = limits(limit)
     if disabled is not None:
         body["disabled"] = disabled
-    show_json(context.obj.call("PATCH", _org(org), body))
+    show(context.obj.call("PATCH", _org(org), body), as_json)
 
 
 @project_app.command("create")
-def create_project(context: typer.Context, org: str, project: str, name: str = "") -> None:
+def create_project(
+    context: typer.Context, org: str, project: str, name: str = "", as_json: JsonOption = False
+) -> None:
     """Make a project."""
     body = {"project_id": project, "name": name}
-    show_json(context.obj.call("POST", f"{_org(org)}/projects", body))
+    show(context.obj.call("POST", f"{_org(org)}/projects", body), as_json)
 
 
 @project_app.command("list")
@@ -155,10 +166,17 @@ def list_projects(context: typer.Context, org: str, as_json: JsonOption = False)
 
 
 @user_app.command("create")
-def create_user(context: typer.Context, org: str, user: str, email: str, name: str = "") -> None:
+def create_user(
+    context: typer.Context,
+    org: str,
+    user: str,
+    email: str,
+    name: str = "",
+    as_json: JsonOption = False,
+) -> None:
     """Make a user."""
     body = {"user_id": user, "email": email, "name": name}
-    show_json(context.obj.call("POST", f"{_org(org)}/users", body))
+    show(context.obj.call("POST", f"{_org(org)}/users", body), as_json)
 
 
 @user_app.command("list")
@@ -169,9 +187,9 @@ def list_users(context: typer.Context, org: str, as_json: JsonOption = False) ->
 
 
 @user_app.command("delete")
-def delete_user(context: typer.Context, org: str, user: str) -> None:
+def delete_user(context: typer.Context, org: str, user: str, as_json: JsonOption = False) -> None:
     """Take a user away and end all their keys."""
-    show_json(context.obj.call("DELETE", f"{_org(org)}/users/{quote(user, safe='')}"))
+    show(context.obj.call("DELETE", f"{_org(org)}/users/{quote(user, safe='')}"), as_json)
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -190,6 +208,7 @@ def create_key(
     user: Annotated[str, typer.Option(help="Whose key it is.")] = "",
     days: Annotated[int, typer.Option(help="How long it works; 0: until it is revoked.")] = 0,
     limit: LimitOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make an API key. It is printed once and kept nowhere."""
     body = {
@@ -201,7 +220,7 @@ def create_key(
         "limits": limits(limit),
     }
     given = {field: value for field, value in body.items() if value is not None}
-    show_json(context.obj.call("POST", f"{_org(org)}/keys", given))
+    show(context.obj.call("POST", f"{_org(org)}/keys", given), as_json)
 
 
 @key_app.command("list")
@@ -212,16 +231,16 @@ def list_keys(context: typer.Context, org: str, as_json: JsonOption = False) -> 
 
 
 @key_app.command("revoke")
-def revoke_key(context: typer.Context, org: str, key_id: str) -> None:
+def revoke_key(context: typer.Context, org: str, key_id: str, as_json: JsonOption = False) -> None:
     """End a key for good, everywhere within 60 seconds."""
-    show_json(context.obj.call("DELETE", f"{_org(org)}/keys/{quote(key_id, safe='')}"))
+    show(context.obj.call("DELETE", f"{_org(org)}/keys/{quote(key_id, safe='')}"), as_json)
 
 
 @app.command("audit-check")
-def check_audit(context: typer.Context, org: str) -> None:
+def check_audit(context: typer.Context, org: str, as_json: JsonOption = False) -> None:
     """Read the whole audit log of an organisation: exit 1 if an entry was changed or is missing."""
     answer = context.obj.call("GET", f"{_org(org)}/audit/check")
-    show_json(answer)
+    show(answer, as_json)
     raise typer.Exit(0 if answer["intact"] else 1)
 
 
@@ -269,16 +288,16 @@ def jobs(
 ) -> None:
     """Show when each housekeeping job ran last and what it did."""
     if run:
-        show_json(context.obj.call("POST", f"/admin/jobs/{quote(run, safe='')}"))
+        show(context.obj.call("POST", f"/admin/jobs/{quote(run, safe='')}"), as_json)
         return
     columns = ("job", "every_s", "at", "seconds", "did", "error")
     table(context.obj.call("GET", "/admin/jobs"), "jobs", columns, as_json)
 
 
 @app.command("rebuild-index")
-def rebuild_index(context: typer.Context) -> None:
+def rebuild_index(context: typer.Context, as_json: JsonOption = False) -> None:
     """Make every list and header in Redis again from the object store."""
-    show_json(context.obj.call("POST", "/admin/jobs/rebuild-index"))
+    show(context.obj.call("POST", "/admin/jobs/rebuild-index"), as_json)
 
 
 # --- plumbing -------------------------------------------------------------------------------------
@@ -292,7 +311,7 @@ def limits(texts: Sequence[str] | None) -> dict[str, float]:
         try:
             found[name] = json.loads(number)
         except ValueError:
-            fail(f"--limit {text!r}: expected NAME=NUMBER")
+            fail(f"--limit {text!r}: expected NAME=NUMBER", REFUSED)
     return found
 
 
@@ -304,10 +323,12 @@ def table(answer: Any, field: str, columns: Sequence[str], as_json: bool) -> Non
         show_table(columns, [[_cell(row.get(name)) for name in columns] for row in answer[field]])
 
 
-def fail(reason: str) -> NoReturn:
-    """One line on standard error, exit 1."""
-    typer.echo(f"luthier admin: {printable(' '.join(reason.split()))}", err=True)
-    raise typer.Exit(1)
+def show(answer: dict[str, Any], as_json: bool) -> None:
+    """One thing: a line per field for people, or the answer for programs."""
+    if as_json:
+        show_json(answer)
+    else:
+        show_table(("", ""), [(name, _cell(value)) for name, value in answer.items()])
 
 
 def _org(org: str) -> str:

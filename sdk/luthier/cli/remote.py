@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
@@ -34,7 +34,7 @@ def server() -> Iterator[RestClient]:
         fail(str(error), REFUSED)
 
 
-def fail(reason: str, code: int) -> None:
+def fail(reason: str, code: int) -> NoReturn:
     """One line on standard error."""
     typer.echo(f"luthier: {printable(' '.join(reason.split()))}", err=True)
     raise typer.Exit(code)

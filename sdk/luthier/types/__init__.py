@@ -4,6 +4,8 @@ Numbers without a unit in their name are counts; times are seconds, log probabil
 ids those of the model's tokenizer. Requests are the ones that the server itself reads.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from luthier.errors import (
     RequestErrorCategory,
 )
@@ -116,42 +118,44 @@ from luthier.types.usage import (
     StorageBillingEvent,
     TrainingBillingEvent,
 )
-from luthier_core.types import (
-    CreateModel as CreateModelRequest,
-)
-from luthier_core.types import (
-    CreateSamplingSession as CreateSamplingSessionRequest,
-)
-from luthier_core.types import (
-    CreateSession as CreateSessionRequest,
-)
-from luthier_core.types import (
-    LoadWeights as LoadWeightsRequest,
-)
-from luthier_core.types import (
-    ModelId as GetInfoRequest,
-)
-from luthier_core.types import (
-    OptimStep as OptimStepRequest,
-)
-from luthier_core.types import (
-    RetrieveFuture as FutureRetrieveRequest,
-)
-from luthier_core.types import (
-    RetrieveFutures as FuturesRetrieveRequest,
-)
-from luthier_core.types import (
-    Sample as SampleRequest,
-)
-from luthier_core.types import (
-    SaveWeights as SaveWeightsRequest,
-)
-from luthier_core.types import (
-    SaveWeightsForSampler as SaveWeightsForSamplerRequest,
-)
-from luthier_core.types import (
-    SessionHeartbeat as SessionHeartbeatRequest,
-)
+
+if TYPE_CHECKING:
+    from luthier_core.types import (
+        CreateModel as CreateModelRequest,
+    )
+    from luthier_core.types import (
+        CreateSamplingSession as CreateSamplingSessionRequest,
+    )
+    from luthier_core.types import (
+        CreateSession as CreateSessionRequest,
+    )
+    from luthier_core.types import (
+        LoadWeights as LoadWeightsRequest,
+    )
+    from luthier_core.types import (
+        ModelId as GetInfoRequest,
+    )
+    from luthier_core.types import (
+        OptimStep as OptimStepRequest,
+    )
+    from luthier_core.types import (
+        RetrieveFuture as FutureRetrieveRequest,
+    )
+    from luthier_core.types import (
+        RetrieveFutures as FuturesRetrieveRequest,
+    )
+    from luthier_core.types import (
+        Sample as SampleRequest,
+    )
+    from luthier_core.types import (
+        SaveWeights as SaveWeightsRequest,
+    )
+    from luthier_core.types import (
+        SaveWeightsForSampler as SaveWeightsForSamplerRequest,
+    )
+    from luthier_core.types import (
+        SessionHeartbeat as SessionHeartbeatRequest,
+    )
 
 __all__ = [
     "AccessibleSearchOwner",
@@ -259,3 +263,27 @@ __all__ = [
     "WeightsInfoResponse",
     "WhoamiResponse",
 ]
+
+_REQUESTS = {
+    "CreateModelRequest": "CreateModel",
+    "CreateSamplingSessionRequest": "CreateSamplingSession",
+    "CreateSessionRequest": "CreateSession",
+    "LoadWeightsRequest": "LoadWeights",
+    "GetInfoRequest": "ModelId",
+    "OptimStepRequest": "OptimStep",
+    "FutureRetrieveRequest": "RetrieveFuture",
+    "FuturesRetrieveRequest": "RetrieveFutures",
+    "SampleRequest": "Sample",
+    "SaveWeightsRequest": "SaveWeights",
+    "SaveWeightsForSamplerRequest": "SaveWeightsForSampler",
+    "SessionHeartbeatRequest": "SessionHeartbeat",
+}
+"""Public name -> the server's own type, which is imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _REQUESTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from luthier_core import types
+
+    return getattr(types, _REQUESTS[name])

@@ -16,13 +16,20 @@ LossFnType = Literal[
 ]
 
 
+# defer_build: a validator is made when a class is first used, not for all of them at import.
+
+
 class StrictBase(BaseModel):
     """What a user builds: frozen, and a name that does not exist is an error at once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), defer_build=True
+    )
 
 
 class ResponseBase(BaseModel):
     """What a server answers: frozen, and fields that a newer server adds are left out."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", protected_namespaces=(), defer_build=True
+    )

@@ -16,7 +16,7 @@ _SPARSE_INPUTS = frozenset({"target_tokens", "weights"})
 """Inputs that a two-dimensional torch tensor makes sparse where that is smaller."""
 
 LossFnInputs = Mapping[str, Any]
-"""Name -> TensorData, torch tensor, numpy array or list of numbers."""
+"""Name -> TensorData, torch tensor, numpy array, list of numbers, or ModelInput of text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,8 @@ class Datum:
     `loss_fn_inputs` maps names to tensors over the same T positions: `target_tokens` int64[T] or
     [T, K] (the label at each position, so already shifted by one), `weights` float32 of the same
     shape, and for policy losses `logprobs` and `advantages` float32[T]. Values may be given as
-    TensorData, torch tensors, numpy arrays or lists; they are kept as TensorData.
+    TensorData, torch tensors, numpy arrays, lists, or a ModelInput of text; they are kept as
+    TensorData.
     """
 
     model_input: ModelInput
@@ -56,7 +57,10 @@ class Datum:
     loss_fn_input_spans: ProvenanceSpans | None = None
 
     def __post_init__(self) -> None:
-        """TypeError or ValueError naming the input that is no tensor."""
+        """TypeError or ValueError naming what is no input, or no tensor."""
+        if not isinstance(self.model_input, ModelInput):
+            kind = type(self.model_input).__name__
+            raise TypeError(f"model_input: {kind} is no ModelInput; see ModelInput.from_ints")
         given: Mapping[str, Any] = self.loss_fn_inputs
         tensors = {name: _tensor(name, value) for name, value in given.items()}
         object.__setattr__(self, "loss_fn_inputs", tensors)
@@ -89,6 +93,8 @@ def _tensor(name: str, value: Any) -> TensorData:
         return value
     if isinstance(value, np.ndarray):
         return TensorData.from_numpy(value)
+    if isinstance(value, ModelInput):
+        return TensorData(value.to_ints(), "int64")
     if hasattr(value, "detach"):  # a torch tensor: torch itself is not imported for that
         if name in _SPARSE_INPUTS and value.ndim == 2:
             return TensorData.from_torch_sparse(value)

@@ -83,8 +83,9 @@ class TopkLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledSequence:
-    """One sample. The token that stopped it is its last.
+    """One sample of n tokens. The token that stopped it is its last.
 
+    `tokens_np` int32[n]; `logprobs_np` float32[n] in nats; `topk_logprobs_np` [n, k].
     Arrays are read-only; the properties without `_np` give the same as lists.
     """
 
@@ -119,7 +120,12 @@ class PromptAltTokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleResponse:
-    """Result of one sampling request: as many sequences as were asked for."""
+    """Result of one sampling request: as many sequences as were asked for.
+
+    Of a prompt of T tokens: `prompt_logprobs_np` float32[T] in nats, NaN for the first;
+    `topk_prompt_logprobs_np` [T, k]; `target_prompt_logprobs` float32[T - 1, K];
+    `prompt_cache_hit_tokens` of them were computed before.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs_np: NDArray[np.float32] | None = None

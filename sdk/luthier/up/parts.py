@@ -154,7 +154,8 @@ class Part:
                 stderr=log,
                 start_new_session=True,
                 pass_fds=self.spec.keep_fds,
-                preexec_fn=None if self.spec.watches_stdin else dies_with_parent(),
+                # A part that is still importing does not look at its standard input.
+                preexec_fn=dies_with_parent(),
             )
 
     async def _pause(self, delay_s: float) -> None:

@@ -35,6 +35,7 @@ from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
 from luthier_registry.housekeeping import build_jobs
 from luthier_registry.identity import Identities
+from luthier_registry.lists import Lists
 from luthier_registry.observing import Observer
 from luthier_registry.requests import (
     CreateRun,
@@ -107,14 +108,15 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             Builds() as builds,
         ):
             now = clock or (lambda: datetime.now(UTC))
-            checkpoints = Checkpoints(blobs, client, builds, clock=now)
+            lists = Lists(blobs, client, clock=now)
+            checkpoints = Checkpoints(blobs, client, builds, lists, clock=now)
             app[CHECKPOINTS] = checkpoints
             sessions = Sessions(blobs, client, config.secret(), clock=now)
             app[SESSIONS] = sessions
             app[IDENTITIES] = Identities(blobs, client, config.secret(), clock=now)
             app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
-            app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds)
+            app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds, lists)
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             app[OBSERVER] = Observer(Oplog(client), jobs, config.model_names, clock=now)

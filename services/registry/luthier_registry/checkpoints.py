@@ -5,7 +5,7 @@ tenant reads a checkpoint while it is published. What is foreign and what is abs
 NotFound, and so does what has expired, swept or not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from luthier_core.listing import NO_EXTERNAL, Listing, Page
 from luthier_core.records import CheckpointRecord, PublishedRunRecord
 from luthier_registry.archive import ArchiveFile, write_archive
 from luthier_registry.builds import Builds
+from luthier_registry.lists import Lists
 
 PEFT_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 """What a download holds; the state of the optimizer beside them is of use to nobody else."""
@@ -32,12 +33,14 @@ class Checkpoints:
         blobs: Blobs,
         client: redis.Redis,
         builds: Builds,
+        lists: Lists,
         *,
         clock: Callable[[], datetime],
     ) -> None:
         self._blobs = blobs
         self._redis = client
         self._builds = builds
+        self._lists = lists
         self._clock = clock
 
     async def read(
@@ -84,8 +87,7 @@ class Checkpoints:
 
     async def unpublish(self, tenant: str, path: TinkerPath) -> None:
         """Let only its own tenant read it; links to its archive that were given out end."""
-        record = await self._change(tenant, path, public=False)
-        await self._blobs.delete(keys.archive(tenant, record.manifest_digest))
+        await self._change(tenant, path, public=False)
 
     async def set_ttl(self, tenant: str, path: TinkerPath, ttl_seconds: int | None) -> None:
         """Let it expire so many seconds from now, or never."""
@@ -95,11 +97,13 @@ class Checkpoints:
         """Take the name away; a sweep removes the files once nothing needs them."""
         try:
             record = await self._own(tenant, path)
+        except NotFound:
+            # An earlier try may have died before the row.
+            await self._lists.list_again(tenant, path)
+            raise
+        async with self._lists.changing(tenant, path, record.manifest_digest):
             await self._blobs.delete(_key(tenant, path))
             await self._blobs.delete(keys.archive(tenant, record.manifest_digest))
-        finally:
-            # Also when the record is gone: an earlier try may have died before this line.
-            await self.list_again(tenant, path)
 
     async def files(self, tenant: str, path: TinkerPath) -> dict[str, str]:
         """File name -> object key of what a download of the checkpoint holds."""
@@ -121,19 +125,17 @@ class Checkpoints:
             await self._builds.finish(key, lambda: write_archive(self._blobs, key, files))
         return key
 
-    async def list_again(self, tenant: str, path: TinkerPath) -> None:
-        """Bring the row in line with the record, whoever else changes both at the same time."""
-        listing, key = self._listing(tenant), _key(tenant, path)
-        listed: bytes | None = b""
-        while listed != (stored := await self._stored(key)):
-            if stored is None:
-                await listing.remove_checkpoint(path.run_id, path.kind, path.name)
-            else:
-                await listing.add_checkpoint(CheckpointRecord.from_bytes(stored))
-            listed = stored
+    async def _change(self, tenant: str, path: TinkerPath, **changes: Any) -> None:
+        """Change the tenant's own record and its row; what becomes private loses its archive."""
+        record = await self._own(tenant, path)
+        async with self._lists.changing(tenant, path, record.manifest_digest):
+            changed = await self._swap(tenant, path, changes)
+            if changes.get("public") is False:
+                await self._blobs.delete(keys.archive(tenant, changed.manifest_digest))
 
-    async def _change(self, tenant: str, path: TinkerPath, **changes: Any) -> CheckpointRecord:
-        """The tenant's own record with the changes, stored and listed."""
+    async def _swap(
+        self, tenant: str, path: TinkerPath, changes: Mapping[str, Any]
+    ) -> CheckpointRecord:
         key = _key(tenant, path)
         while True:
             await self._own(tenant, path)
@@ -142,10 +144,8 @@ class Checkpoints:
             except BlobMissing:
                 continue  # deleted in this moment
             changed = CheckpointRecord.from_bytes(data).model_copy(update=changes)
-            if await self._blobs.put_if_match(key, changed.to_bytes(), etag) is None:
-                continue  # somebody else changed it: look again
-            await self.list_again(tenant, path)
-            return changed
+            if await self._blobs.put_if_match(key, changed.to_bytes(), etag) is not None:
+                return changed  # else somebody else changed it: look again
 
     async def _own(self, tenant: str, path: TinkerPath) -> CheckpointRecord:
         record = await self._find(tenant, path)

@@ -8,6 +8,7 @@ from luthier_core.records import CheckpointRecord, RunRecord
 from luthier_registry.archive import ArchiveFile, copy_file
 from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
+from luthier_registry.lists import Lists
 from luthier_registry.requests import CopyWeights
 from luthier_registry.store import Store
 
@@ -19,8 +20,9 @@ class Copies:
     """Makes copies of checkpoints."""
 
     def __init__(
-        self, store: Store, checkpoints: Checkpoints, blobs: Blobs, builds: Builds
+        self, store: Store, checkpoints: Checkpoints, blobs: Blobs, builds: Builds, lists: Lists
     ) -> None:
+        self._lists = lists
         self._store = store
         self._checkpoints = checkpoints
         self._blobs = blobs
@@ -62,10 +64,10 @@ class Copies:
         )
         if record.tenant != tenant:
             copy = await self._with_own_files(record, copy)
-        await self._blobs.put_if_absent(
-            keys.name_record(tenant, run_id, path.kind, path.name), copy.to_bytes()
-        )
-        await self._checkpoints.list_again(tenant, path)
+        async with self._lists.changing(tenant, path, copy.manifest_digest):
+            await self._blobs.put_if_absent(
+                keys.name_record(tenant, run_id, path.kind, path.name), copy.to_bytes()
+            )
         return str(path)
 
     async def _with_own_files(

@@ -11,10 +11,13 @@ from luthier_core.oplog import Oplog
 from luthier_registry.counting import Counting
 from luthier_registry.expiry import Expiry
 from luthier_registry.jobs import Job, Jobs
+from luthier_registry.lists import Lists
 from luthier_registry.rebuild import Rebuild
 from luthier_registry.storage import Storage
 from luthier_registry.sweep import Sweep
 
+SETTLE_S = 60.0
+"""Rows agree with their records again this long after a crash, and LEFT_AFTER more."""
 GENERATION_S = 1.0
 """A wiped Redis is noticed within this."""
 
@@ -31,6 +34,7 @@ def build_jobs(
         {
             "generation": Job(GENERATION_S, rebuild.run_if_wiped),
             "rebuild-index": Job(None, rebuild.run),
+            "lists": Job(SETTLE_S, Lists(blobs, client, clock=clock).settle),
             "usage": Job(settings.usage_s, counting.run),
             "storage": Job(settings.storage_s, Storage(blobs, client, clock=clock).run),
             "expiry": Job(settings.expiry_s, Expiry(blobs, client, clock=clock).run),

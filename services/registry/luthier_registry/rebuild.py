@@ -15,6 +15,7 @@ import redis.asyncio as redis
 
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.checkpoints import TinkerPath
 from luthier_core.config import Config
 from luthier_core.generation import Generation
 from luthier_core.listing import Listing
@@ -22,6 +23,7 @@ from luthier_core.protocol import Head
 from luthier_core.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
 from luthier_registry.counting import Counting
 from luthier_registry.identity import tenants
+from luthier_registry.lists import Lists
 
 _MODEL_FACTS = ("vocab_size", "max_context_tokens", "architecture", "tokenizer_id")
 
@@ -44,6 +46,7 @@ class Rebuild:
         self._counting = counting
         self._clock = clock
         self._generation = Generation(client, blobs)
+        self._rows = Lists(blobs, client, clock=clock)
 
     async def run_if_wiped(self) -> dict[str, int]:
         """Rebuild, unless this Redis is the one that the store knows."""
@@ -82,12 +85,17 @@ class Rebuild:
                 if run.trainable:
                     await self._run_header(run)
                 num_records += 1
+        rows_without_record = set(await listing.ids("checkpoints"))
         async for info in self._blobs.list(f"t/{tenant}/names/"):
             checkpoint = CheckpointRecord.from_bytes(await self._blobs.get(info.key))
             expired = checkpoint.expires_at and checkpoint.expires_at <= self._clock()
             if checkpoint.kind != "ephemeral" and not expired:
                 await listing.add_checkpoint(checkpoint)
+                rows_without_record.discard(checkpoint.row_id)
             num_records += 1
+        for row_id in rows_without_record:
+            # Or saved a moment ago: its record says.
+            await self._rows.list_again(tenant, TinkerPath(*row_id.split("/")))
         async for info in self._blobs.list(f"t/{tenant}/samplers/"):
             await listing.add_sampler(SamplerRecord.from_bytes(await self._blobs.get(info.key)))
             num_records += 1

@@ -217,7 +217,8 @@ def _event_info(use: Use) -> dict[str, Any]:
             "token_count": use.amount,
         }
     if use.kind == "storage":
-        return {"type": "storage", "free": False, "gigabyte_hours": use.amount / 1e9}
+        # Without `free`, whose default is false: SDKs up to 0.30 know no such field and forbid it.
+        return {"type": "storage", "gigabyte_hours": use.amount / 1e9}
     return {"type": _EVENT_TYPES[use.kind], "token_count": use.amount}
 
 

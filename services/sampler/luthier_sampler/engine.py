@@ -129,6 +129,18 @@ class Engine:
         # The other samples join when the prompt is in the cache, and share it.
         self._scheduler.add(request.sequences[0])
 
+    def move(self, target: str, adapter: str) -> None:
+        """What follows `target` runs on with this loaded adapter, from its next token on.
+
+        Keys and values in the cache stay. Prompt blocks that are shared cannot get stale by it: a
+        request that comes later has the key of the new adapter.
+        """
+        for request in self._requests.values():
+            if request.spec.follows == target and request.adapter_key != adapter:
+                moved = self._adapters.acquire(adapter)
+                self._adapters.release(request.adapter_key)
+                request.adapter, request.adapter_key = moved, adapter
+
     def cancel(self, request_id: str) -> None:
         """Drop a request and free its blocks; nothing is reported of it. Fine if it is not here."""
         request = self._requests.pop(request_id, None)
@@ -137,7 +149,7 @@ class Engine:
         for sequence in request.sequences:
             self._scheduler.remove(sequence)
         if request.adapter is not None:
-            self._adapters.release(request.spec.adapter)
+            self._adapters.release(request.adapter_key)
 
     @property
     def has_work(self) -> bool:
@@ -279,7 +291,7 @@ class Engine:
 
 
 def _not_finite(request: Request) -> BadRequest:
-    weights = f"adapter {request.spec.adapter!r}" if request.spec.adapter else "the base model"
+    weights = f"adapter {request.adapter_key!r}" if request.adapter_key else "the base model"
     return BadRequest(f"{weights} gives logits that are not finite numbers: have they diverged?")
 
 

@@ -62,7 +62,7 @@ class Scheduler:
         # After a preemption there is no room: a newcomer would be the next to be preempted.
         if self.num_preemptions == num_preemptions:
             chunks += self._admit(self.max_step_tokens - sum(c.num_tokens for c in chunks))
-        return sorted(chunks, key=lambda c: (c.num_tokens > 1, c.sequence.request.spec.adapter))
+        return sorted(chunks, key=lambda c: (c.num_tokens > 1, c.sequence.request.adapter_key))
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
         """The chunks are in the cache: go on after them, and let others share full blocks."""

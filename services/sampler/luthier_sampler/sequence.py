@@ -46,6 +46,8 @@ class SampleRequest:
     topk_sample_logprobs: int = 0
     adapter: str = ""
     """Key of a loaded adapter; empty is the base model."""
+    follows: str = ""
+    """In-flight weights that it moves on with (Engine.move), from `adapter` on; empty: none."""
     cache_scope: str | None = None
     """Requests of one scope (a tenant) and adapter share prompt blocks; None: with no other."""
     streams: bool = False
@@ -69,6 +71,8 @@ class Request:
         self.arrival = arrival
         self.max_new_tokens = max_new_tokens
         self.adapter = adapter
+        self.adapter_key = spec.adapter
+        """Of the adapter that it runs with now."""
         self.stop_tokens = stop_tokens
         self.prompt: list[int] = np.asarray(spec.prompt, dtype=np.int64).tolist()
         self.scores = PromptScores(spec, seed)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -21,19 +22,21 @@ from luthier_core.config import SamplerConfig
 from luthier_core.errors import LuthierError
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
-from luthier_core.oplog import REDIS_ERRORS, Oplog
+from luthier_core.oplog import REDIS_ERRORS, Oplog, Published
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
-from luthier_core.prompt_targets import PromptTargets
 from luthier_core.types import Sample
 from luthier_sampler.engine import Engine, Finished
+from luthier_sampler.jobs import request_of, usage_of
 from luthier_sampler.observing import note_finished
-from luthier_sampler.sequence import SampleRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BLOCK_MS = 1000
-TOUCH_S = 10.0
+FOLLOW_S = 2.0
+"""In-flight weights are looked up this often, so a lost hint costs no more."""
+TOUCHES = 3
+"""How often a job that is being worked on is touched before it counts as abandoned."""
 RETRY_S = 1.0
 DRAIN_S = 10.0
 CLAIM_AHEAD = 16
@@ -71,7 +74,10 @@ class Worker:
         """One per job that is being admitted or settled."""
         self._work = asyncio.Event()
         self._room = asyncio.Event()
-        self._hints = Hints(oplog.redis, lambda channel, request_id: self._cancel(request_id))
+        self._published = asyncio.Event()
+        self._inflight: dict[str, Published] = {}
+        """Run -> the in-flight weights that its requests here run with; the engine thread's."""
+        self._hints = Hints(oplog.redis, self._on_hint)
         self._partials: asyncio.Queue[tuple[str, str]] = asyncio.Queue(MAX_UNSENT_PARTIALS)
         self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Of the versions that are being loaded; others go by themselves."""
@@ -86,7 +92,9 @@ class Worker:
             reclaiming = group.create_task(self._reclaim_for_ever(group))
             listening = group.create_task(self._hints.listen())
             telling = group.create_task(self._tell_for_ever())
+            following = group.create_task(self._follow_for_ever())
             await self._hints.subscribe(keys.sampling_cancelled(self._base_model))
+            await self._hints.subscribe(keys.sampling_published(self._base_model))
             await self._lease.set_state("ready")
             stopped = group.create_task(stop.wait())
             await asyncio.wait({lost, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -94,7 +102,7 @@ class Worker:
             claiming.cancel()
             reclaiming.cancel()
             await self._drain()
-            for task in (stepping, stopped, lost, listening, telling, *self._tasks):
+            for task in (stepping, stopped, lost, listening, telling, following, *self._tasks):
                 task.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
         await self._lease.release()
@@ -125,7 +133,7 @@ class Worker:
     async def _reclaim_for_ever(self, group: asyncio.TaskGroup) -> None:
         """Keep our jobs from counting as abandoned, and take those that others abandoned."""
         while True:
-            await asyncio.sleep(TOUCH_S)
+            await asyncio.sleep(self._config.claim_idle_s / TOUCHES)
             with contextlib.suppress(*REDIS_ERRORS):
                 if self._jobs:
                     entry_ids = [job.entry_id for job in self._jobs.values()]
@@ -162,13 +170,13 @@ class Worker:
         tracing.note_queued(job.trace)
         self._began[job.request_id] = time.time()
         try:
-            request = _request(job, Sample.model_validate_json(await self._body_of(job)))
-            # One load for all who wait for the same adapter.
-            async with self._adapter_locks.setdefault(job.weights, asyncio.Lock()):
-                added = await self._on_engine(self._add, request, None)
-                if not added:
-                    files = await outlasting_outage(lambda: read_files(self._blobs, job.weights))
-                    await self._on_engine(self._add, request, files)
+            request = request_of(job, Sample.model_validate_json(await self._body_of(job)))
+            if job.inflight_run and (newest := await self._oplog.published(job.inflight_run)):
+                request = replace(request, adapter=newest.manifest_key)
+            await self._with_adapter(request.adapter, self._engine.add, request)
+            if job.inflight_run:
+                # The others may have moved on while this request was on its way.
+                await self._follow(job.inflight_run)
         except LuthierError as error:
             await self._settle(job, Outcome.failure(error.message, error.category))
         except Exception:
@@ -177,19 +185,63 @@ class Worker:
         else:
             self._work.set()
 
-    def _add(self, request: SampleRequest, files: dict[str, bytes] | None) -> bool:
-        """Whether the engine has the request; False if it lacks the adapter and has no files.
+    async def _with_adapter(self, key: str, call: Callable[..., None], *args: Any) -> None:
+        """call(*args) on the engine's thread, where the adapter is loaded when it begins."""
 
-        One call on the engine's thread, so that the adapter cannot be evicted in between.
-        """
-        if files is not None:
-            self._engine.add_adapter(request.adapter, files)
-        elif request.adapter and not self._engine.has_adapter(request.adapter):
-            return False
-        self._engine.add(request)
-        return True
+        def attempt(files: dict[str, bytes] | None) -> bool:
+            # In one go with the call, so that the adapter cannot be evicted in between.
+            if files is not None:
+                self._engine.add_adapter(key, files)
+            elif key and not self._engine.has_adapter(key):
+                return False
+            call(*args)
+            return True
+
+        # One load for all who wait for the same adapter.
+        async with self._adapter_locks.setdefault(key, asyncio.Lock()):
+            if not await self._on_engine(attempt, None):
+                files = await outlasting_outage(lambda: read_files(self._blobs, key))
+                await self._on_engine(attempt, files)
+
+    # --- in-flight weights ------------------------------------------------------------------------
+
+    async def _follow_for_ever(self) -> None:
+        """Move requests on to newer in-flight weights: when hinted, and now and then."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_S):
+                    await self._published.wait()
+            self._published.clear()
+            runs = {job.inflight_run for job in self._jobs.values()} - {""}
+            await self._on_engine(self._forget, runs)
+            for run_id in runs:
+                try:
+                    await self._follow(run_id)
+                except (*REDIS_ERRORS, LuthierError):
+                    log.exception("in-flight weights of %s: going on with those before", run_id)
+
+    async def _follow(self, run_id: str) -> None:
+        """All requests here that follow the run's in-flight weights run with the newest."""
+        if newest := await self._oplog.published(run_id):
+            await self._with_adapter(newest.manifest_key, self._move, run_id, newest)
+
+    def _move(self, run_id: str, newest: Published) -> None:
+        current = self._inflight.get(run_id)
+        if current is None or current <= newest:
+            self._engine.move(run_id, newest.manifest_key)
+            self._inflight[run_id] = newest
+
+    def _forget(self, in_use: set[str]) -> None:
+        for run_id in self._inflight.keys() - in_use:
+            del self._inflight[run_id]
 
     # --- running ----------------------------------------------------------------------------------
+
+    def _on_hint(self, channel: str, text: str) -> None:
+        if channel == keys.sampling_cancelled(self._base_model):
+            self._cancel(text)
+        else:
+            self._published.set()
 
     def _cancel(self, request_id: str) -> None:
         """A hint: whoever has this request gives its blocks back. Its outcome is stored already."""
@@ -234,7 +286,7 @@ class Worker:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:
             body = await self._result_body(job, finished.response)
-            outcome = Outcome.completed(body, "protobuf", usage=_usage(job, finished))
+            outcome = Outcome.completed(body, "protobuf", usage=usage_of(job, finished))
         await self._settle(job, outcome)
 
     async def _settle(self, job: SamplingJob, outcome: Outcome) -> None:
@@ -280,44 +332,3 @@ class Worker:
         key = keys.sample_result(job.tenant, job.sampling_session_id, job.seq)
         await outlasting_outage(lambda: self._blobs.put(key, response))
         return Body.stored(key, response)
-
-
-def _usage(job: SamplingJob, finished: Finished) -> str:
-    counts = (
-        finished.num_prompt_tokens,
-        finished.num_cached_tokens,
-        finished.num_sampled_tokens,
-    )
-    return " ".join([job.sampling_session_id, *map(str, counts)])
-
-
-def _request(job: SamplingJob, wanted: Sample) -> SampleRequest:
-    """The engine's form of a sampling request."""
-    params = wanted.sampling_params
-    stop = params.stop
-    prompt, targets = tuple(wanted.prompt.to_ints()), None
-    if wanted.target_prompt_logprobs is not None:
-        targets = PromptTargets.parse(wanted.target_prompt_logprobs, len(prompt))
-    listed: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
-    return SampleRequest(
-        request_id=job.request_id,
-        prompt=prompt,
-        num_samples=wanted.num_samples,
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        stop_strings=tuple(item for item in listed if isinstance(item, str)),
-        stop_tokens=tuple(item for item in listed if isinstance(item, int)),
-        ignore_eos=stop == [],
-        prompt_logprobs=wanted.prompt_logprobs,
-        topk_prompt_logprobs=wanted.topk_prompt_logprobs,
-        prompt_logprobs_last_n=wanted.prompt_logprobs_last_n,
-        target_prompt_logprobs=targets,
-        prompt_alt_tokens_k=wanted.prompt_alt_tokens_k,
-        topk_sample_logprobs=wanted.topk_sample_logprobs,
-        adapter=job.weights,
-        cache_scope=job.tenant,
-        streams=job.streams,
-    )

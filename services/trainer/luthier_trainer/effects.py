@@ -179,6 +179,10 @@ class RunEffects:
                     return await self._snapshots.restore(self._context, ref)
         raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
+    async def save_recovery(self, committed: int) -> str:
+        """tinker:// path of the state after op `committed`, kept as a checkpoint; "" if none is."""
+        return str(await self._executor.save_recovery(self._context, committed) or "")
+
     async def _execute(self, step: Step) -> Executed:
         began, run_id = time.monotonic(), self._context.run_id
         try:

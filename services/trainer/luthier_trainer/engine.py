@@ -16,6 +16,7 @@ from luthier_core.losses import loss_config, loss_spec
 from luthier_core.proto import wire_pb2
 from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
+from luthier_model.logprob_gap import logprob_gap
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraSpec, Segment, init_adapter, target_modules
 from luthier_model.peft_io import tensor_bytes, tensors_from
@@ -32,6 +33,10 @@ from luthier_trainer.packing import (
     pack,
     unpack,
 )
+
+MAX_MEAN_GAP = {torch.bfloat16: 0.03}
+"""Of sampled logprobs to the forward's, in nats; about five times what is usual (docs/sampler.md).
+Other dtypes keep the promise of 1e-5."""
 
 
 class StateCopy:
@@ -139,6 +144,19 @@ class Engine:
     def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
         """File name -> contents: PEFT's two files and, when asked, optimizer.safetensors."""
         return self._run(run_id).files(self._model.facts.name, optimizer=optimizer)
+
+    def logprob_gap(self, run_id: str) -> dict[str, float]:
+        """How far logprobs that a sampler draws from the run's weights are from forward's.
+
+        logprob_gap:max, :mean, and :alarm, which is 1 if the mean is too large or not a number.
+        """
+        gap = logprob_gap(self._model, self._run(run_id).adapter)
+        alarm = not gap.mean <= MAX_MEAN_GAP.get(self._model.dtype, 1e-5)
+        return {
+            "logprob_gap:max": gap.max,
+            "logprob_gap:mean": gap.mean,
+            "logprob_gap:alarm": float(alarm),
+        }
 
     def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
         """Replace the run's weights by those in `files`, and moments and step or else start anew.

@@ -81,6 +81,10 @@ class EngineClient(ABC):
         answer = await self._do("save", run_id, optimizer=optimizer)
         return dict(zip(answer.fields["names"], answer.data, strict=True))
 
+    async def logprob_gap(self, run_id: str) -> dict[str, float]:
+        metrics = (await self._do("logprob_gap", run_id)).fields["metrics"]
+        return {str(name): float(value) for name, value in metrics.items()}
+
     async def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
         await self._do("load", run_id, *files.values(), names=list(files), optimizer=optimizer)
 

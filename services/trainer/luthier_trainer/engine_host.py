@@ -58,6 +58,8 @@ class EngineHost:
             case {"method": "save", "run_id": run_id, "optimizer": optimizer}:
                 files = engine.save(run_id, optimizer=optimizer)
                 return Message({"names": list(files)}, list(files.values()))
+            case {"method": "logprob_gap", "run_id": run_id}:
+                return Message({"metrics": engine.logprob_gap(run_id)})
             case {"method": "load", "run_id": run_id, "names": names, "optimizer": optimizer}:
                 engine.load(run_id, dict(zip(names, data, strict=True)), optimizer=optimizer)
             case {"method": "copy_state", "run_id": run_id}:

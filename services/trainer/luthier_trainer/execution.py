@@ -1,7 +1,9 @@
 """Carries out one op: payload in, engine call, outcome bytes out."""
 
 import json
+import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +26,15 @@ from luthier_core.types import (
 from luthier_trainer.engine_client import EngineClient
 from luthier_trainer.observing import note_forward
 
+log = logging.getLogger(__name__)
+
+GAP_PAUSE_S = 60.0
+"""Between two measurements of a run's `logprob_gap`: it waits for 13 forwards each time, and who
+saves for the sampler at every step must not pay them at every step."""
+
+RECOVERY_SEQS = 2**40
+"""From here on no op has a seq: manifests of recovery checkpoints cannot be taken for an op's."""
+
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
 
@@ -40,6 +51,8 @@ class RunContext:
     """Known once op 0 has been executed."""
     halvings: dict[int, int] = field(default_factory=dict)
     """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
+    gap_due: float = -math.inf
+    """When `logprob_gap` is measured again, on time.monotonic's clock."""
 
 
 class Executor:
@@ -66,6 +79,18 @@ class Executor:
         LuthierError if the op fails and the state is as it was before.
         """
         return await self._handlers[op.kind](run, op, cycle)
+
+    async def save_recovery(self, run: RunContext, committed: int) -> TinkerPath | None:
+        """The state of a run that ends, after op `committed`, as a checkpoint that its owner lists.
+
+        None before op 0 was executed. May be repeated.
+        """
+        if run.record is None:
+            return None
+        files = await self.engine.save(run.run_id, optimizer=True)
+        path = TinkerPath(run.run_id, "weights", f"recovery-{committed}")
+        await self._save(run, RECOVERY_SEQS + committed, "weights", path.name, files)
+        return path
 
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
@@ -121,7 +146,7 @@ class Executor:
         async def finish() -> Outcome:
             await self._save(
                 run,
-                op,
+                op.seq,
                 "weights",
                 wanted.path,
                 files,
@@ -137,13 +162,15 @@ class Executor:
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
         files = await self.engine.save(run.run_id, optimizer=False)
+        metrics = _metrics(op.kind, await self._gap(run, op))
 
         async def finish() -> Outcome:
             if wanted.path is None:
-                return await self._save_ephemeral(run, op, wanted, files)
+                result = await self._save_ephemeral(run, op, wanted, files)
+                return _completed(result, metrics=metrics)
             await self._save(
                 run,
-                op,
+                op.seq,
                 "sampler_weights",
                 wanted.path,
                 files,
@@ -151,9 +178,22 @@ class Executor:
                 user_metadata=wanted.user_metadata,
             )
             path = TinkerPath(run.run_id, "sampler_weights", wanted.path)
-            return _saved(path, "save_weights_for_sampler")
+            return _saved(path, "save_weights_for_sampler", metrics=metrics)
 
         return finish
+
+    async def _gap(self, run: RunContext, op: Op) -> dict[str, float]:
+        """`logprob_gap:*` of the run's weights, or {} within GAP_PAUSE_S of the last one."""
+        if time.monotonic() < run.gap_due:
+            return {}
+        gap = await self.engine.logprob_gap(run.run_id)
+        run.gap_due = time.monotonic() + GAP_PAUSE_S
+        if gap["logprob_gap:alarm"]:
+            log.error(
+                "run %s, seq %d: sampled logprobs are %.2g on average from the forward's",
+                *(run.run_id, op.seq, gap["logprob_gap:mean"]),
+            )
+        return gap
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
@@ -161,7 +201,7 @@ class Executor:
 
         async def finish() -> Outcome:
             saved = await self._save(
-                run, op, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
+                run, op.seq, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )
             return _completed(
                 {
@@ -175,12 +215,15 @@ class Executor:
 
     async def _save_ephemeral(
         self, run: RunContext, op: Op, wanted: SaveWeightsForSampler, files: dict[str, bytes]
-    ) -> Outcome:
-        """Weights of one sampling session: no path, no listing, one immutable record."""
+    ) -> dict[str, str]:
+        """Weights of one sampling session: no path, no listing, one immutable record.
+
+        In-flight ones move the other in-flight sessions of the run forward too.
+        """
         assert run.record is not None
         session_id = run.record.session_id
         sampler_id = f"{session_id}:sample:{wanted.sampling_session_seq_id}"
-        checkpoint = await self._save(run, op, "ephemeral", f"seq-{op.seq}", files)
+        checkpoint = await self._save(run, op.seq, "ephemeral", f"seq-{op.seq}", files)
         record = SamplerRecord(
             sampling_session_id=sampler_id,
             tenant=run.tenant,
@@ -188,15 +231,21 @@ class Executor:
             base_model=run.record.base_model,
             model_path=None,
             weights=checkpoint.manifest_key,
+            inflight_run=run.run_id if wanted.kind == "inflight" else "",
             created_at=datetime.now(UTC),
         )
         await outlasting_outage(lambda: save_sampler(self._blobs, self._oplog.redis, record))
-        return _completed({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+        if record.inflight_run:
+            # Whether this moved them or came too late, the commit that follows says.
+            await self._oplog.publish(run.run_id, run.epoch, op.seq, record.weights)
+            channel = keys.sampling_published(record.base_model)
+            await self._oplog.redis.spublish(channel, run.run_id)
+        return {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
 
     async def _save(
         self,
         run: RunContext,
-        op: Op,
+        seq: int,
         kind: CheckpointKind,
         name: str,
         files: dict[str, bytes],
@@ -211,7 +260,7 @@ class Executor:
                 run=record,
                 kind=kind,
                 name=name,
-                seq=op.seq,
+                seq=seq,
                 epoch=run.epoch,
                 files=files,
                 now=datetime.now(UTC),
@@ -237,12 +286,13 @@ class Executor:
         return Body.stored(key, output)
 
 
-def _saved(path: TinkerPath, kind: str) -> Outcome:
-    return _completed({"path": str(path), "tinker_path": str(path), "type": kind})
+def _saved(path: TinkerPath, kind: str, *, metrics: str = "") -> Outcome:
+    result = {"path": str(path), "tinker_path": str(path), "type": kind}
+    return _completed(result, metrics=metrics)
 
 
-def _completed(result: dict[str, Any]) -> Outcome:
-    return Outcome.completed(Body.of(json.dumps(result).encode()))
+def _completed(result: dict[str, Any], *, metrics: str = "") -> Outcome:
+    return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
 
 
 def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
@@ -253,6 +303,6 @@ def _metrics(kind: Kind, metrics: Mapping[str, float]) -> str:
 
 def _json_outcome(result: dict[str, Any], *, metrics: str = "") -> Finish:
     async def finish() -> Outcome:
-        return Outcome.completed(Body.of(json.dumps(result).encode()), metrics=metrics)
+        return _completed(result, metrics=metrics)
 
     return finish

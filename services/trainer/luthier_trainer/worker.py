@@ -162,9 +162,13 @@ class Worker:
             and header.admitted == tenure.committed
             and await self._is_overdue(tenure.run_id, header)
         ):
-            with contextlib.suppress(Left):  # what was missing has come after all
+            # What was missing has come after all; or the engine died, and the next owner does this.
+            with contextlib.suppress(Left, EngineDied):
+                # First: a crash between the two makes it again before anybody is told.
+                recovery = await run.effects.save_recovery(tenure.committed)
                 last = await self._oplog.last_parked(tenure.run_id)
-                await drive(give_up_gap(tenure, last), run.effects.perform)
+                steps = give_up_gap(tenure, last, recovery=recovery)
+                await drive(steps, run.effects.perform)
             await self._forget(run)
 
     async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:

@@ -13,9 +13,11 @@ from celery import Celery
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config
 from luthier_core.oplog import connect
-from luthier_registry.housekeeping import build_jobs
+from luthier_registry.housekeeping import GENERATION_S, SETTLE_S, build_jobs
 
 TASK = "luthier.job"
+ACCEPT = ["json"]
+"""Nothing that can carry code (reliability S6)."""
 MAX_JOB_S = 3600
 """A job that takes longer is killed and done again."""
 
@@ -24,7 +26,7 @@ def make_app(config: Config) -> Celery:
     """The application: one task, and a beat that sends it for each job in its time."""
     app = Celery("luthier", broker=config.side_redis_url().replace("unix://", "redis+socket://"))
     app.conf.update(
-        accept_content=["json"],
+        accept_content=ACCEPT,
         task_serializer="json",
         result_serializer="json",
         task_ignore_result=True,
@@ -63,7 +65,8 @@ async def run_job(config: Config, name: str) -> dict[str, Any]:
 def _schedule(config: Config) -> dict[str, float]:
     settings = config.housekeeping
     return {
-        "generation": 1.0,
+        "generation": GENERATION_S,
+        "lists": SETTLE_S,
         "usage": settings.usage_s,
         "storage": settings.storage_s,
         "expiry": settings.expiry_s,

@@ -7,14 +7,11 @@ Nothing else may run meanwhile but Redis and the store: objects and log are one 
 be of another kind than before. The server secret is not in it: without it no API key is known.
 """
 
-import argparse
 import asyncio
 import base64
 import hashlib
 import json
-import os
-import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,10 +20,9 @@ import redis.asyncio as redis
 
 from luthier_core import keys
 from luthier_core.blobs import Blobs, open_blobs
-from luthier_core.config import Config, load_config
+from luthier_core.config import Config
 from luthier_core.errors import ConfigError
-from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
-from luthier_core.service import EXIT_REFUSED
+from luthier_core.oplog import Oplog, connect
 
 OBJECTS, INDEX, REDIS = "objects", "objects.jsonl", "redis.jsonl"
 DONE = "complete"
@@ -35,25 +31,7 @@ PIECE_BYTES = 1024 * 1024
 SCAN_KEYS = 500
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit 0 and a line that says what was done, or 2 and one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m luthier_registry.backup", description=__doc__)
-    parser.add_argument("what", choices=["save", "restore"])
-    parser.add_argument("--config", type=Path, required=True, help="TOML file")
-    parser.add_argument("--folder", type=Path, required=True, help="of the backup")
-    arguments = parser.parse_args(argv)
-    folder = arguments.folder
-    try:
-        config = load_config(arguments.config, os.environ)
-        done = _save(config, folder) if arguments.what == "save" else _restore(config, folder)
-    except (ConfigError, OSError, *REDIS_ERRORS) as error:
-        print(error, file=sys.stderr)
-        return EXIT_REFUSED
-    print(f"{arguments.what}: {done}")
-    return 0
-
-
-def _save(config: Config, folder: Path) -> str:
+def save(config: Config, folder: Path) -> str:
     """Write everything to a new folder; ConfigError if a worker is alive, or it is not empty."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -72,7 +50,7 @@ async def _save_all(config: Config, folder: Path) -> str:
     return f"{num_objects} objects and {num_keys} keys in {folder}"
 
 
-def _restore(config: Config, folder: Path) -> str:
+def restore(config: Config, folder: Path) -> str:
     """Write everything back; ConfigError if the backup is not whole, or something is there."""
     if not (folder / DONE).exists():
         raise ConfigError(f"--folder {folder}: it holds no complete backup")
@@ -172,7 +150,3 @@ async def _pieces(path: Path) -> AsyncIterator[bytes]:
     with path.open("rb") as file:
         while piece := file.read(PIECE_BYTES):
             yield piece
-
-
-if __name__ == "__main__":
-    sys.exit(main())

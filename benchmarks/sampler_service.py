@@ -1,0 +1,182 @@
+"""Loads (d) and (e) of bench_sampler: the sampler behind the gateway, beside its engine alone."""
+
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import tinker
+import torch
+from sampler_load import Stack, running_stack
+from tinker import types
+
+from luthier_core.config import SamplerConfig
+from luthier_model.base import load_base_model
+from luthier_model.packed_linear import pack_linears
+from luthier_sampler.engine import Engine
+from luthier_sampler.sequence import SampleRequest
+
+MODEL = "bench"
+NUM_QUEUED, PROMPT_TOKENS, NEW_TOKENS = 512, 32, 64
+NUM_SINGLE, SINGLE_TOKENS = 40, 16
+ANSWER_S = 600.0
+ALLOWANCE_MS = 10.0
+
+Prompts = list[list[int]]
+
+
+def measure_service(model_folder: Path, repeats: int) -> dict[str, float]:
+    random = np.random.default_rng(3)
+    # Another prompt each time, or the prefix cache would answer.
+    queued = random.integers(0, 16384, (repeats + 1, NUM_QUEUED, PROMPT_TOKENS)).tolist()
+    single = random.integers(0, 16384, (2 * NUM_SINGLE, PROMPT_TOKENS)).tolist()
+    torch.set_num_threads(1)
+    engine = make_engine(model_folder)
+    alone = [queued_alone(engine, prompts) for prompts in queued[:repeats]]
+    alone_s, first_s = min(alone)
+    single_ms = []
+    for prompt in single:
+        add(engine, [prompt], SINGLE_TOKENS, streams=False)
+        single_ms.append(1e3 * timed(lambda: finish(engine)))
+    with tempfile.TemporaryDirectory() as folder:
+        fsync_ms = [1e3 * fsync_s(Path(folder)) for _ in range(50)]
+        with running_stack(Path(folder), "--model", f"{MODEL}={model_folder}") as stack:
+            service = stack.service()
+            client = service.create_sampling_client(base_model=MODEL).result()
+            queued_s, memory = [], []
+            for prompts in queued:
+                queued_s.append(timed(lambda: sample(client, prompts, NEW_TOKENS)))  # noqa: B023
+                memory.append(stack.memory_mib())
+            streamed_s = asyncio.run(first_tokens(stack, queued[-1][::-1]))
+            through_ms = [
+                1e3 * timed(lambda p=p: sample(client, [p], SINGLE_TOKENS)) for p in single
+            ]
+    num_tokens = NUM_QUEUED * NEW_TOKENS
+    engine_rate, through = num_tokens / alone_s, num_tokens / min(queued_s)
+    beyond = statistics.median(through_ms) - statistics.median(single_ms)
+    limit = ALLOWANCE_MS + 2 * statistics.median(fsync_ms)
+    return {
+        f"(d) engine alone, {NUM_QUEUED} queued, 1 thread, tokens/s": engine_rate,
+        f"(d) SDK and service, {NUM_QUEUED} queued, tokens/s": through,
+        "(d) service / engine alone, at least 0.9": through / engine_rate,
+        "(d) engine alone, p99 time to first token, s": percentile(first_s, 99),
+        "(d) 512 streams, p50 time to first token, s": percentile(streamed_s, 50),
+        "(d) 512 streams, p99 time to first token, s": percentile(streamed_s, 99),
+        **{f"(d) {n} after the first 512, MiB": memory[0][n] for n in ("sampler", "gateway")},
+        **{f"(d) {n} after the last 512, MiB": memory[-1][n] for n in ("sampler", "gateway")},
+        f"(e) engine, one request of {SINGLE_TOKENS} tokens, p50, ms": statistics.median(single_ms),
+        "(e) SDK and service, p50, ms": statistics.median(through_ms),
+        "(e) SDK and service, p99, ms": percentile(through_ms, 99),
+        "(e) fsync p50, ms": statistics.median(fsync_ms),
+        "(e) service minus engine, p50, ms": beyond,
+        "(e) the same / (10 ms + 2 fsync), at most 1": beyond / limit,
+    }
+
+
+def make_engine(model_folder: Path) -> Engine:
+    """As a sampler of `luthier up` has it."""
+    model = load_base_model(MODEL, model_folder)
+    pack_linears(model)
+    return Engine(model, None, SamplerConfig())  # type: ignore[arg-type]  # no stop strings
+
+
+# --- the engine alone -----------------------------------------------------------------------------
+
+
+def queued_alone(engine: Engine, prompts: Prompts) -> tuple[float, list[float]]:
+    """Seconds until all have ended, and until each has its first token."""
+    add(engine, prompts, NEW_TOKENS, streams=True)
+    started, told = time.perf_counter(), dict[str, float]()
+    while engine.has_work:
+        engine.step()
+        for request_id in engine.partials():
+            told.setdefault(request_id, time.perf_counter() - started)
+    return time.perf_counter() - started, list(told.values())
+
+
+def finish(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def add(engine: Engine, prompts: Prompts, max_tokens: int, *, streams: bool) -> None:
+    for i, prompt in enumerate(prompts):
+        engine.add(
+            SampleRequest(
+                request_id=f"{i}",
+                prompt=prompt,
+                max_tokens=max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                streams=streams,
+            )
+        )
+
+
+# --- through the service --------------------------------------------------------------------------
+
+
+def sample(client: tinker.SamplingClient, prompts: Prompts, max_tokens: int) -> None:
+    """All at once, greedily; returns with the last answer."""
+    params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=[])
+    futures = [client.sample(types.ModelInput.from_ints(prompt), 1, params) for prompt in prompts]
+    for future in futures:
+        [sequence] = future.result(timeout=ANSWER_S).sequences
+        assert len(sequence.tokens) == max_tokens
+
+
+async def first_tokens(stack: Stack, prompts: Prompts) -> list[float]:
+    """Seconds to the first token of each of so many streams, which are opened at once.
+
+    The official SDK has none: over the OpenAI-compatible API.
+    """
+    timeout = aiohttp.ClientTimeout(total=ANSWER_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+
+        async def first_token(prompt: list[int]) -> float:
+            started = time.perf_counter()
+            wanted = {
+                "model": MODEL,
+                "prompt": prompt,
+                "max_tokens": NEW_TOKENS,
+                "temperature": 0,
+                "stream": True,
+            }
+            headers = {"Authorization": f"Bearer {stack.api_key}"}
+            url = f"{stack.url}/v1/completions"
+            async with session.post(url, json=wanted, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+                await answer.content.readline()
+                waited_s = time.perf_counter() - started
+                await answer.read()
+            return waited_s
+
+        return await asyncio.gather(*map(first_token, prompts))
+
+
+# --- plumbing -------------------------------------------------------------------------------------
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def fsync_s(folder: Path) -> float:
+    """Of one short append."""
+    with (folder / "fsync").open("ab", buffering=0) as file:
+        started = time.perf_counter()
+        file.write(b"x" * 512)
+        os.fsync(file.fileno())
+        return time.perf_counter() - started
+
+
+def percentile(values: list[float], percent: float) -> float:
+    return float(np.percentile(values, percent))
