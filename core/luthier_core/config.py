@@ -72,6 +72,9 @@ class LimitsConfig:
     """Payload bytes that may wait above a gap of one run (reliability 2.3)."""
     max_seq_ahead: int = 4096
     max_num_samples: int = 1024
+    custom_losses: bool = False
+    """Whether losses that clients upload are run by the trainers, among everybody's requests;
+    if not, the SDK runs them in the client."""
     max_queued_samples: int = 10_000
     """Sampling jobs of one base model that wait or run; beyond it 429."""
 
@@ -86,8 +89,16 @@ class TrainerConfig:
     """Threads of the matrix products. Fixed, so that a run's bits do not depend on the machine."""
     logprob_chunk_tokens: int = 1024
     """Tokens whose logits exist at once; [T, vocab] is never materialised whole."""
+    execution: str = "deterministic"
+    """deterministic: each op alone, so that a run's bits do not depend on its neighbours | fused:
+    small ops of several runs in one pass, faster, with the tolerance of docs/training-engine.md."""
+    nonfinite: str = "fail"
+    """A step whose gradient is not finite: fail it and keep the weights | apply it, as torch would,
+    which makes the weights NaN: for comparisons with other services."""
     max_runs: int = 64
-    """Runs that one worker owns at once."""
+    """Runs that one worker owns at once; idle ones make room, and wait in the object store."""
+    device_runs: int = 64
+    """Runs of them whose weights and moments are on the device; the others are in host memory."""
     op_timeout_s: float = 120.0
     """An engine that is busy with one op for this long, and ten times what the op was expected to
     take, hangs: it is killed, and the op fails at the third time."""
@@ -368,6 +379,10 @@ def _check(config: Config) -> None:
     for model in config.models:
         if model.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
+    if config.trainer.execution not in ("deterministic", "fused"):
+        raise ConfigError("trainer.execution: must be deterministic or fused")
+    if config.trainer.nonfinite not in ("fail", "apply"):
+        raise ConfigError("trainer.nonfinite: must be fail or apply")
     if config.housekeeping.runner not in ("registry", "celery"):
         raise ConfigError("housekeeping.runner: must be registry or celery")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):

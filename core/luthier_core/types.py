@@ -131,6 +131,16 @@ class CreateSession(WireModel):
     display_name: str | None = None
 
 
+class CreateCustomLoss(WireModel):
+    """POST /api/v1/create_custom_loss; loss_graph.py says what inputs and graph may be."""
+
+    session_id: str
+    custom_loss_seq_id: int
+    name: str
+    inputs: list[dict[str, Any]]
+    graph: dict[str, Any]
+
+
 class SessionHeartbeat(WireModel):
     """POST session_heartbeat."""
 

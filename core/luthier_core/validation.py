@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier_core.errors import InvalidField, Unreadable, Unsupported
+from luthier_core.loss_graph import LOSS_FN, LossGraph, loss_graph
 from luthier_core.losses import RATIO_MASK, LossSpec, loss_config, loss_spec
 from luthier_core.part_limits import check_forward_backward_parts
 from luthier_core.prompt_targets import PromptTargets
@@ -40,6 +41,8 @@ class ModelLimits:
     max_datums: int
     max_tokens_per_request: int
     max_num_samples: int
+    custom_losses: bool = False
+    """Whether uploaded losses are run."""
 
 
 def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
@@ -55,8 +58,12 @@ def parse_forward_backward(body: bytes) -> wire.ForwardBackwardRequest:
 
 def check_forward_backward(request: wire.ForwardBackwardRequest, limits: ModelLimits) -> int:
     """The number of input tokens; InvalidField or Unsupported if the request cannot be executed."""
-    loss = loss_spec(request.loss_fn)
-    loss_config(request)
+    if request.loss_fn == LOSS_FN and limits.custom_losses:
+        loss = LossSpec(inputs=())
+        graph: LossGraph | None = loss_graph(request)
+    else:
+        loss, graph = loss_spec(request.loss_fn), None
+        loss_config(request)
     if not request.data:
         raise InvalidField("data: empty; at least one datum is needed")
     if len(request.data) > limits.max_datums:
@@ -64,6 +71,8 @@ def check_forward_backward(request: wire.ForwardBackwardRequest, limits: ModelLi
     total = most_targets = 0
     for index, datum in enumerate(request.data):
         num_tokens, num_targets = _check_datum(datum, f"data[{index}]", loss, limits)
+        if graph is not None:
+            _check_graph_inputs(datum, f"data[{index}].loss_fn_inputs", graph, num_tokens)
         total += num_tokens
         most_targets = max(most_targets, num_targets)
     if total > limits.max_tokens_per_request:
@@ -164,6 +173,23 @@ def _check_datum(
         elif name in loss.token_inputs:
             _check_token_input(values, name, field)
     return num_tokens, prod(target_shape[1:])
+
+
+def _check_graph_inputs(datum: wire.Datum, where: str, graph: LossGraph, num_tokens: int) -> None:
+    """What an uploaded loss reads, in the shapes that it has declared."""
+    names = ["target_tokens", *(known.name for known in graph.inputs[1:])]
+    for name, known in zip(names, graph.inputs, strict=True):
+        field = f"{where}.{name}"
+        if name not in datum.loss_fn_inputs:
+            raise InvalidField(f"{field}: missing; the loss reads {names}")
+        values, shape = _check_tensor(datum.loss_fn_inputs[name], name, field)
+        if known.rank == 0 and values.size == 1 and prod(shape) == 1:
+            continue
+        if len(shape) != known.rank or shape[:1] != (num_tokens,):
+            raise InvalidField(
+                f"{field}: shape {list(shape)}; the loss has declared rank {known.rank}, and the "
+                f"model input has {num_tokens} tokens"
+            )
 
 
 def _check_token_input(values: NDArray[Any], name: str, field: str) -> None:

@@ -56,7 +56,7 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     training.save_weights_for_sampler: TRAIN,
     training.save_weights_external: TRAIN,
     training.load_weights: TRAIN,
-    training.refuse_custom_loss: TRAIN,
+    training.create_custom_loss: TRAIN,
     forward_backward.forward_backward: TRAIN,
     forward_backward.forward: TRAIN,
     training.get_info: LOOK,

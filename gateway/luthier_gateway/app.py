@@ -77,7 +77,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{API}/save_weights_for_sampler", training.save_weights_for_sampler),
         web.post(f"{API}/save_weights_external", training.save_weights_external),
         web.post(f"{API}/load_weights", training.load_weights),
-        web.post(f"{API}/create_custom_loss", training.refuse_custom_loss),
+        web.post(f"{API}/create_custom_loss", training.create_custom_loss),
         web.post(f"{API}/create_sampling_session", sampling.create_sampling_session),
         web.post(f"{API}/join_sampling_session", sampling.join_sampling_session),
         web.post(f"{API}/asample", sampling.asample),

@@ -157,6 +157,7 @@ class Backends:
             max_datums=limits.max_datums,
             max_tokens_per_request=limits.max_tokens_per_request,
             max_num_samples=limits.max_num_samples,
+            custom_losses=limits.custom_losses,
         )
 
     async def _load_run(self, run_id: str) -> RunFacts:

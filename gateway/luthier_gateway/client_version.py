@@ -42,7 +42,7 @@ def refuse_too_old(request: web.Request) -> None:
         )
 
 
-def client_config(version: Version | None) -> dict[str, Any]:
+def client_config(version: Version | None, *, custom_losses: bool) -> dict[str, Any]:
     """What client/config tells this release; what it does not know, it ignores.
 
     One poller per sampling client instead of a long poll per sample, handles of a sampling session
@@ -57,6 +57,8 @@ def client_config(version: Version | None) -> dict[str, Any]:
         "fwd_via_fwdbwd": True,
         "proto_compress_fwdbwd": True,
     }
+    if custom_losses:
+        config["custom_loss_server_side"] = True
     if version in _REDIRECTS_ARE_FOLLOWED:
         config["use_pyqwest_transport"] = False
     return config

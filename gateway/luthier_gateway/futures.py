@@ -16,6 +16,7 @@ from luthier_core.errors import (
 )
 from luthier_core.failpoints import failpoint
 from luthier_core.futures import FutureId
+from luthier_core.loss_graph import graph_of_id
 from luthier_core.oplog import REDIS_ERRORS
 from luthier_core.ops import Body, Outcome
 from luthier_core.transcode import forward_backward_json, result_json, sample_json
@@ -29,6 +30,8 @@ from luthier_gateway.web_io import PROTOBUF, json_response, read_body
 
 TROUBLE_HOLD_S = 10.0
 """How long a poll is held while Redis is away: never a fast 5xx, which is polled again at once."""
+LOSS_FUTURE = "loss:"
+"""How the request_id of create_custom_loss begins; its answer follows."""
 MAX_SMALL_BODY = 1024 * 1024
 CANCELLED = Outcome(state="cancelled", body=Body.of(b"cancelled"), encoding="text", category="user")
 
@@ -42,6 +45,10 @@ async def retrieve_future(request: web.Request) -> web.Response:
     backends, tenant = request.app[BACKENDS], request[TENANT]
     wanted = parse(RetrieveFuture, await read_body(request, MAX_SMALL_BODY))
     config = backends.config.gateway
+    if wanted.request_id.startswith(LOSS_FUTURE):
+        loss_id = wanted.request_id.removeprefix(LOSS_FUTURE)
+        graph_of_id(loss_id)
+        return json_response({"type": "create_custom_loss", "loss_id": loss_id})
     future = _parse_id(wanted.request_id)
     try:
         check_room(backends)

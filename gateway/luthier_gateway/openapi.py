@@ -100,7 +100,7 @@ OPERATIONS: dict[Handler, Operation] = {
     ),
     training.save_weights_external: Operation(types.SaveWeightsExternal, answers.UntypedFuture),
     training.load_weights: Operation(types.LoadWeights, answers.UntypedFuture),
-    training.refuse_custom_loss: Operation(answer=None),
+    training.create_custom_loss: Operation(types.CreateCustomLoss, answers.UntypedFuture),
     sampling.create_sampling_session: Operation(
         types.CreateSamplingSession, answers.CreatedSamplingSession
     ),

@@ -12,7 +12,8 @@ from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, read_body
 
 async def client_config(request: web.Request) -> web.Response:
     """What this release of the SDK is to do differently from its defaults."""
-    return json_response(config_for(sdk_version(request)))
+    custom_losses = request.app[BACKENDS].config.limits.custom_losses
+    return json_response(config_for(sdk_version(request), custom_losses=custom_losses))
 
 
 async def dynamic_config(request: web.Request) -> web.Response:

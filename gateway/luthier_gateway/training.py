@@ -12,9 +12,11 @@ from luthier_core.errors import (
     NotFound,
     Unsupported,
 )
+from luthier_core.loss_graph import loss_id_of, parse_loss_graph
 from luthier_core.ops import Kind
 from luthier_core.records import RunRecord
 from luthier_core.types import (
+    CreateCustomLoss,
     CreateModel,
     LoadWeights,
     ModelId,
@@ -28,6 +30,7 @@ from luthier_core.types import (
     read_object,
 )
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
+from luthier_gateway.futures import LOSS_FUTURE
 from luthier_gateway.submit import (
     ids_of,
     json_digest,
@@ -178,12 +181,21 @@ async def _load_into_run(backends: Backends, tenant: str, value: dict[str, Any])
     )
 
 
-async def refuse_custom_loss(request: web.Request) -> web.Response:
-    """Not offered: the SDK runs a custom loss in the client unless client/config says otherwise."""
-    raise Unsupported(
-        "create_custom_loss: this server runs no uploaded loss; forward_backward_custom computes "
-        "it in the client"
-    )
+async def create_custom_loss(request: web.Request) -> web.Response:
+    """Checks a graph; its id holds all of it, so the future that is answered needs no record."""
+    backends = request.app[BACKENDS]
+    if not backends.config.limits.custom_losses:
+        raise Unsupported(
+            "create_custom_loss: this server runs no uploaded loss; forward_backward_custom "
+            "computes it in the client"
+        )
+    wanted = parse(CreateCustomLoss, await read_body(request, MAX_JSON_BODY))
+    session = await backends.registry.heartbeat(request[TENANT], wanted.session_id)
+    if session.status != "active":
+        raise BadRequest(f"session {wanted.session_id} is finished")
+    parse_loss_graph(wanted.inputs, wanted.graph)
+    request_id = LOSS_FUTURE + loss_id_of(wanted.inputs, wanted.graph)
+    return json_response({"request_id": request_id, "model_id": None})
 
 
 async def _submit_json(request: web.Request, model: type[WireModel], kind: Kind) -> web.Response:

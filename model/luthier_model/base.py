@@ -19,16 +19,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
+from luthier_model.adapted_linear import widened
 from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAttention
 from luthier_model.experts import MultiLoRAExperts, is_fused_experts
-from luthier_model.lora import (
-    TARGETS,
-    LoraShape,
-    MultiLoRALinear,
-    Routing,
-    Segment,
-    widened,
-)
+from luthier_model.lora import TARGETS, LoraShape, MultiLoRALinear, Routing, Segment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 

@@ -12,17 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from luthier_model.lora import (
-    LoraAdapter,
-    LoraPair,
-    LoraShape,
-    Routing,
-    Segment,
-    add_deltas_loop,
-    widened,
-)
+from luthier_model.adapted_linear import adapted_linear
+from luthier_model.lora import LoraAdapter, LoraPair, LoraShape, Routing, Segment, deltas_of
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -67,11 +59,14 @@ class MultiLoRAExperts(nn.Module):
             is_chosen_TK = chosen_TK == expert
             token_M = is_chosen_TK.any(-1).nonzero()[:, 0]
             rows = _rows_of(segments, token_M, per_expert, expert)
-            gate_up_MF = _linear(
-                x_TD.index_select(0, token_M), weights[self.gate_up][expert], rows, self.gate_up
+            x_MD = x_TD.index_select(0, token_M)
+            gate_up_MF = adapted_linear(
+                x_MD, weights[self.gate_up][expert], None, deltas_of(rows, self.gate_up)
             )
             inner_MF = self.experts._apply_gate(gate_up_MF)
-            y_MD = _linear(inner_MF, weights[self.down][expert], rows, self.down)
+            y_MD = adapted_linear(
+                inner_MF, weights[self.down][expert], None, deltas_of(rows, self.down)
+            )
             gate_M = (gates_TK * is_chosen_TK).sum(-1).index_select(0, token_M)
             out_TD = out_TD.index_add(0, token_M, (y_MD * gate_M[:, None]).to(out_TD.dtype))
         return out_TD
@@ -114,10 +109,3 @@ def _rows_of(
         of_expert = per_expert[id(segment.adapter)] if segment.adapter is not None else []
         rows.append(Segment(start, stop, of_expert[expert] if of_expert else None))
     return rows
-
-
-def _linear(x_MD: Tensor, weight_ED: Tensor, rows: Sequence[Segment], name: str) -> Tensor:
-    base = F.linear(x_MD, weight_ED)
-    if all(row.adapter is None for row in rows):
-        return base
-    return add_deltas_loop(widened(base), widened(x_MD), rows, name).to(base.dtype)

@@ -29,27 +29,28 @@ def token_logprobs(
     """
     targets_TK = targets_T if targets_T.dim() == 2 else targets_T[:, None]
     if len(hidden_TD) <= chunk_tokens:
-        return _chunk_logprobs(model, hidden_TD, targets_TK, segments).view_as(targets_T)
+        return target_logprobs(model, hidden_TD, targets_TK, segments).view_as(targets_T)
     starts = range(0, len(hidden_TD), chunk_tokens)
     hidden_chunks = torch.split(hidden_TD, chunk_tokens)
     target_chunks = torch.split(targets_TK, chunk_tokens)
     chunks = []
     for start, hidden, targets in zip(starts, hidden_chunks, target_chunks, strict=True):
-        rows = _clip(segments, start, start + len(hidden))
-        chunk = checkpoint(_chunk_logprobs, model, hidden, targets, rows, use_reentrant=False)
+        rows = clipped(segments, start, start + len(hidden))
+        chunk = checkpoint(target_logprobs, model, hidden, targets, rows, use_reentrant=False)
         assert isinstance(chunk, Tensor)
         chunks.append(chunk)
     return torch.cat(chunks).view_as(targets_T)
 
 
-def _chunk_logprobs(
+def target_logprobs(
     model: BaseModel, hidden_TD: Tensor, targets_TK: Tensor, segments: Sequence[Segment]
 ) -> Tensor:
+    """As token_logprobs, for [T, K], with the logits of all rows at once."""
     logits_TV = model.logits(hidden_TD, segments)
     return logits_TV.log_softmax(dim=-1).gather(1, targets_TK)
 
 
-def _clip(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
+def clipped(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
     """The parts of the segments inside rows [start, stop), counted from `start`."""
     return [
         Segment(max(s.start, start) - start, min(s.stop, stop) - start, s.adapter)

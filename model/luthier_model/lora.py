@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier_core.errors import BadRequest
+from luthier_model.adapted_linear import Delta, adapted_linear, widened
 
 LORA_ALPHA = 32.0
 """The same for every rank, so that a learning rate carries over from one rank to another."""
@@ -114,19 +115,27 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, T, D] or [T, D] -> the same with E; in the dtype of the base model's output."""
-        base: Tensor = self.linear(x)
         segments = self.routing.segments
-        if not any(s.adapter is not None and self.name in s.adapter.pairs for s in segments):
+        if not torch.is_inference_mode_enabled():
+            deltas = deltas_of(segments, self.name)
+            x_TD = x.reshape(-1, x.shape[-1])
+            out_TE = adapted_linear(x_TD, self.linear.weight, self.linear.bias, deltas)
+            return out_TE.view(*x.shape[:-1], -1)
+        base: Tensor = self.linear(x)
+        if not deltas_of(segments, self.name):
             return base
         x_TD = widened(x.reshape(-1, x.shape[-1]))
         base_TE = widened(base.reshape(-1, base.shape[-1]))
-        add_deltas = add_deltas_loop if torch.is_grad_enabled() else add_deltas_in_place
-        return add_deltas(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
+        return add_deltas_in_place(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in the dtype that deltas and logits are computed in: float32, or float64 if x has it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def deltas_of(segments: Sequence[Segment], name: str) -> list[Delta]:
+    """What the segments' adapters add to the module of that name."""
+    return [
+        Delta(s.start, s.stop, pair.a, pair.b, s.adapter.scale)
+        for s in segments
+        if s.adapter is not None and (pair := s.adapter.pairs.get(name)) is not None
+    ]
 
 
 def add_deltas_loop(

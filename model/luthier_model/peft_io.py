@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luthier_core.errors import BadRequest, InvalidField
 from luthier_core.safetensors_check import read_header
+from luthier_model.adapted_linear import widened
 from luthier_model.lora import (
     LORA_ALPHA,
     TARGETS,
@@ -23,7 +24,6 @@ from luthier_model.lora import (
     LoraShape,
     LoraSpec,
     target_modules,
-    widened,
 )
 
 CONFIG_FILE = "adapter_config.json"

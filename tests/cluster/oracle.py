@@ -172,4 +172,4 @@ class _Fold:
     async def _saved(self, seq: int) -> bool:
         run_id = self._client.run_id
         saved = await read_files(self._blobs, keys.checkpoint_manifest(TENANT, run_id, seq))
-        return saved == self._engine.save(run_id, optimizer=True)
+        return saved == self._engine.copy_files(run_id, optimizer=True)()

@@ -5,6 +5,7 @@ the trainer's engine, so the real executor drives it; tests.simulation.toy says 
 """
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.simulation.toy import State
 from luthier_core.errors import NotFound
 from luthier_core.ops import INLINE_LIMIT, Kind, digest_of
 from luthier_core.proto import wire_pb2
+from luthier_trainer.engine_host import STATE_FILE, PassOp
 
 LARGE_DATUM_TOKENS = 1200
 """A forward_backward of this many tokens is too large for Redis, and so is its result."""
@@ -40,6 +42,26 @@ class ToyEngine:
         encoded: bytes = output.SerializeToString()
         return encoded
 
+    def forward_backward_many(
+        self, ops: Sequence[PassOp]
+    ) -> Iterator[tuple[int, bytes | Exception]]:
+        for index, op in enumerate(ops):
+            try:
+                yield (
+                    index,
+                    self.forward_backward(
+                        op.run_id, op.request, backward=op.backward, clock_cycle=op.clock_cycle
+                    ),
+                )
+            except Exception as error:
+                yield index, error
+
+    def optim_step_many(
+        self, steps: Sequence[tuple[str, Any]]
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        for index, (run_id, params) in enumerate(steps):
+            yield index, self.optim_step(run_id, params)
+
     def optim_step(self, run_id: str, params: Any) -> dict[str, float]:
         step = str(params.learning_rate).encode()
         state = self._apply(run_id, Kind.OPTIM_STEP, step, self._state(run_id))
@@ -48,15 +70,17 @@ class ToyEngine:
     def clear_gradient(self, run_id: str) -> None:
         self.states[run_id] = self._state(run_id).without_gradient()
 
-    def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
-        return {"state.json": json.dumps(asdict(self._state(run_id))).encode()}
+    def copy_files(self, run_id: str, *, optimizer: bool) -> Callable[[], dict[str, bytes]]:
+        state = self._state(run_id)
+        return lambda: {"state.json": json.dumps(asdict(state)).encode()}
 
     def logprob_gap(self, run_id: str) -> dict[str, float]:
         """Nobody samples from a toy."""
         return {"logprob_gap:alarm": 0.0}
 
-    def copy_state(self, run_id: str) -> "ToyCopy":
-        return ToyCopy(self._state(run_id))
+    def copy_state(self, run_id: str) -> Callable[[], dict[str, bytes]]:
+        state = self._state(run_id)
+        return lambda: {STATE_FILE: json.dumps(asdict(state)).encode()}
 
     def take_state(self, run_id: str, spec: Any, data: bytes) -> None:
         self.states[run_id] = State(**json.loads(data))
@@ -75,13 +99,3 @@ class ToyEngine:
     def _apply(self, run_id: str, kind: Kind, op: bytes, before: State) -> State:
         self.states[run_id] = before.applied(kind, digest_of(op))
         return self.states[run_id]
-
-
-class ToyCopy:
-    """A state on its way into a snapshot."""
-
-    def __init__(self, state: State) -> None:
-        self._state = state
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self._state)).encode()

@@ -49,7 +49,12 @@ CHAT_TEMPLATE = (
 """Short: a conversation is to fit the context."""
 
 LIMITS = LimitsConfig(
-    max_rank=16, max_datums=8, max_num_samples=32, max_seq_ahead=64, max_pending_ops=48
+    max_rank=16,
+    max_datums=8,
+    max_num_samples=32,
+    max_seq_ahead=64,
+    max_pending_ops=48,
+    custom_losses=True,
 )
 MAX_BODY_BYTES = 256 * 1024
 POLL_HOLD_S = 1.0

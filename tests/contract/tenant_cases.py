@@ -42,6 +42,21 @@ FORWARD_INPUT = {
     ],
     "loss_fn": "cross_entropy",
 }
+CUSTOM_LOSS = {
+    "inputs": [{"name": "logprobs", "rank": 1}],
+    "graph": {
+        "nodes": [
+            {"op": "placeholder", "name": "logprobs", "target": "logprobs"},
+            {"op": "call_method", "name": "sum_1", "target": "sum", "args": [{"ref": "logprobs"}]},
+            {
+                "op": "output",
+                "name": "output",
+                "target": "output",
+                "args": [{"tuple": [{"ref": "sum_1"}, {"dict": {}}]}],
+            },
+        ]
+    },
+}
 _REFUSED = Case(status=400)
 _RUN = {"model_id": "{run_id}"}
 
@@ -140,7 +155,9 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),
     ("GET", f"{API}/admin/orgs"): Case(operator=True),
-    ("POST", f"{API}/create_custom_loss"): _REFUSED,
+    ("POST", f"{API}/create_custom_loss"): Case(
+        {"session_id": "{session_id}", "custom_loss_seq_id": 0, "name": "loss", **CUSTOM_LOSS}
+    ),
     ("POST", f"{API}/admin/orgs"): Case({"org_id": "cleo"}, operator=True),
     ("GET", _ORG): Case(),
     ("PATCH", _ORG): Case({"name": "Ann"}, operator=True),

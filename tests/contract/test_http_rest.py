@@ -281,7 +281,6 @@ async def test_the_api_describes_itself(api: Api):
     [
         ("POST", "auth/token"),
         ("POST", "auth/apikey"),
-        ("POST", "create_custom_loss"),
     ],
 )
 async def test_what_is_not_offered_is_refused_with_a_sentence(api: Api, method: str, path: str):

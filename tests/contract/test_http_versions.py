@@ -67,6 +67,7 @@ async def test_the_transport_that_follows_redirects_is_off_where_it_does(
         "proto_write_fwdbwd",
         "fwd_via_fwdbwd",
         "proto_compress_fwdbwd",
+        "custom_loss_server_side",
     }
     assert all(config.values())
 

@@ -50,7 +50,9 @@ def _twins() -> tuple[RunState, list[nn.Parameter]]:
     torch.manual_seed(0)
     adapter = init_adapter(LoraSpec(rank=3, seed=8), SHAPES, "cpu")
     tensors = [tensor for pair in adapter.pairs.values() for tensor in (pair.a, pair.b)]
-    return RunState(adapter), [nn.Parameter(tensor.clone()) for tensor in tensors]
+    run = RunState(adapter.spec, SHAPES, "cpu")
+    run.set_weights(adapter)
+    return run, [nn.Parameter(tensor.clone()) for tensor in tensors]
 
 
 def _leaves(run: RunState) -> list[torch.Tensor]:

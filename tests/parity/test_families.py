@@ -172,7 +172,9 @@ def test_gradients_are_those_of_peft_in_float64(folder: Path, tmp_path: Path) ->
     assert lp_worst <= 1e-9
 
 
-def test_an_adapter_made_elsewhere_on_some_modules_is_loaded(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_made_elsewhere_on_some_modules_is_loaded_and_trained_on(
+    folder: Path, tmp_path: Path
+) -> None:
     base = reference_model(folder, torch.float32)
     torch.manual_seed(6)
     has_experts = any(name.endswith(".experts") for name, _ in base.named_modules())
@@ -197,6 +199,16 @@ def test_an_adapter_made_elsewhere_on_some_modules_is_loaded(folder: Path, tmp_p
     print(f"\nlogits max|Δ| = {worst:.1e}, of {theirs.abs().max():.1f}")
     assert worst <= 2e-5
     assert len(adapter.pairs) == 2 * (3 if has_experts else 2) + 1
+
+    engine = Engine(model, logprob_chunk_tokens=8, num_threads=1)
+    engine.create("run", adapter.spec)
+    engine.load("run", files, optimizer=False)
+    tokens = some_tokens()[: LENGTHS[0]]
+    request = cross_entropy_request(tokens.tolist())
+    losses = [train_step(engine, "run", request) for _ in range(8)]
+    expected = nn.functional.cross_entropy(theirs[: len(tokens) - 1], tokens[1:], reduction="sum")
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses[-1] < losses[0]
 
 
 def test_what_we_export_we_load_bit_for_bit(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from luthier_core.errors import ConfigError
 from luthier_core.ops import Kind, digest_of
 from luthier_core.proto import wire_pb2
 from luthier_trainer.engine_child import outlive_nobody, serve
-from luthier_trainer.engine_host import EngineHost
+from luthier_trainer.engine_host import EngineHost, PassOp, Tell
 from luthier_trainer.frames import Message
 
 
@@ -63,6 +64,13 @@ class MortalEngine(ToyEngine):
         encoded: bytes = output.SerializeToString()
         return encoded
 
+    def forward_backward_many(
+        self, ops: Sequence[PassOp]
+    ) -> Iterator[tuple[int, bytes | Exception]]:
+        with (self.folder / "shared").open("ab") as shared:
+            shared.writelines(op.request for op in ops)
+        yield from super().forward_backward_many(ops)
+
     def _wait(self) -> None:
         (self.folder / "waits").touch()
         while not (self.folder / "go").exists():
@@ -77,12 +85,12 @@ class MortalHost(EngineHost):
         self.number = number
         self.num_calls = 0
 
-    def apply(self, call: Message) -> Message:
+    def apply(self, call: Message, *tell: Tell) -> Message:
         self.num_calls += 1
         at_last = self.num_calls == self.number
         if at_last and self.number % 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        answer = super().apply(call)
+        answer = super().apply(call, *tell)
         if at_last:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer

@@ -18,7 +18,7 @@ from tests.unit.mortal_engine import MortalEngine, request
 from luthier_core.errors import BadRequest, ConfigError, LuthierError, NotFound
 from luthier_core.records import LoraConfig
 from luthier_trainer.engine_client import EngineClient, EngineDied, ThreadEngine
-from luthier_trainer.engine_host import EngineHost
+from luthier_trainer.engine_host import STATE_FILE, EngineHost
 from luthier_trainer.frames import (
     PIECE_BYTES,
     PREFIX,
@@ -28,9 +28,9 @@ from luthier_trainer.frames import (
     Message,
     OutOfMemory,
     error_message,
+    error_of,
     frames_of,
     lengths,
-    raise_error,
 )
 from luthier_trainer.supervisor import ChildEngine, Estimates
 
@@ -112,14 +112,14 @@ def test_lengths_beyond_the_limits_are_refused():
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_is_raised_as_it_was_at_the_other_end(error: Exception):
-    with pytest.raises(type(error)) as raised:
-        raise_error(error_message(error))
-    assert (type(raised.value), str(raised.value)) == (type(error), str(error))
+    raised = error_of(error_message(error))
+    assert (type(raised), str(raised)) == (type(error), str(error))
 
 
 def test_an_error_that_nobody_foresaw_is_told_as_such():
-    with pytest.raises(EngineFailed, match="KeyError: 'run'"):
-        raise_error(error_message(KeyError("run")))
+    raised = error_of(error_message(KeyError("run")))
+    assert isinstance(raised, EngineFailed)
+    assert "KeyError: 'run'" in str(raised)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ async def test_a_child_answers_as_the_engine_in_this_process_does(tmp_path: Path
         answers: list[Any] = [await gradient(engine, request(1)), await engine.checksum(RUN)]
         copy = await engine.copy_state(RUN)
         answers.append(await gradient(engine, request(2)))
-        data = await engine.copy_bytes(copy)
+        data = (await engine.fetch(copy))[STATE_FILE]
         await engine.take_state(RUN, LORA, data)
-        files = await engine.save(RUN, optimizer=True)
+        files = await engine.fetch(await engine.copy_files(RUN, optimizer=True))
         return [*answers, data, files, await engine.checksum(RUN)]
 
     local = ThreadEngine(MortalEngine(tmp_path))
@@ -169,7 +169,7 @@ async def test_the_bytes_of_a_copy_come_while_the_engine_works(tmp_path: Path):
         working = asyncio.create_task(gradient(engine, request(1, "wait")))
         while not (tmp_path / "waits").exists():
             await asyncio.sleep(0)
-        assert await engine.copy_bytes(copy)
+        assert await engine.fetch(copy)
         assert not working.done()
         (tmp_path / "go").touch()
         await working
@@ -181,7 +181,7 @@ async def test_a_copy_is_forgotten_with_its_run(tmp_path: Path):
         copy = await engine.copy_state(RUN)
         await engine.drop(RUN)
         with pytest.raises(EngineFailed):
-            await engine.copy_bytes(copy)
+            await engine.fetch(copy)
 
 
 async def test_what_the_child_complains_of_at_its_start_is_raised(tmp_path: Path):

@@ -51,10 +51,17 @@ class Rig:
     engine: ChildEngine | None = None
 
     async def start(
-        self, *, op_timeout_s: float = 60.0, snapshot_max_ops: int = 512, **hello: Any
+        self,
+        *,
+        op_timeout_s: float = 60.0,
+        snapshot_max_ops: int = 512,
+        execution: str = "deterministic",
+        **hello: Any,
     ) -> ChildEngine:
         """The engine of a worker that is at work from now on."""
-        config = TrainerConfig(op_timeout_s=op_timeout_s, snapshot_max_ops=snapshot_max_ops)
+        config = TrainerConfig(
+            op_timeout_s=op_timeout_s, snapshot_max_ops=snapshot_max_ops, execution=execution
+        )
         lease = WorkerLease(self.oplog, "t0", role="trainer", base_model=MODEL, lease_s=60)
         await lease.take()
         self.engine = engine = mortal_child(self.folder, op_timeout_s=op_timeout_s, **hello)
@@ -66,7 +73,7 @@ class Rig:
             lease=lease,
             oplog=self.oplog,
             blobs=blobs,
-            executor=Executor(engine, blobs, self.oplog),
+            executor=Executor(engine, blobs, self.oplog, fused=execution == "fused"),
             first_cycle=0,
             snapshots=StoredSnapshots(engine, blobs, config),
         )
@@ -118,8 +125,9 @@ def expected(folder: Path, *ops: bytes | None, halvings: int = 0) -> str:
     return engine.checksum(A)
 
 
+@pytest.mark.parametrize("execution", ["deterministic", "fused"])
 async def test_an_op_that_kills_its_engine_is_failed_at_the_third_time_and_all_others_go_on(
-    rig: Rig,
+    rig: Rig, execution: str
 ):
     for run_id in (A, B):
         await rig.client.create(run_id)
@@ -129,7 +137,7 @@ async def test_an_op_that_kills_its_engine_is_failed_at_the_third_time_and_all_o
     for run_id in (A, B):
         await rig.client.forward_backward(run_id, request(10))
         await rig.client.step(run_id)
-    await rig.start()
+    await rig.start(execution=execution)
     for run_id in (A, B):
         for seq in range(rig.client.next_seq[run_id]):
             if (run_id, seq) != (A, poison):
@@ -138,6 +146,8 @@ async def test_an_op_that_kills_its_engine_is_failed_at_the_third_time_and_all_o
     assert category == "server"
     assert message == f"the operation was given up: the worker died {MAX_DEATHS} times while it ran"
     assert rig.num_starts == 1 + MAX_DEATHS
+    if execution == "fused":  # with others at first, and alone ever since
+        assert (rig.folder / "shared").read_text().count("kill") == 1
     undisturbed = expected(
         rig.folder, *(request(n) for n in range(PROBATION + 1)), request(10), None
     )
@@ -176,17 +186,21 @@ async def test_a_run_whose_replay_kills_the_engine_is_given_up_and_disturbs_no_o
     assert rig.num_starts == 2 + MAX_DEATHS
 
 
-@pytest.mark.parametrize("snapshot_max_ops", [3, 512])
+@pytest.mark.parametrize(
+    ("snapshot_max_ops", "execution", "num_children"),
+    [(3, "deterministic", 12), (512, "deterministic", 12), (512, "fused", 6)],
+)
 async def test_a_child_that_is_killed_at_any_call_costs_nothing_but_time(
-    rig: Rig, snapshot_max_ops: int
+    rig: Rig, snapshot_max_ops: int, execution: str, num_children: int
 ):
-    num_children = 12
     ops = [request(1), None, request(2), request(3), None]
     await rig.client.create(A)
     for op in ops:
         await (rig.client.step(A) if op is None else rig.client.forward_backward(A, op))
     saved = await rig.client.save(A, "x")
-    await rig.start(do="die", until=num_children, snapshot_max_ops=snapshot_max_ops)
+    await rig.start(
+        do="die", until=num_children, snapshot_max_ops=snapshot_max_ops, execution=execution
+    )
     for seq in range(rig.client.next_seq[A]):
         await rig.client.completed(A, seq)
     assert await rig.state(A) == expected(rig.folder, *ops)
@@ -194,8 +208,11 @@ async def test_a_child_that_is_killed_at_any_call_costs_nothing_but_time(
     assert rig.num_starts > MAX_DEATHS + 1
 
 
-async def test_an_op_that_needs_less_memory_is_replayed_as_it_was_executed(rig: Rig):
-    engine = await rig.start()
+@pytest.mark.parametrize("execution", ["deterministic", "fused"])
+async def test_an_op_that_needs_less_memory_is_replayed_as_it_was_executed(
+    rig: Rig, execution: str
+):
+    engine = await rig.start(execution=execution)
     await rig.client.create(A)
     await rig.client.forward_backward(A, request(1, "memory", fits=2))
     await rig.client.completed(A)

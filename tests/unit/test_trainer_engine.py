@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import safetensors.torch
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from luthier_core.errors import BadRequest, NotFound
+from luthier_core.errors import BadRequest, InvalidField, NotFound
 from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_model.paged import PagedAttention
 from luthier_trainer.engine import Engine
+from luthier_trainer.engine_host import PassOp
 from luthier_trainer.optim import AdamParams
 
 VOCAB_SIZE = 67
@@ -46,12 +48,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 def new_engine(model: BaseModel) -> Callable[..., Engine]:
     """Makes an engine; small micro-batches make several of one request."""
 
-    def make(micro_batch_tokens: int = 4096) -> Engine:
+    def make(micro_batch_tokens: int = 4096, **options: Any) -> Engine:
         return Engine(
             model,
             logprob_chunk_tokens=1024,
             num_threads=1,
             micro_batch_tokens=micro_batch_tokens,
+            **options,
         )
 
     return make
@@ -258,6 +261,18 @@ def moments(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: value for name, value in saved.items() if name != "step"}
 
 
+def test_a_gradient_that_is_not_finite_is_applied_where_that_is_wanted(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine = new_engine(applies_nonfinite=True)
+    engine.create("run", LoraSpec(rank=4, seed=1))
+    infinite = datum([1, 2], target_tokens=int64([2, 3]), weights=float32([1, np.inf]))
+    run_op(engine, request(infinite))
+    metrics = engine.optim_step("run", STEP)
+    assert metrics["step"] == 1
+    assert np.isnan(metrics["param_norm"])
+
+
 def test_a_gradient_that_is_not_finite_fails_the_step_and_is_cleared(engine: Engine) -> None:
     run_op(engine, request(text(5)))
     engine.optim_step("run", STEP)
@@ -281,6 +296,88 @@ def test_the_step_after_a_restore_with_optimizer_is_bit_equal(engine: Engine) ->
         run_op(engine, request(text(7)), run_id)
         engine.optim_step(run_id, STEP)
     assert engine.run_digest("copy") == engine.run_digest("run")
+
+
+def test_a_checkpoint_is_the_state_at_its_copy_whatever_is_trained_before_it_is_encoded(
+    engine: Engine,
+) -> None:
+    run_op(engine, request(text(5)))
+    engine.optim_step("run", STEP)
+    at_once = engine.save("run", optimizer=True)
+    encode = engine.copy_files("run", optimizer=True)
+    run_op(engine, request(text(7)))
+    engine.optim_step("run", STEP)
+    assert encode() == at_once
+    assert engine.save("run", optimizer=True) != at_once
+
+
+def pass_ops(*bodies: bytes, run_id: str = "run") -> list[PassOp]:
+    return [PassOp(run_id, body) for body in bodies]
+
+
+def test_in_one_pass_an_op_that_cannot_be_computed_fails_alone(engine: Engine) -> None:
+    engine.create("other", LoraSpec(rank=2, seed=5))
+    beyond_vocabulary = datum([VOCAB_SIZE], target_tokens=int64([0]), weights=float32([1]))
+    ops = [
+        *pass_ops(request(text(6)), request(text(3), loss_fn="mse")),
+        *pass_ops(request(beyond_vocabulary), run_id="other"),
+        *pass_ops(request(text(4))),
+    ]
+    outputs = dict(engine.forward_backward_many(ops))
+    assert [type(outputs[index]) for index in range(4)] == [bytes, InvalidField, IndexError, bytes]
+    engine.create("alone", LoraSpec(rank=4, seed=1))
+    for op in (ops[0], ops[3]):
+        run_op(engine, op.request, "alone")
+    assert engine.run_digest("alone") == engine.run_digest("run")
+
+
+def test_an_op_is_answered_before_the_passes_of_others_are_begun(
+    new_engine: Callable[..., Engine],
+) -> None:
+    engine = new_engine(micro_batch_tokens=10)
+    for run_id in ("a", "b", "c"):
+        engine.create(run_id, LoraSpec(rank=2, seed=1))
+    before = engine.run_digest("c")
+    ops = [PassOp(run_id, request(text(5))) for run_id in ("a", "b", "c")]
+    answers = engine.forward_backward_many(ops)
+    assert [next(answers)[0], next(answers)[0]] == [0, 1]
+    assert engine.run_digest("c") == before
+    assert [index for index, _ in answers] == [2]
+
+
+def test_a_run_that_has_waited_in_host_memory_goes_on_with_the_same_bits(
+    new_engine: Callable[..., Engine],
+) -> None:
+    def train(engine: Engine) -> list[str]:
+        runs = [f"run {n}" for n in range(5)]
+        for n, run_id in enumerate(runs):
+            engine.create(run_id, LoraSpec(rank=n + 1, seed=n))
+        for length in (4, 6):
+            for run_id in runs:
+                run_op(engine, request(text(length)), run_id)
+            for _, output in engine.forward_backward_many(
+                [PassOp(run_id, request(text(5))) for run_id in runs]
+            ):
+                assert isinstance(output, bytes)
+            for run_id in runs:
+                engine.optim_step(run_id, STEP)
+                run_op(engine, request(text(3)), run_id)  # pages out with a gradient
+        return [engine.run_digest(run_id) for run_id in runs]
+
+    crowded = new_engine(device_runs=2)
+    assert train(crowded) == train(new_engine())
+    assert crowded.runs_on_device == {"run 3", "run 4"}
+    copied = crowded.copy_state("run 0")()
+    assert crowded.runs_on_device == {"run 3", "run 4"}  # a copy needs no place on the device
+    crowded.checksum("run 0")
+    assert crowded.copy_state("run 0")() == copied
+
+
+def test_optimizer_steps_of_several_runs_fail_each_for_itself(engine: Engine) -> None:
+    run_op(engine, request(text(5)))
+    outcomes = dict(engine.optim_step_many([("nobody", STEP), ("run", STEP)]))
+    assert isinstance(outcomes[0], NotFound)
+    assert isinstance(outcomes[1], dict)
 
 
 def test_a_restore_without_optimizer_starts_the_optimizer_anew(engine: Engine) -> None:

@@ -51,7 +51,7 @@ A, B = f"{'a' * 32}:train:0", f"{'b' * 32}:train:0"
 
 
 @pytest.fixture(scope="module")
-def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]:
+def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     """Makes an engine on a model of its own: two workers share nothing but the log."""
     torch.manual_seed(5)
     config = Qwen3Config(
@@ -68,8 +68,13 @@ def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]
     folder = tmp_path_factory.mktemp("model")
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
-    def make() -> Engine:
-        return Engine(load_base_model(MODEL, folder), logprob_chunk_tokens=8, num_threads=1)
+    def make(device_runs: int = 64) -> Engine:
+        return Engine(
+            load_base_model(MODEL, folder),
+            logprob_chunk_tokens=8,
+            num_threads=1,
+            device_runs=device_runs,
+        )
 
     return make
 
@@ -177,7 +182,7 @@ class Rig:
 async def rig(
     oplog: Oplog,
     tmp_path: Path,
-    new_engine: Callable[[], Engine],
+    new_engine: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Rig]:
     monkeypatch.setattr(worker, "SWEEP_S", 0.02)
@@ -198,7 +203,7 @@ async def rig(
         settings = TrainerConfig(**config)
         lease = WorkerLease(oplog, name, role="trainer", base_model=MODEL, lease_s=settings.lease_s)
         await lease.take()
-        engine = new_engine()
+        engine = new_engine(settings.device_runs)
         client = ThreadEngine(engine, make_spec=LoraSpec)
         engines.append(client)
         if watch is not None:
@@ -210,7 +215,7 @@ async def rig(
             lease=lease,
             oplog=oplog,
             blobs=blobs,
-            executor=Executor(client, blobs, oplog),
+            executor=Executor(client, blobs, oplog, fused=settings.execution == "fused"),
             first_cycle=first_cycle,
             snapshots=snapshots or StoredSnapshots(client, blobs, settings),
         )
@@ -300,6 +305,35 @@ async def test_runs_do_not_change_each_others_bits(rig: Rig):
         await rig.client.completed(run_id)
         ops = [op for number in range(4) for op in (gradient(number), None)]
         assert trainer.engine.run_digest(run_id) == rig.reference(run_id, *ops, seed=seed)
+
+
+async def test_in_fused_execution_runs_share_passes_and_a_replay_is_accepted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    run_ids = [f"{number:032x}:train:0" for number in range(4)]
+    shared: list[int] = []
+    whole = Engine.forward_backward_many
+
+    def watched(engine: Engine, ops: Any, **kwargs: Any) -> Any:
+        shared.append(len({op.run_id for op in ops}))
+        return whole(engine, ops, **kwargs)
+
+    monkeypatch.setattr(Engine, "forward_backward_many", watched)
+    for run_id in run_ids:
+        await rig.client.create(run_id)
+        await rig.client.forward_backward(run_id, gradient(0))
+        await rig.client.step(run_id)
+    first = await rig.start("t0", execution="fused")
+    for run_id in run_ids:
+        await rig.client.completed(run_id)
+    assert max(shared) > 1
+
+    await first.die()
+    second = await rig.start("t1", execution="fused")
+    for run_id in run_ids[:2]:
+        await rig.client.forward_backward(run_id, gradient(1))
+        await rig.client.completed(run_id)
+    assert second.epoch_of(run_ids[0]) > 1
 
 
 async def test_a_payload_in_the_store_is_fetched_and_a_large_result_is_put_there(rig: Rig):
@@ -455,7 +489,7 @@ async def test_after_a_drain_nothing_is_replayed(rig: Rig, monkeypatch: pytest.M
     second = await rig.start("t1", watch=calls)
     await rig.client.step(A)
     await rig.client.completed(A)
-    assert calls.names == ["take_state", "create", "optim_step"]
+    assert calls.names == ["take_state", "optim_step"]
     assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(4)))
 
 
@@ -468,7 +502,7 @@ async def test_a_kill_costs_the_ops_since_the_last_snapshot(rig: Rig):
     calls = Calls()
     second = await rig.start("t1", watch=calls)
     await steps(rig, second, [5])
-    assert calls.names == ["take_state", "create", *["forward_backward", "optim_step"] * 2]
+    assert calls.names == ["take_state", *["forward_backward", "optim_step"] * 2]
     assert second.engine.run_digest(A) == rig.reference(A, *ops_of(range(6)))
 
 
@@ -557,7 +591,7 @@ async def test_a_run_that_made_room_comes_back_without_a_replay(rig: Rig):
     await rig.client.completed(B)
     calls.names.clear()
     await steps(rig, trainer, [2])
-    assert calls.names == ["take_state", "create", "forward_backward", "optim_step"]
+    assert calls.names == ["take_state", "forward_backward", "optim_step"]
     assert trainer.engine.run_digest(A) == rig.reference(A, *ops_of(range(3)))
 
 
@@ -1011,6 +1045,31 @@ async def test_more_runs_than_there_is_room_for_are_all_served(rig: Rig):
             await rig.client.forward_backward(run_id, gradient(number))
     for run_id in runs:
         await rig.client.completed(run_id)
+
+
+async def test_64_runs_train_on_8_slots_of_the_device_as_each_would_alone(
+    rig: Rig, new_engine: Callable[..., Engine]
+):
+    trainer = await rig.start("t0", device_runs=8, max_runs=24)
+    runs = {f"{number:032x}:train:0": gradient(number) for number in range(64)}
+    for run_id in runs:
+        await rig.client.create(run_id)
+    for _ in range(2):  # by the second time each has made room for others
+        for run_id, op in runs.items():
+            await rig.client.forward_backward(run_id, op)
+            await rig.client.step(run_id)
+        for run_id in runs:
+            await rig.client.completed(run_id)
+    assert len(trainer.engine.runs_on_device) <= 8
+    assert sum(trainer.engine.has(run_id) for run_id in runs) <= 24
+    alone = new_engine()
+    for run_id, op in runs.items():
+        forward = await rig.client.send(run_id, Kind.FORWARD, Body.of(op))
+        got = wire_pb2.ForwardBackwardOutput.FromString(await rig.client.completed(run_id, forward))
+        reference(alone, run_id, op, None, op, None)
+        wanted = alone.forward_backward(run_id, op, backward=False, clock_cycle=0)
+        outputs = wire_pb2.ForwardBackwardOutput.FromString(wanted).loss_fn_outputs
+        assert got.loss_fn_outputs == outputs
 
 
 async def test_a_stop_commits_what_was_executed_and_lets_go_of_the_name(rig: Rig):

@@ -33,6 +33,8 @@ async def _work(parts: WorkerParts) -> None:
                 "dtype": wanted.dtype,
                 "logprob_chunk_tokens": settings.logprob_chunk_tokens,
                 "num_threads": settings.num_threads,
+                "device_runs": settings.device_runs,
+                "applies_nonfinite": settings.nonfinite == "apply",
             }
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.
@@ -54,7 +56,9 @@ async def _work(parts: WorkerParts) -> None:
             lease=parts.lease,
             oplog=parts.oplog,
             blobs=parts.blobs,
-            executor=Executor(engine, parts.blobs, parts.oplog),
+            executor=Executor(
+                engine, parts.blobs, parts.oplog, fused=settings.execution == "fused"
+            ),
             snapshots=StoredSnapshots(engine, parts.blobs, settings),
             first_cycle=await client.incrby(keys.clock_cycles(wanted.name), CYCLES_PER_START),
         )

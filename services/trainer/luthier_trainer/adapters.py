@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier_core.errors import BadRequest
-from luthier_model.lora import LoraAdapter, LoraPair, LoraShape, LoraSpec, init_adapter
+from luthier_model.lora import (
+    LoraAdapter,
+    LoraPair,
+    LoraShape,
+    LoraSpec,
+    factor_shapes,
+    init_adapter,
+)
 from luthier_model.peft_io import adapter_files, adapter_from_files, tensor_bytes, tensors_from
 from luthier_trainer.optim import FlatAdamW
 
@@ -35,26 +42,71 @@ class _Slot:
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class FilesCopy:
+    """A checkpoint that is yet to be encoded, which takes a while and needs no engine."""
+
+    spec: LoraSpec
+    slots: Mapping[str, _Slot]
+    weights: Tensor
+    moments: Mapping[str, Tensor]
+    """Empty if the optimizer is not saved."""
+    num_steps: int
+
+    def to_files(self, base_model_name: str) -> dict[str, bytes]:
+        """The adapter as PEFT's files and, where asked, the optimizer's state beside them."""
+        factors = {name: slot.view(self.weights) for name, slot in self.slots.items()}
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in factors)
+        pairs = {
+            name: LoraPair(a=factors[f"{name}.lora_A"], b=factors[f"{name}.lora_B"])
+            for name in modules
+        }
+        files = adapter_files(LoraAdapter(spec=self.spec, pairs=pairs), base_model_name)
+        if self.moments:
+            tensors = {
+                f"{slot_name}.{moment}": slot.view(flat)
+                for moment, flat in self.moments.items()
+                for slot_name, slot in self.slots.items()
+            }
+            tensors["step"] = torch.tensor(self.num_steps)
+            files[OPTIMIZER_FILE] = tensor_bytes(tensors)
+        return files
+
+
 class RunState:
     """What a training op reads and changes, for one run."""
 
-    def __init__(self, initial: LoraAdapter, dtype: torch.dtype = torch.float32) -> None:
-        self.spec: LoraSpec = initial.spec
-        self._slots = _layout(initial)
-        device = next(iter(initial.pairs.values())).a.device
+    def __init__(
+        self,
+        spec: LoraSpec,
+        modules: Mapping[str, LoraShape],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        applies_nonfinite: bool = False,
+    ) -> None:
+        """All zero: weights come with `set_weights` or `take`."""
+        self.spec = spec
+        self._slots = _layout(spec, modules)
         size = max(slot.start + math.prod(slot.shape) for slot in self._slots.values())
         self.weights = nn.Parameter(torch.zeros(size, device=device, dtype=dtype))
         self.gradient = torch.zeros_like(self.weights.detach())
         self.weights.grad = self.gradient
-        self.optimizer = FlatAdamW(self.weights)
+        self.optimizer = FlatAdamW(self.weights, applies_nonfinite=applies_nonfinite)
         self.adapter = LoraAdapter(
-            spec=initial.spec,
+            spec=spec,
             pairs={
                 name: LoraPair(a=self._leaf(f"{name}.lora_A"), b=self._leaf(f"{name}.lora_B"))
-                for name in initial.pairs
+                for name in modules
             },
         )
-        self._copy_weights(initial)
+
+    def set_weights(self, source: LoraAdapter) -> None:
+        """Copy the weights of the modules that `source` has."""
+        with torch.no_grad():
+            for name, pair in source.pairs.items():
+                self.adapter.pairs[name].a.copy_(pair.a)
+                self.adapter.pairs[name].b.copy_(pair.b)
 
     @contextmanager
     def atomic_gradient(self) -> Iterator[None]:
@@ -69,18 +121,16 @@ class RunState:
     def clear_gradient(self) -> None:
         self.gradient.zero_()
 
-    def files(self, base_model_name: str, *, optimizer: bool) -> dict[str, bytes]:
-        """The adapter as PEFT's files and, when asked, the optimizer's state beside them."""
-        files = adapter_files(self.adapter, base_model_name)
-        if optimizer:
-            tensors = {
-                f"{slot_name}.{moment}": slot.view(flat)
-                for moment, flat in self.optimizer.moments.items()
-                for slot_name, slot in self._slots.items()
-            }
-            tensors["step"] = torch.tensor(self.optimizer.num_steps)
-            files[OPTIMIZER_FILE] = tensor_bytes(tensors)
-        return files
+    def copy_files(self, *, optimizer: bool) -> FilesCopy:
+        """What a checkpoint is made of, in host memory: later ops do not change it."""
+        flats = self.optimizer.moments if optimizer else {}
+        return FilesCopy(
+            spec=self.spec,
+            slots=self._slots,
+            weights=self.weights.detach().to("cpu", copy=True),
+            moments={name: flat.to("cpu", copy=True) for name, flat in flats.items()},
+            num_steps=self.optimizer.num_steps,
+        )
 
     def restore(
         self,
@@ -102,8 +152,8 @@ class RunState:
             )
         saved = self._checked_moments(files) if optimizer else None
         missing = {name: shapes[name] for name in self.adapter.pairs.keys() - loaded.pairs.keys()}
-        self._copy_weights(init_adapter(self.spec, missing, self.weights.device))
-        self._copy_weights(loaded)
+        self.set_weights(init_adapter(self.spec, missing, self.weights.device))
+        self.set_weights(loaded)
         self.clear_gradient()
         self.optimizer.reset(0 if saved is None else int(saved["step"]))
         if saved is not None:
@@ -162,12 +212,6 @@ class RunState:
         leaf.grad = slot.view(self.gradient)
         return leaf
 
-    def _copy_weights(self, source: LoraAdapter) -> None:
-        with torch.no_grad():
-            for name, pair in source.pairs.items():
-                self.adapter.pairs[name].a.copy_(pair.a)
-                self.adapter.pairs[name].b.copy_(pair.b)
-
     def _checked_moments(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
         saved = tensors_from(files, OPTIMIZER_FILE)
         expected = {
@@ -192,12 +236,13 @@ def _sum_of_bits(flat: Tensor) -> int:
     return total
 
 
-def _layout(adapter: LoraAdapter) -> dict[str, _Slot]:
-    """Slots of all factors, in the adapter's order; a pure function of spec and model."""
+def _layout(spec: LoraSpec, modules: Mapping[str, LoraShape]) -> dict[str, _Slot]:
+    """Slots of all factors, in the order of the modules."""
     slots: dict[str, _Slot] = {}
     start = 0
-    for name, pair in adapter.pairs.items():
-        for factor, tensor in (("lora_A", pair.a), ("lora_B", pair.b)):
-            slots[f"{name}.{factor}"] = _Slot(start, tuple(tensor.shape))
-            start += -(-tensor.numel() // _ALIGN) * _ALIGN
+    for name, shape in modules.items():
+        factors = zip(("lora_A", "lora_B"), factor_shapes(shape, spec.rank), strict=True)
+        for factor, factor_shape in factors:
+            slots[f"{name}.{factor}"] = _Slot(start, factor_shape)
+            start += -(-math.prod(factor_shape) // _ALIGN) * _ALIGN
     return slots

@@ -99,6 +99,8 @@ class RunEffects:
         """None while the run is being taken over."""
         self.state_is_unknown = False
         """An op ended in a way that leaves the engine's state in doubt: rebuild it by replay."""
+        self.alone = False
+        """Its next op may be what killed the engine: it is executed with no other."""
         self.spares_engine = False
         """Restores nothing: that has killed the engine too often."""
         self.cancelled_to = -1
@@ -218,6 +220,8 @@ class RunEffects:
         when halving does not help; NotRebuilt in a replay, whose op cannot be done otherwise.
         """
         seq, halvings = step.op.seq, self._context.halvings
+        # A replay takes the path that depends on nobody else, and is the same each time.
+        self._context.alone = self.alone or not step.publish
         has_tried_again = False
         while True:
             try:
@@ -230,6 +234,7 @@ class RunEffects:
                     raise
                 log.warning("seq %d of %s: %s", seq, self._context.run_id, error)
             # The engine has emptied its cache, and others may have given memory back.
+            self._context.alone = True
             if has_tried_again:
                 await self._note_halvings(seq, halved)
                 halvings[seq] = halved
@@ -244,7 +249,8 @@ class RunEffects:
         self.tenure.check(status)
 
     async def _checksum(self, step: Step) -> str:
-        if not changes_state(step):
+        # In shared passes a state's bits depend on the neighbours, and a replay has others.
+        if not changes_state(step) or self._executor.fused:
             return ""
         return await self._executor.engine.checksum(self._context.run_id)
 

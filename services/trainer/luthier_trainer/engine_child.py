@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from luthier_core.telemetry import setup_logging
@@ -57,11 +58,11 @@ def serve(fd: int, load: Load) -> None:
 
 
 def _receive(channel: Channel, calls: Calls, copies: Calls) -> None:
-    """Bytes of copies are asked for beside the calls, and need not wait for them."""
+    """Copies are fetched beside the calls, and need not wait for them."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             number, call = channel.receive()
-            beside = call.fields.get("method") == "copy_bytes"
+            beside = call.fields.get("method") == "fetch"
             (copies if beside else calls).put((number, call))
     os._exit(0)  # nobody is left to compute for, whatever the other threads are in
 
@@ -70,7 +71,7 @@ def _work_off(channel: Channel, host: EngineHost, calls: Calls) -> None:
     while True:
         number, call = calls.get()
         try:
-            answer = host.apply(call)
+            answer = host.apply(call, partial(channel.send, number))
         except Exception as error:
             answer = error_message(error)
             if answer.fields["error"] == "EngineFailed":
@@ -93,6 +94,8 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
         model,
         logprob_chunk_tokens=hello["logprob_chunk_tokens"],
         num_threads=hello["num_threads"],
+        device_runs=hello["device_runs"],
+        applies_nonfinite=hello["applies_nonfinite"],
     )
     ready = {
         "facts": {**model.facts.to_json(), "tokenizer_id": model.facts.path},
@@ -103,14 +106,7 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
             "num_threads": str(hello["num_threads"]),
         },
     }
-    return EngineHost(engine, make_spec=LoraSpec, free_memory=_free_cache), ready
-
-
-def _free_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return EngineHost(engine, make_spec=LoraSpec, free_memory=engine.free_memory), ready
 
 
 def main() -> None:

@@ -6,14 +6,14 @@ process (ThreadEngine), for engines that are toys. Neither needs torch here.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from luthier_core.records import LoraConfig
 from luthier_core.types import AdamParams
-from luthier_trainer.engine_host import EngineHost
-from luthier_trainer.frames import Message
+from luthier_trainer.engine_host import EngineHost, PassOp, Tell
+from luthier_trainer.frames import Message, error_of
 
 
 class EngineDied(Exception):
@@ -33,8 +33,13 @@ class EngineClient(ABC):
     """
 
     @abstractmethod
-    async def call(self, message: Message, *, beside: bool = False) -> Message:
-        """The engine's answer; with `beside`, without waiting for the calls before it."""
+    async def call(
+        self, message: Message, *, beside: bool = False, tell: Tell | None = None
+    ) -> Message:
+        """The engine's answer; with `beside`, without waiting for the calls before it.
+
+        Parts of it are passed to `tell` as soon as they are known, all of them before it returns.
+        """
 
     @abstractmethod
     async def start(self) -> None:
@@ -70,16 +75,36 @@ class EngineClient(ABC):
             options["halvings"] = halvings
         return (await self._do("forward_backward", run_id, request, **options)).data[0]
 
+    async def forward_backward_many(
+        self, ops: Sequence[PassOp], tell: Callable[[int, bytes | Exception], None]
+    ) -> None:
+        """`tell` gets the index and the output, or error, of each op as soon as it is known."""
+        wanted = [
+            {"run_id": op.run_id, "backward": op.backward, "clock_cycle": op.clock_cycle}
+            for op in ops
+        ]
+        await self.call(
+            Message({"method": "forward_backward_many", "ops": wanted}, [op.request for op in ops]),
+            tell=lambda part: tell(part.fields["part"], error_of(part) or part.data[0]),
+        )
+
     async def optim_step(self, run_id: str, params: AdamParams) -> dict[str, float]:
-        metrics = (await self._do("optim_step", run_id, params=params.model_dump())).fields
-        return {str(name): float(value) for name, value in metrics["metrics"].items()}
+        return _metrics(await self._do("optim_step", run_id, params=params.model_dump()))
+
+    async def optim_step_many(
+        self,
+        steps: Sequence[tuple[str, AdamParams]],
+        tell: Callable[[int, dict[str, float] | Exception], None],
+    ) -> None:
+        """`tell` gets the index and the metrics, or error, of each step as soon as it is done."""
+        wanted = [(run_id, params.model_dump()) for run_id, params in steps]
+        await self.call(
+            Message({"method": "optim_step_many", "steps": wanted}),
+            tell=lambda part: tell(part.fields["part"], error_of(part) or _metrics(part)),
+        )
 
     async def clear_gradient(self, run_id: str) -> None:
         await self._do("clear_gradient", run_id)
-
-    async def save(self, run_id: str, *, optimizer: bool) -> dict[str, bytes]:
-        answer = await self._do("save", run_id, optimizer=optimizer)
-        return dict(zip(answer.fields["names"], answer.data, strict=True))
 
     async def logprob_gap(self, run_id: str) -> dict[str, float]:
         metrics = (await self._do("logprob_gap", run_id)).fields["metrics"]
@@ -88,17 +113,18 @@ class EngineClient(ABC):
     async def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
         await self._do("load", run_id, *files.values(), names=list(files), optimizer=optimizer)
 
+    async def copy_files(self, run_id: str, *, optimizer: bool) -> str:
+        """The id of a copy of what a checkpoint is made of, kept until it is fetched."""
+        return str((await self._do("copy_files", run_id, optimizer=optimizer)).fields["copy"])
+
     async def copy_state(self, run_id: str) -> str:
-        """The id of a copy of the state as it is now, kept by the engine until it is forgotten."""
+        """The id of a copy of the whole state as it is now, kept until it is fetched."""
         return str((await self._do("copy_state", run_id)).fields["copy"])
 
-    async def copy_bytes(self, copy: str) -> bytes:
-        """The copy as a file; the engine goes on with other calls meanwhile."""
-        fields = {"method": "copy_bytes", "copy": copy}
-        return (await self.call(Message(fields), beside=True)).data[0]
-
-    async def forget_copy(self, copy: str) -> None:
-        await self.call(Message({"method": "forget_copy", "copy": copy}))
+    async def fetch(self, copy: str) -> dict[str, bytes]:
+        """The files of a copy, once; the engine goes on with other calls meanwhile."""
+        answer = await self.call(Message({"method": "fetch", "copy": copy}), beside=True)
+        return dict(zip(answer.fields["names"], answer.data, strict=True))
 
     async def take_state(self, run_id: str, lora: LoraConfig, data: bytes) -> None:
         await self._do("take_state", run_id, data, lora=lora.model_dump())
@@ -107,11 +133,15 @@ class EngineClient(ABC):
         return str((await self._do("checksum", run_id)).fields["checksum"])
 
     async def drop(self, run_id: str) -> None:
-        """Forget the run, and the copies of its state."""
+        """Forget the run, and the copies of it."""
         await self._do("drop", run_id)
 
     async def _do(self, method: str, run_id: str, *data: bytes, **fields: Any) -> Message:
         return await self.call(Message({"method": method, "run_id": run_id, **fields}, data))
+
+
+def _metrics(answer: Message) -> dict[str, float]:
+    return {str(name): float(value) for name, value in answer.fields["metrics"].items()}
 
 
 class ThreadEngine(EngineClient):
@@ -122,11 +152,18 @@ class ThreadEngine(EngineClient):
         self._host = EngineHost(engine, **host)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
-    async def call(self, message: Message, *, beside: bool = False) -> Message:
+    async def call(
+        self, message: Message, *, beside: bool = False, tell: Tell | None = None
+    ) -> Message:
         if beside:
             return await asyncio.to_thread(self._host.apply, message)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._host.apply, message)
+
+        def tell_there(part: Message) -> None:
+            if tell is not None:
+                loop.call_soon_threadsafe(tell, part)
+
+        return await loop.run_in_executor(self._thread, self._host.apply, message, tell_there)
 
     async def start(self) -> None:
         """It has been there from the beginning."""

@@ -24,6 +24,8 @@ from luthier_core.types import (
     SaveWeightsForSampler,
 )
 from luthier_trainer.engine_client import EngineClient
+from luthier_trainer.engine_host import PassOp
+from luthier_trainer.gathering import Gathering
 from luthier_trainer.observing import note_forward
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class RunContext:
     """Known once op 0 has been executed."""
     halvings: dict[int, int] = field(default_factory=dict)
     """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
+    alone: bool = False
+    """Its ops share no engine call: it is rebuilt, short of memory, or may have killed the last."""
     gap_due: float = -math.inf
     """When `logprob_gap` is measured again, on time.monotonic's clock."""
 
@@ -58,10 +62,16 @@ class RunContext:
 class Executor:
     """The ops of all runs of one worker."""
 
-    def __init__(self, engine: EngineClient, blobs: Blobs, oplog: Oplog) -> None:
+    def __init__(
+        self, engine: EngineClient, blobs: Blobs, oplog: Oplog, *, fused: bool = False
+    ) -> None:
+        """With `fused`, passes and steps that are executed at the same time are one engine call."""
         self.engine = engine
+        self.fused = fused
         self._blobs = blobs
         self._oplog = oplog
+        self._passes = Gathering(engine.forward_backward_many)
+        self._steps = Gathering(engine.optim_step_many)
         self._handlers: dict[Kind, Callable[[RunContext, Op, int], Awaitable[Finish]]] = {
             Kind.CREATE_MODEL: self._create_model,
             Kind.FORWARD: self._forward_backward,
@@ -87,7 +97,8 @@ class Executor:
         """
         if run.record is None:
             return None
-        files = await self.engine.save(run.run_id, optimizer=True)
+        copy = await self.engine.copy_files(run.run_id, optimizer=True)
+        files = await self.engine.fetch(copy)
         path = TinkerPath(run.run_id, "weights", f"recovery-{committed}")
         await self._save(run, RECOVERY_SEQS + committed, "weights", path.name, files)
         return path
@@ -105,13 +116,13 @@ class Executor:
 
     async def _forward_backward(self, run: RunContext, op: Op, cycle: int) -> Finish:
         request = await self._payload(op)
-        output = await self.engine.forward_backward(
-            run.run_id,
-            request,
-            backward=op.kind is Kind.FORWARD_BACKWARD,
-            clock_cycle=cycle,
-            halvings=run.halvings.get(op.seq, 0),
-        )
+        backward, halvings = op.kind is Kind.FORWARD_BACKWARD, run.halvings.get(op.seq, 0)
+        if self.fused and not run.alone and not halvings:
+            output = await self._passes.ask(PassOp(run.run_id, request, backward, cycle))
+        else:
+            output = await self.engine.forward_backward(
+                run.run_id, request, backward=backward, clock_cycle=cycle, halvings=halvings
+            )
 
         async def finish() -> Outcome:
             body = await self._result_body(run, op, output)
@@ -123,8 +134,13 @@ class Executor:
 
     async def _optim_step(self, run: RunContext, op: Op, cycle: int) -> Finish:
         params = OptimStep.model_validate_json(await self._payload(op)).adam_params
-        metrics = await self.engine.optim_step(run.run_id, params)
-        metrics = {**metrics, "clock_cycle": float(cycle)}
+        if self.fused and not run.alone:
+            metrics = await self._steps.ask((run.run_id, params))
+        else:
+            metrics = await self.engine.optim_step(run.run_id, params)
+        # JSON has no NaN: of a step that was made with a gradient that is not finite.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics["clock_cycle"] = float(cycle)
         return _json_outcome(
             {
                 "metrics": metrics,
@@ -141,9 +157,10 @@ class Executor:
 
     async def _save_weights(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeights.model_validate_json(await self._payload(op))
-        files = await self.engine.save(run.run_id, optimizer=True)
+        copy = await self.engine.copy_files(run.run_id, optimizer=True)
 
         async def finish() -> Outcome:
+            files = await self.engine.fetch(copy)
             await self._save(
                 run,
                 op.seq,
@@ -161,10 +178,11 @@ class Executor:
 
     async def _save_weights_for_sampler(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsForSampler.model_validate_json(await self._payload(op))
-        files = await self.engine.save(run.run_id, optimizer=False)
+        copy = await self.engine.copy_files(run.run_id, optimizer=False)
         metrics = _metrics(op.kind, await self._gap(run, op))
 
         async def finish() -> Outcome:
+            files = await self.engine.fetch(copy)
             if wanted.path is None:
                 result = await self._save_ephemeral(run, op, wanted, files)
                 return _completed(result, metrics=metrics)
@@ -197,9 +215,10 @@ class Executor:
 
     async def _save_weights_external(self, run: RunContext, op: Op, cycle: int) -> Finish:
         wanted = SaveWeightsExternal.model_validate_json(await self._payload(op))
-        files = await self.engine.save(run.run_id, optimizer=False)
+        copy = await self.engine.copy_files(run.run_id, optimizer=False)
 
         async def finish() -> Outcome:
+            files = await self.engine.fetch(copy)
             saved = await self._save(
                 run, op.seq, "external_weights", wanted.path, files, ttl_seconds=wanted.ttl_seconds
             )

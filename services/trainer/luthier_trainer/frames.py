@@ -161,15 +161,15 @@ def error_message(error: Exception) -> Message:
     return Message({"error": "EngineFailed", "detail": f"{name}: {error}"})
 
 
-def raise_error(answer: Message) -> None:
-    """Raises what the answer says, if it is of an error."""
+def error_of(answer: Message) -> Exception | None:
+    """What to raise, if the answer is of an error."""
     if (name := answer.fields.get("error")) is None:
-        return
+        return None
     detail = str(answer.fields.get("detail", ""))
     kind = getattr(errors, str(name), None)
     if isinstance(kind, type) and issubclass(kind, errors.LuthierError):
-        raise kind(detail)
-    raise _KINDS.get(str(name), EngineFailed)(detail)
+        return kind(detail)
+    return _KINDS.get(str(name), EngineFailed)(detail)
 
 
 _NAMES: dict[type[Exception], str] = {

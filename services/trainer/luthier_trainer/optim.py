@@ -30,8 +30,10 @@ class FlatAdamW:
     `parameter.grad` must be set for good; the moments lie in buffers as long as the parameter.
     """
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, parameter: nn.Parameter, *, applies_nonfinite: bool = False) -> None:
+        """With `applies_nonfinite`, a gradient that is not finite is a gradient like any other."""
         self.parameter = parameter
+        self._applies_nonfinite = applies_nonfinite
         # foreach and fused only pay with many tensors or on CUDA; the plain loop is the reference.
         self._adamw = torch.optim.AdamW([parameter], foreach=False, fused=False)
         self.reset()
@@ -59,7 +61,8 @@ class FlatAdamW:
 
         Norms are over the whole parameter: `grad_norm` before clipping, `update_norm` of what the
         step, decay included, has added to the weights, `param_norm` of the weights after it.
-        BadRequest, with nothing changed, if the norm of the gradient is not finite.
+        BadRequest, with nothing changed, if the norm of the gradient is not finite and not to be
+        applied.
         """
         smallest = torch.finfo(self.parameter.dtype).tiny
         if params.eps < smallest:
@@ -69,7 +72,7 @@ class FlatAdamW:
         assert gradient is not None
         norm = _norm(gradient)
         grad_norm = norm.item()
-        if not math.isfinite(grad_norm):
+        if not (math.isfinite(grad_norm) or self._applies_nonfinite):
             raise BadRequest(f"gradient norm is not finite ({grad_norm}): no update was made")
         if params.grad_clip_norm > 0:
             nn.utils.clip_grads_with_norm_([self.parameter], params.grad_clip_norm, norm)

@@ -4,11 +4,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from luthier_core.ops import Kind
 from luthier_core.owner import Owner, Step
 from luthier_core.protocol import COMMIT_DEPTH, Executed, Left, Tenure, commit_next, drive
 from luthier_trainer.effects import RunEffects
+from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import RunContext
+from luthier_trainer.planner import Waiting, estimated_tokens
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,6 @@ class OwnedRun:
         """The last read of the log was full, or left out for want of room."""
         self.paused = False
         """Nothing is executed for it: it is being let go."""
-        self.alone = False
-        """Its next op may be what killed the engine: it is executed with no other."""
         self._leave = leave
         self._committer: asyncio.Task[None] | None = None
         self.snapshotter: Snapshotter | None = None
@@ -52,12 +51,15 @@ class OwnedRun:
         return self.tenure.owner
 
     @property
-    def waiting_kinds(self) -> tuple[Kind, ...]:
-        """Of the ops that could be executed now, next first."""
+    def waiting(self) -> tuple[Waiting, ...]:
+        """The ops that could be executed now, next first."""
         if self.paused:
             return ()
-        kinds = tuple(op.kind for op in self.owner.queued)
-        return kinds[:1] if self.alone else kinds
+        ops = tuple(
+            Waiting(op.kind, estimated_tokens(op.kind, op.body.num_bytes))
+            for op in self.owner.queued
+        )
+        return ops[:1] if self.effects.alone else ops
 
     @property
     def idle(self) -> bool:
@@ -94,7 +96,7 @@ class OwnedRun:
                     "leaving a run at the commit of seq %d: %s",
                     step.op.seq,
                     error,
-                    exc_info=not isinstance(error, Left),
+                    exc_info=not isinstance(error, Left | EngineDied),
                 )
                 await self._leave(self)
                 return

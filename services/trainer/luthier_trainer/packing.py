@@ -29,6 +29,8 @@ class Example:
     """int64 [T] or [T, K]"""
     loss_inputs: dict[str, Array]
     """Each with the shape of `targets`; float32, a setting float64."""
+    graph_inputs: Sequence[Array] = ()
+    """What an uploaded loss reads beside logprobs, of any shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,14 @@ def decode_datum(datum: wire_pb2.Datum, loss: LossSpec, config: Mapping[str, flo
     return Example(
         tokens=np.concatenate(chunks).astype(np.int64), targets=targets, loss_inputs=inputs
     )
+
+
+def decode_any_inputs(datum: wire_pb2.Datum) -> tuple[Array, Array, dict[str, Array]]:
+    """Tokens, targets and all loss inputs of a datum, as they come."""
+    tokens = np.concatenate([_decode_chunk(chunk) for chunk in datum.model_input])
+    targets = _loss_input(datum, "target_tokens").astype(np.int64, copy=False)
+    inputs = {name: decode_tensor(tensor) for name, tensor in datum.loss_fn_inputs.items()}
+    return tokens.astype(np.int64), targets, inputs
 
 
 def is_policy_target(sampled_logprobs: Array, advantages: Array) -> Array:

@@ -46,7 +46,7 @@ class Snapshots(Protocol):
         ...
 
     async def put(self, run: RunContext, ref: SnapshotRef, copy: Any, state: FoldState) -> None:
-        """Store a copy, last of all what says that it is whole; may be repeated."""
+        """Store a copy, once, last of all what says that it is whole."""
         ...
 
     async def restore(self, run: RunContext, ref: SnapshotRef) -> FoldState | None:

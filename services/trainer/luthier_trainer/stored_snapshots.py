@@ -18,12 +18,11 @@ from luthier_core.owner import FoldState, Step
 from luthier_core.protocol import SnapshotRef
 from luthier_core.records import Record, RunRecord
 from luthier_trainer.engine_client import EngineClient
+from luthier_trainer.engine_host import STATE_FILE
 from luthier_trainer.execution import RunContext
 from luthier_trainer.snapshots import Spent
 
 log = logging.getLogger(__name__)
-
-STATE_FILE = "state.safetensors"
 
 
 class SnapshotManifest(Record):
@@ -69,7 +68,7 @@ class StoredSnapshots:
         return await self._engine.copy_state(run_id)
 
     async def put(self, run: RunContext, ref: SnapshotRef, copy: Any, state: FoldState) -> None:
-        data = await self._engine.copy_bytes(copy)
+        data = (await self._engine.fetch(copy))[STATE_FILE]
         prefix = keys.snapshot_prefix(run.tenant, run.run_id, ref.seq, ref.epoch)
         digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
         file = ManifestFile(key=f"{prefix}{STATE_FILE}", num_bytes=len(data), sha256=digest)
@@ -85,7 +84,6 @@ class StoredSnapshots:
         )
         await failpoint("sn.manifest")
         await outlasting_outage(lambda: self._blobs.put(_manifest_key(prefix), manifest.to_bytes()))
-        await self._engine.forget_copy(copy)
 
     async def restore(self, run: RunContext, ref: SnapshotRef) -> FoldState | None:
         try:

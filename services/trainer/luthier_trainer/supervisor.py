@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier_trainer.engine_client import EngineClient, EngineDied
+from luthier_trainer.engine_host import Tell
 from luthier_trainer.frames import (
     PIECE_BYTES,
     PREFIX,
     Assembler,
     BadFrame,
     Message,
+    error_of,
     frames_of,
     lengths,
-    raise_error,
 )
 
 log = logging.getLogger(__name__)
@@ -62,20 +63,20 @@ class _Child:
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    answers: dict[int, asyncio.Future[Message]] = field(default_factory=dict)
-    """Calls under way, by id."""
+    answers: dict[int, tuple[asyncio.Future[Message], Tell | None]] = field(default_factory=dict)
+    """Calls under way, by id: for the answer, and for its parts."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     reason: str = ""
     """Why it was killed, or how it ended by itself."""
     num_calls: int = 0
 
-    async def ask(self, message: Message) -> Message:
+    async def ask(self, message: Message, tell: Tell | None) -> Message:
         """The answer. EngineDied if the process ends first; an error that the answer says."""
         if self.ended.is_set():
             raise EngineDied(self.reason, under_way=False)
         self.num_calls += 1
         number, answer = self.num_calls, asyncio.get_running_loop().create_future()
-        self.answers[number] = answer
+        self.answers[number] = (answer, tell)
         try:
             with contextlib.suppress(ConnectionError):  # `listen` notices too, and why
                 for frame in frames_of(number, message):
@@ -84,7 +85,8 @@ class _Child:
             received: Message = await answer
         finally:
             self.answers.pop(number, None)
-        raise_error(received)
+        if (error := error_of(received)) is not None:
+            raise error
         return received
 
     async def listen(self) -> None:
@@ -111,7 +113,7 @@ class _Child:
             code = await self.process.wait()
             self.reason = self.reason or _how_it_ended(code)
             self.ended.set()
-            for answer in self.answers.values():
+            for answer, _ in self.answers.values():
                 if not answer.done():
                     answer.set_exception(EngineDied(self.reason, under_way=True))
 
@@ -123,10 +125,15 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 
-    def _hand_out(self, number: int, answer: Message) -> None:
-        waiting = self.answers.get(number)  # None: nobody waits any more
-        if waiting is not None and not waiting.done():
-            waiting.set_result(answer)
+    def _hand_out(self, number: int, received: Message) -> None:
+        if number not in self.answers:
+            return  # nobody waits any more
+        answer, tell = self.answers[number]
+        if "part" not in received.fields:
+            if not answer.done():
+                answer.set_result(received)
+        elif tell is not None:
+            tell(received)
 
 
 class ChildEngine(EngineClient):
@@ -177,7 +184,9 @@ class ChildEngine(EngineClient):
         log.info("engine child started, pid %d", process.pid)
         self.ready = (await self._in_time(self._hello, START_S)).fields
 
-    async def call(self, message: Message, *, beside: bool = False) -> Message:
+    async def call(
+        self, message: Message, *, beside: bool = False, tell: Tell | None = None
+    ) -> Message:
         async with contextlib.AsyncExitStack() as stack:
             if not beside:
                 await stack.enter_async_context(self._turn)
@@ -186,7 +195,7 @@ class ChildEngine(EngineClient):
             estimate_s = self._estimates.seconds(method, num_bytes)
             began = self._clock()
             limit_s = self._op_timeout_s + DEADLINE_FACTOR * estimate_s
-            answer = await self._in_time(message, limit_s)
+            answer = await self._in_time(message, limit_s, tell)
             self._estimates.note(method, num_bytes, self._clock() - began)
             return answer
 
@@ -215,7 +224,7 @@ class ChildEngine(EngineClient):
             self._child.kill("it did not end")
             await self._listening
 
-    async def _in_time(self, message: Message, limit_s: float) -> Message:
+    async def _in_time(self, message: Message, limit_s: float, tell: Tell | None = None) -> Message:
         """The answer; a child that takes longer is killed."""
         child, task = self._child, asyncio.current_task()
         if child is None:
@@ -223,7 +232,7 @@ class ChildEngine(EngineClient):
         self._due[task] = self._clock() + limit_s
         try:
             async with asyncio.timeout(limit_s):
-                return await child.ask(message)
+                return await child.ask(message, tell)
         except TimeoutError:
             method = message.fields.get("method", "its start")
             child.kill(f"it hung: no answer to {method} within {limit_s:g} s")

@@ -1,7 +1,7 @@
 """The trainer's control flow: own runs, read their logs, plan, execute, commit.
 
 Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
-itself once a second. `_run_cycles` plans and executes, one engine call at a time. `_mind_engine`
+itself once a second. `Cycles.run` plans and executes, one engine call at a time. `_mind_engine`
 leaves every run when the engine has died, and starts another. Each run commits for itself
 (OwnedRun), so that the engine goes on while results are stored and committed.
 """
@@ -9,7 +9,6 @@ leaves every run when the engine has died, and starts another. Each run commits 
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -21,23 +20,21 @@ from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
-from luthier_core.owner import Diverged
 from luthier_core.protocol import (
     Left,
     drive,
-    execute_next,
     feed,
     gap_is_overdue,
     give_up_gap,
     take_over,
 )
-from luthier_trainer.effects import NotRebuilt, RunEffects
+from luthier_trainer.cycles import Cycles
+from luthier_trainer.effects import RunEffects
 from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.engine_watch import GIVEN_UP, EngineWatch
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.frames import OutOfMemory
 from luthier_trainer.owned_run import OwnedRun
-from luthier_trainer.planner import Head, Share, plan
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -71,20 +68,23 @@ class Worker:
         self._executor = executor
         self._engine = executor.engine
         self._snapshots = snapshots
-        self._cycles = itertools.count(first_cycle)
         self._clock = clock
         self._runs: dict[str, OwnedRun] = {}
         self._hinted: set[str] = set()
         self._news = asyncio.Event()
-        self._ready = asyncio.Event()
         self._unowned_since: dict[str, float] = {}
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
-        self._cycling = asyncio.Lock()
-        """Held while a cycle is under way, and while there is no engine."""
         self._watch = EngineWatch(executor.engine)
-        self._executing = ""
-        """The run whose step is under way, whether or not it is still ours."""
+        self._cycles = Cycles(
+            self._runs,
+            self._watch,
+            fused=executor.fused,
+            first_cycle=first_cycle,
+            forget=self._forget,
+            put_off=self._put_off,
+            read_on=self._on_room,
+        )
         self._hints = Hints(oplog.redis, self._on_hint)
         self._draining = False
 
@@ -93,7 +93,7 @@ class Worker:
         renewing = self._lease.keep(self._config.lease_renew_s, self._engine.in_time)
         async with _background(self._hints.listen(), renewing):
             await self._hints.subscribe(keys.model_wake(self._base_model))
-            async with _background(self._follow(), self._run_cycles(), self._mind_engine()):
+            async with _background(self._follow(), self._cycles.run(), self._mind_engine()):
                 await self._lease.set_state("ready")
                 lost = asyncio.create_task(self._lease.lost.wait())
                 stopped = asyncio.create_task(stop.wait())
@@ -115,6 +115,10 @@ class Worker:
     def _on_hint(self, channel: str, text: str) -> None:
         # A new run's id comes on the model's channel; a run's own channel carries seqs.
         run_id = text if channel == keys.model_wake(self._base_model) else keys.run_of_new(channel)
+        self._hinted.add(run_id)
+        self._news.set()
+
+    def _on_room(self, run_id: str) -> None:
         self._hinted.add(run_id)
         self._news.set()
 
@@ -202,7 +206,7 @@ class Worker:
                 await self._forget(fed)
                 continue
             fed.may_have_more = len(ops) == READ_AHEAD
-        self._ready.set()
+        self._cycles.ready.set()
 
     async def _adopt(self, headers: dict[str, RunHeader]) -> None:
         """Take the runs that have work and no live owner; let go of those that have neither."""
@@ -219,7 +223,7 @@ class Worker:
             is_mine = header.owner == self._lease.owner
             if not is_mine and _is_live(header.owner, workers):
                 continue
-            if run_id == self._executing:
+            if run_id in self._cycles.executing:
                 continue  # a step from before would meet the state that is rebuilt
             if not self._is_my_turn(run_id, trainers):
                 continue
@@ -263,7 +267,7 @@ class Worker:
             if isinstance(error, OutOfMemory):
                 self._watch.not_rebuilt(run_id)
             log.exception("cannot take %s over; trying again in %g s", run_id, TAKE_OVER_PAUSE_S)
-            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
+            self._put_off(run_id)
             return
         if tenure is None:
             return  # another worker was first
@@ -274,12 +278,16 @@ class Worker:
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
-        run.alone = self._watch.suspects(run_id)
+        effects.alone = self._watch.suspects(run_id)
         self._runs[run_id] = run
         run.start()
         await self._hints.subscribe(keys.run_new(run_id))
         epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
+
+    def _put_off(self, run_id: str) -> None:
+        """Do not take this run over for a while."""
+        self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
 
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
@@ -298,7 +306,7 @@ class Worker:
                 return False
             finally:
                 run.paused = False
-                self._ready.set()
+                self._cycles.ready.set()
         return False
 
     async def _forget(self, run: OwnedRun) -> None:
@@ -318,7 +326,7 @@ class Worker:
         """Whenever the engine has died: leave every run; those with work are taken over anew."""
         while True:
             await self._watch.died()
-            async with self._cycling:  # who was under way has been blamed
+            async with self._cycles.lock:  # who was under way has been blamed
                 await self._leave_all()
                 await self._watch.start_anew()
             self._news.set()
@@ -334,81 +342,6 @@ class Worker:
         for run in runs:
             await self._forget(run)
             self._hinted.add(run.tenure.run_id)
-
-    # --- executing --------------------------------------------------------------------------------
-
-    async def _run_cycles(self) -> None:
-        while True:
-            await self._ready.wait()
-            self._ready.clear()
-            while share := plan(self._heads()):
-                async with self._cycling:
-                    with metrics.CYCLE_SECONDS.time():
-                        await self._run_share(share, next(self._cycles))
-
-    async def _run_share(self, share: Share, cycle: int) -> None:
-        """Carry a share out; while another tenant waits, no more of it than must be."""
-        for num_ops in range(1, len(share.kinds) + 1):
-            self._executing = share.run_id
-            await self._run_step(share.run_id, cycle)
-            self._executing = ""
-            if share.may_end_after(num_ops) and self._others_wait(share.tenant):
-                return
-
-    def _heads(self) -> list[Head]:
-        return [
-            Head(run_id, run.tenant, run.waiting_kinds, run.last_cycle)
-            for run_id, run in self._runs.items()
-        ]
-
-    def _others_wait(self, tenant: str) -> bool:
-        return any(run.waiting_kinds for run in self._runs.values() if run.tenant != tenant)
-
-    async def _run_step(self, run_id: str, cycle: int) -> None:
-        """Carry out the next step of a run and hand its commit over."""
-        run = self._runs.get(run_id)
-        if run is None or run.paused or not run.owner.num_queued:
-            return
-        run.last_cycle = run.effects.cycle = cycle
-        if run.tenure.depth == 1:
-            await run.commits.join()
-        try:
-            await self._carry_out(run)
-        except Diverged as error:
-            log.error("%s diverged: %s", run_id, error)
-            metrics.REPLAY_MISMATCHES.inc()
-            reason = f"the run's state could not be rebuilt after a restart: {error}"
-            run.owner.break_run(reason)
-        except EngineDied as death:
-            await self._watch.blame(run, death)
-        except NotRebuilt as error:
-            log.error("leaving a run for %g s: %s", TAKE_OVER_PAUSE_S, error)
-            self._watch.not_rebuilt(run_id)
-            self._not_before[run_id] = self._clock() + TAKE_OVER_PAUSE_S
-            await self._forget(run)
-        except Left as error:
-            log.warning("leaving a run: %s", error)
-            await self._forget(run)
-
-    async def _carry_out(self, run: OwnedRun) -> None:
-        """Execute the next op of a run, hand its commit over, and copy the state if it is time."""
-        run_id = run.tenure.run_id
-        carried_out = await drive(execute_next(run.tenure), run.effects.perform)
-        if carried_out is not None and carried_out[0].publish:
-            await run.commits.put(carried_out)
-            run.alone = False
-            self._watch.acquit(run_id)
-        if self._runs.get(run_id) is not run:
-            return  # a commit found the run taken over
-        if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
-            await run.snapshotter.executed(carried_out[0], run.effects.execute_s)
-            run.snapshotter.store_if_committed()
-        if run.effects.state_is_unknown:
-            await run.commits.join()
-            await self._forget(run)
-        elif run.may_have_more and run.owner.num_queued < READ_AHEAD // 2:
-            self._hinted.add(run_id)
-            self._news.set()
 
     async def _drain(self) -> None:
         """Let what has been executed be committed, then let others have the runs."""

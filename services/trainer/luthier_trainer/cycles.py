@@ -1,0 +1,143 @@
+"""Plans clock cycles and executes them: several runs' next ops, one engine call at a time."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+
+from luthier_core import metrics
+from luthier_core.oplog import READ_AHEAD
+from luthier_core.owner import Diverged
+from luthier_core.protocol import Left, drive, execute_next
+from luthier_trainer.effects import NotRebuilt
+from luthier_trainer.engine_client import EngineDied
+from luthier_trainer.engine_watch import EngineWatch
+from luthier_trainer.owned_run import OwnedRun
+from luthier_trainer.planner import Head, Planner, Share
+
+log = logging.getLogger(__name__)
+
+CYCLE_TOKENS = 16 * 1024
+"""How long an op that comes now may wait for those that are under way."""
+
+
+class Cycles:
+    """The execution of one worker's runs."""
+
+    def __init__(
+        self,
+        runs: Mapping[str, OwnedRun],
+        watch: EngineWatch,
+        *,
+        fused: bool,
+        first_cycle: int,
+        forget: Callable[[OwnedRun], Awaitable[None]],
+        put_off: Callable[[str], None],
+        read_on: Callable[[str], None],
+    ) -> None:
+        """`runs`: those that the worker owns now. With `fused`, a cycle's runs go side by side.
+
+        `forget` lets a run go, `put_off` has it taken over later only; `read_on` asks for more of
+        its log.
+        """
+        self.ready = asyncio.Event()
+        """Set it when something may be waiting."""
+        self.lock = asyncio.Lock()
+        """Held while a cycle is under way; hold it while there is no engine."""
+        self.executing: set[str] = set()
+        """The runs whose steps are under way, whether or not they are still ours."""
+        self._runs = runs
+        self._watch = watch
+        self._fused = fused
+        self._numbers = itertools.count(first_cycle)
+        self._planner = Planner(CYCLE_TOKENS)
+        self._forget = forget
+        self._put_off = put_off
+        self._read_on = read_on
+
+    async def run(self) -> None:
+        """Cycle after cycle, for ever."""
+        while True:
+            await self.ready.wait()
+            self.ready.clear()
+            while shares := self._planner.plan(self._heads()):
+                async with self.lock:
+                    with metrics.CYCLE_SECONDS.time():
+                        await self._run_cycle(shares, next(self._numbers))
+
+    def _heads(self) -> list[Head]:
+        return [
+            Head(run_id, run.tenant, run.waiting, run.last_cycle)
+            for run_id, run in self._runs.items()
+        ]
+
+    async def _run_cycle(self, shares: Sequence[Share], cycle: int) -> None:
+        """The shares, of different runs, one after the other, or so that they can share passes."""
+        tenants = {run.tenant for run in self._runs.values() if run.waiting}
+        if self._fused:
+            async with asyncio.TaskGroup() as group:
+                for share in shares:
+                    group.create_task(self._run_share(share, cycle, tenants))
+        else:
+            for share in shares:
+                await self._run_share(share, cycle, tenants)
+
+    async def _run_share(self, share: Share, cycle: int, tenants: Set[str]) -> None:
+        """Carry a share out; no more of it than must be if a tenant beside `tenants` comes."""
+        num_ops = 0
+        while num_ops < len(share.ops):
+            if (not num_ops or share.may_end_after(num_ops)) and self._another_waits(tenants):
+                break
+            self.executing.add(share.run_id)
+            await self._run_step(share.run_id, cycle)
+            self.executing.discard(share.run_id)
+            num_ops += 1
+        self._planner.give_back(share, num_ops)
+
+    def _another_waits(self, tenants: Set[str]) -> bool:
+        return any(run.waiting for run in self._runs.values() if run.tenant not in tenants)
+
+    async def _run_step(self, run_id: str, cycle: int) -> None:
+        """Carry out the next step of a run and hand its commit over."""
+        run = self._runs.get(run_id)
+        if run is None or run.paused or not run.owner.num_queued:
+            return
+        run.last_cycle = run.effects.cycle = cycle
+        if run.tenure.depth == 1:
+            await run.commits.join()
+        try:
+            await self._carry_out(run)
+        except Diverged as error:
+            log.error("%s diverged: %s", run_id, error)
+            metrics.REPLAY_MISMATCHES.inc()
+            reason = f"the run's state could not be rebuilt after a restart: {error}"
+            run.owner.break_run(reason)
+        except EngineDied as death:
+            await self._watch.blame(run, death)
+        except NotRebuilt as error:
+            log.error("leaving a run for a while: %s", error)
+            self._watch.not_rebuilt(run_id)
+            self._put_off(run_id)
+            await self._forget(run)
+        except Left as error:
+            log.warning("leaving a run: %s", error)
+            await self._forget(run)
+
+    async def _carry_out(self, run: OwnedRun) -> None:
+        """Execute the next op of a run, hand its commit over, and copy the state if it is time."""
+        run_id = run.tenure.run_id
+        carried_out = await drive(execute_next(run.tenure), run.effects.perform)
+        if carried_out is not None and carried_out[0].publish:
+            await run.commits.put(carried_out)
+            run.effects.alone = False
+            self._watch.acquit(run_id)
+        if self._runs.get(run_id) is not run:
+            return  # a commit found the run taken over
+        if run.snapshotter is not None and carried_out and not run.effects.state_is_unknown:
+            await run.snapshotter.executed(carried_out[0], run.effects.execute_s)
+            run.snapshotter.store_if_committed()
+        if run.effects.state_is_unknown:
+            await run.commits.join()
+            await self._forget(run)
+        elif run.may_have_more and run.owner.num_queued < READ_AHEAD // 2:
+            self._read_on(run_id)
