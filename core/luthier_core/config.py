@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from luthier_core.errors import ConfigError
 
@@ -176,17 +176,31 @@ class HousekeepingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Traces for OpenTelemetry; needs the extra `tracing`."""
+
+    otlp_endpoint: str = ""
+    """http://host:4318 of a collector that takes OTLP over HTTP; empty: no traces."""
+    sample_ratio: float = 1.0
+    """Of the requests that bring no trace of their own; those that do are as they say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole deployment. Every service reads the same file and uses its part."""
 
-    redis_url: str
-    """redis://host:port/0 or unix:///path/to/socket."""
+    redis_url: str = field(repr=False)
+    """redis://host:port/0, rediss://... (TLS) or unix:///path/to/socket. Its user and password come
+    from the environment (REDIS_USERNAME, REDIS_PASSWORD)."""
     store_url: str
     """file:///absolute/folder, or s3+http://host:port/bucket, s3+https://host/bucket?region=..."""
     registry_url: str
-    """http://host:port or unix:///path/to/socket."""
+    """http://host:port or unix:///path/to/socket: where gateways find the registry."""
     secret_file: str
     """File with the server secret: 32 random bytes in hex, readable by its owner only."""
+    registry_listen: str = ""
+    """HOST:PORT at which the registry listens; empty: at registry_url. For where something stands
+    between, such as a Service of Kubernetes, whose address the registry cannot take."""
     allow_volatile_redis: bool = False
     """Start on a Redis that may forget what it accepted: without AOF, or one that evicts."""
     public_url: str = ""
@@ -204,6 +218,7 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     s3_access_key: str = field(default="", repr=False)
     """From the environment (AWS_ACCESS_KEY_ID) only, never from the file."""
     s3_secret_key: str = field(default="", repr=False)
@@ -273,8 +288,31 @@ def parse_config(table: Mapping[str, Any], environ: Mapping[str, str]) -> Config
             raise ConfigError(f"{name}: set {_ENVIRON_ONLY[name]} in the environment instead")
     secrets = {name: environ.get(variable, "") for name, variable in _ENVIRON_ONLY.items()}
     config: Config = _build(Config, {**table, **secrets}, "")
+    config = _with_redis_password(config, environ)
     _check(config)
     return config
+
+
+def _with_redis_password(config: Config, environ: Mapping[str, str]) -> Config:
+    """The configuration with the user and password of Redis in its URLs, where they are given."""
+    password = environ.get("REDIS_PASSWORD", "")
+    if not password:
+        return config
+    login = f"{quote(environ.get('REDIS_USERNAME', ''), safe='')}:{quote(password, safe='')}@"
+
+    def signed(url: str) -> str:
+        parts = urlsplit(url)
+        if not parts.hostname or "@" in parts.netloc:
+            return url  # a socket's folder says who may, and a URL with a login has its own
+        return urlunsplit(parts._replace(netloc=login + parts.netloc))
+
+    return dataclasses.replace(
+        config,
+        redis_url=signed(config.redis_url),
+        housekeeping=dataclasses.replace(
+            config.housekeeping, broker_url=signed(config.housekeeping.broker_url)
+        ),
+    )
 
 
 def dump_config(config: Config) -> str:
@@ -365,6 +403,8 @@ def _check(config: Config) -> None:
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     if config.sampler.max_running > config.sampler.max_step_tokens:
         raise ConfigError("sampler.max_running: must not be above sampler.max_step_tokens")
+    if not 0 <= config.tracing.sample_ratio <= 1:
+        raise ConfigError(f"tracing.sample_ratio: {config.tracing.sample_ratio} is not 0..1")
     if not 0 <= config.gateway.port <= 65535:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
     if config.gateway.tenant_requests_at_once < 1:

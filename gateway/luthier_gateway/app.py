@@ -27,6 +27,7 @@ from luthier_gateway import (
     futures,
     health,
     moves,
+    observing,
     openapi,
     queues,
     rest,
@@ -139,12 +140,13 @@ def needs_key(path: str) -> bool:
 def build_app(config: Config) -> web.Application:
     """The application; its connections open when it starts and close when it stops."""
     app = web.Application(
-        middlewares=[hold_failed_polls, answer_errors, authenticate],
+        middlewares=[observing.observe, hold_failed_polls, answer_errors, authenticate],
         client_max_size=config.gateway.max_body_bytes,
         handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
     access.check_rules(route for route in routes() if needs_key(route.path))
+    app[observing.DELIVERED] = observing.Delivered()
     description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
     # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
     app[openapi.DESCRIPTION] = json.dumps(description).encode()

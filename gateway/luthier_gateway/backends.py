@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar, cast
 import orjson
 from aiohttp import web
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs
+from luthier_core.caller import CALLER
 from luthier_core.config import Config
 from luthier_core.errors import BadRequest, InvalidField, NotFound, Unauthorized, Unavailable
 from luthier_core.futures import Futures
@@ -86,6 +87,8 @@ class Backends:
             run = await self._runs.get(run_id)
             if run.tenant == tenant:
                 return run
+            if (caller := CALLER.get()) is not None:
+                metrics.FOREIGN_IDS.labels(caller.key_id).inc()
         raise NotFound(f"{field}={run_id[:100]!r}")
 
     async def live_run(self, tenant: str, run_id: str) -> RunFacts:

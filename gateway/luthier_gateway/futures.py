@@ -23,6 +23,7 @@ from luthier_core.transcode import forward_backward_json, result_json, sample_js
 from luthier_core.types import CancelFuture, RetrieveFuture, RetrieveFutures, parse
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import PATIENT_POLLS_SINCE, is_before
+from luthier_gateway.observing import DELIVERED
 from luthier_gateway.queue_state import NO_ROOM, REDIS_AWAY, QueueState, queue_state
 from luthier_gateway.submit import off_loop_if_large
 from luthier_gateway.web_io import PROTOBUF, json_response, read_body
@@ -260,6 +261,7 @@ async def _deliver(
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
     await failpoint("gw.deliver", future.kind)
+    request.app[DELIVERED].note(request.path, future, response)
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):

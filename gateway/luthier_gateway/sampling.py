@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.errors import BadRequest, InvalidField, LuthierError, NotFound, TooManyRequests
 from luthier_core.failpoints import failpoint
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome
@@ -99,6 +99,8 @@ async def enqueue(
     backends: Backends, sampler: SamplerRecord, seq: str, digest: str, job: dict[str, str | bytes]
 ) -> None:
     """Queue a job, or what a refused request came to; TooManyRequests if the queue is full."""
+    if "state" not in job and (carrier := tracing.carried()):
+        job = {**job, "trace": carrier}
     status = await backends.oplog.enqueue(
         tenant=sampler.tenant,
         base_model=sampler.base_model,

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from aiohttp import web
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.caller import CALLER, REFUSAL
 from luthier_core.errors import (
     BadRequest,
@@ -119,6 +120,7 @@ async def submit(
             case Admit(op):
                 await failpoint("gw.admit", kind)
                 limits = backends.config.limits
+                op = replace(op, trace=tracing.carried())
                 return await backends.oplog.admit(op, tenant=tenant, limits=limits, header=header)
             case Announce():
                 await backends.oplog.announce_run(base_model, run_id, time.time())

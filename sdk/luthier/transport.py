@@ -29,6 +29,7 @@ from luthier.errors import (
 )
 from luthier.progress import StatusLine
 from luthier.settings import Settings
+from luthier.tracing import put_trace
 
 if TYPE_CHECKING:
     import aiohttp
@@ -215,6 +216,7 @@ class Transport:
             del sent["Content-Type"]
         else:
             sent.setdefault("X-Idempotency-Key", f"luthier-{uuid.uuid4()}")
+        put_trace(sent)
         return sent
 
 

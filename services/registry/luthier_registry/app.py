@@ -25,7 +25,7 @@ from luthier_core.errors import (
     Unavailable,
 )
 from luthier_core.failpoints import failpoint
-from luthier_core.oplog import REDIS_ERRORS, connect
+from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
 from luthier_core.usage import Prices
 from luthier_registry import admin_calls, checkpoint_calls, usage_calls
@@ -37,6 +37,7 @@ from luthier_registry.copies import Copies
 from luthier_registry.housekeeping import build_jobs
 from luthier_registry.identity import Identities
 from luthier_registry.lists import Lists
+from luthier_registry.observing import Observer
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -57,6 +58,7 @@ from luthier_registry.web_io import (
     COPIES,
     IDENTITIES,
     JOBS,
+    OBSERVER,
     RETENTION,
     SESSIONS,
     STORE,
@@ -143,6 +145,7 @@ def build_app(
             )
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
+            app[OBSERVER] = Observer(Oplog(client), jobs, config.model_names, clock=now)
             async with contextlib.AsyncExitStack() as running:
                 if keeps_house and config.housekeeping.runner == "registry":
                     keeping = asyncio.create_task(jobs.keep_running())
@@ -227,8 +230,14 @@ async def livez(request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     """Redis and the object store answer as well."""
-    await request.app[STORE].check()
+    await unready(request.app)
     return web.json_response({"status": "ok"})
+
+
+async def unready(app: web.Application) -> str:
+    """Empty if this process can serve; raises what is away."""
+    await app[STORE].check()
+    return ""
 
 
 async def get_key(request: web.Request) -> web.Response:

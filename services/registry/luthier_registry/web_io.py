@@ -15,6 +15,7 @@ from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
 from luthier_registry.identity import Identities
 from luthier_registry.jobs import Jobs
+from luthier_registry.observing import Observer
 from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
@@ -31,6 +32,7 @@ IDENTITIES = web.AppKey("identities", Identities)
 AUDIT = web.AppKey("audit", Audit)
 USAGE = web.AppKey("usage", Usage)
 JOBS = web.AppKey("jobs", Jobs)
+OBSERVER = web.AppKey("observer", Observer)
 DETAILS = web.RequestKey("details", dict[str, Any])
 """What a handler adds to the audit entry of its call."""
 MAX_PAGE = 1000

@@ -12,6 +12,7 @@ from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import load_base_model
 from luthier_model.packed_linear import pack_linears
 from luthier_sampler.engine import Engine
+from luthier_sampler.observing import EngineObserver
 from luthier_sampler.worker import Worker
 
 
@@ -21,13 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _work(parts: WorkerParts) -> None:
     settings = parts.config.sampler
+    engine = await parts.load(lambda: _load(parts.model, settings))
+    parts.ops.before_scrape.append(EngineObserver(engine, settings).refresh)
     worker = Worker(
         base_model=parts.model.name,
         config=settings,
         lease=parts.lease,
         oplog=parts.oplog,
         blobs=parts.blobs,
-        engine=await parts.load(lambda: _load(parts.model, settings)),
+        engine=engine,
     )
     await worker.run(parts.stop)
 

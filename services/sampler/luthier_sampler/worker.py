@@ -8,13 +8,14 @@ jobs of one that stays away are claimed by the others.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_files
 from luthier_core.config import SamplerConfig
@@ -27,6 +28,7 @@ from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
 from luthier_core.types import Sample
 from luthier_sampler.engine import Engine, Finished
 from luthier_sampler.jobs import request_of, usage_of
+from luthier_sampler.observing import note_finished
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,6 +69,8 @@ class Worker:
         self._engine = engine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._jobs: dict[str, SamplingJob] = {}
+        self._began: dict[str, float] = {}
+        """Request -> when it was claimed, in seconds since the epoch."""
         self._tasks: set[asyncio.Task[None]] = set()
         """One per job that is being admitted or settled."""
         self._work = asyncio.Event()
@@ -165,6 +169,8 @@ class Worker:
     async def _admit(self, job: SamplingJob) -> None:
         """Give the job to the engine, with its adapter; a job it refuses fails."""
         await failpoint("sm.claim")
+        tracing.note_queued(job.trace)
+        self._began[job.request_id] = time.time()
         try:
             request = request_of(job, Sample.model_validate_json(await self._body_of(job)))
             if job.inflight_run and (newest := await self._oplog.published(job.inflight_run)):
@@ -242,6 +248,7 @@ class Worker:
     def _cancel(self, request_id: str) -> None:
         """A hint: whoever has this request gives its blocks back. Its outcome is stored already."""
         if self._jobs.pop(request_id, None) is not None:
+            self._began.pop(request_id, None)
             self._thread.submit(self._engine.cancel, request_id)
             self._room.set()
 
@@ -253,6 +260,7 @@ class Worker:
                 await failpoint("sm.gen")
                 finished, partials = await self._on_engine(self._step)
                 for item in finished:
+                    note_finished(item)
                     self._spawn(group, self._finish(item))
                 with contextlib.suppress(asyncio.QueueFull):
                     for partial in partials.items():
@@ -290,6 +298,8 @@ class Worker:
         while True:
             try:
                 await self._oplog.settle(job, self._base_model, outcome)
+                began_s = self._began.pop(job.request_id, time.time())
+                tracing.note_since("sample", job.trace, began_s, request_id=job.request_id)
                 break
             except REDIS_ERRORS:
                 log.warning("redis is away; settling %s again", job.request_id)

@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 
+from luthier_core import metrics
 from luthier_core.oplog import READ_AHEAD
 from luthier_core.owner import Diverged
 from luthier_core.protocol import Left, drive, execute_next
@@ -64,7 +65,8 @@ class Cycles:
             self.ready.clear()
             while shares := self._planner.plan(self._heads()):
                 async with self.lock:
-                    await self._run_cycle(shares, next(self._numbers))
+                    with metrics.CYCLE_SECONDS.time():
+                        await self._run_cycle(shares, next(self._numbers))
 
     def _heads(self) -> list[Head]:
         return [
@@ -110,6 +112,7 @@ class Cycles:
             await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
+            metrics.REPLAY_MISMATCHES.inc()
             await self._recoveries.give_up(run, str(error))
         except EngineDied as death:
             await self._watch.blame(run, death)

@@ -43,6 +43,7 @@ from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.execution import Finish as Rest
 from luthier_trainer.frames import OutOfMemory
+from luthier_trainer.observing import EffectWatch
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -111,9 +112,13 @@ class RunEffects:
         self._blobs = blobs
         self._executor = executor
         self._snapshots = snapshots
+        self._watch = EffectWatch()
 
     async def perform(self, effect: Effect) -> Any:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
+        return await self._watch.watch(effect, self._perform(effect))
+
+    async def _perform(self, effect: Effect) -> Any:
         oplog = self._oplog
         if (point := _POINTS.get(type(effect))) is not None:
             await failpoint(point, getattr(effect, "kind", ""))

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
 from luthier_core.failpoints import failpoint
@@ -117,6 +117,13 @@ class Worker:
                 stopped.cancel()
                 self._draining = True
             await self._drain()
+
+    async def observe(self) -> None:
+        """Set the gauges of the runs held now."""
+        snapshotters = (run.snapshotter for run in self._runs.values())
+        ages = [snapshotter.age_s for snapshotter in snapshotters if snapshotter is not None]
+        metrics.OWNED_RUNS.set(len(self._runs))
+        metrics.SNAPSHOT_AGE_SECONDS.set(max(ages, default=0.0))
 
     # --- owning and reading -----------------------------------------------------------------------
 
