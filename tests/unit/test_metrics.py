@@ -24,7 +24,7 @@ from luthier_trainer.observing import EffectWatch
 
 HEAD = Head(2, "trainer-0/abc")
 OUTCOME = Outcome(state="completed")
-COMMIT = Commit("r", 2, 1, OUTCOME, Gradient.KEPT, "")
+COMMIT = Commit("r", 2, 1, OUTCOME, Gradient.KEPT, "", Kind.FORWARD_BACKWARD)
 
 
 def value(name: str, **labels: str) -> float:
