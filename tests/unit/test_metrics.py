@@ -57,8 +57,18 @@ FAULTS = [
     (COMMIT, Attempt("ORDER"), "luthier_trainer_out_of_order_total", {"effect": "commit"}),
     (Acquire("r", 2, "w"), None, "luthier_trainer_fenced_total", {"effect": "acquire"}),
     (CasHead("r", HEAD, ""), None, "luthier_trainer_head_conflicts_total", {}),
-    (Begin("r", 2, 1), Attempt("OK", 3, 3), "luthier_trainer_quarantined_ops_total", {}),
-    (Begin("r", 2, 1), Attempt("OK", 11, 0), "luthier_trainer_quarantined_ops_total", {}),
+    (
+        Begin("r", 2, 1, Kind.FORWARD_BACKWARD),
+        Attempt("OK", 3, 3),
+        "luthier_trainer_quarantined_ops_total",
+        {},
+    ),
+    (
+        Begin("r", 2, 1, Kind.FORWARD_BACKWARD),
+        Attempt("OK", 11, 0),
+        "luthier_trainer_quarantined_ops_total",
+        {},
+    ),
     (FailRange("r", 2, range(3), OUTCOME), "OK", "luthier_trainer_gaps_given_up_total", {}),
 ]
 
@@ -74,8 +84,8 @@ async def test_what_goes_well_is_no_fault():
     before = {name: value(name, **labels) for _, _, name, labels in FAULTS}
     watch = EffectWatch()
     await answered(watch, Acquire("r", 1, "w"), (1, 0))
-    await answered(watch, Begin("r", 1, 1), Attempt("OK", 1, 0))
-    await answered(watch, Begin("r", 1, 2), Attempt("OK", 2, 2))
+    await answered(watch, Begin("r", 1, 1, Kind.FORWARD_BACKWARD), Attempt("OK", 1, 0))
+    await answered(watch, Begin("r", 1, 2, Kind.FORWARD_BACKWARD), Attempt("OK", 2, 2))
     await answered(watch, COMMIT, Attempt("ALREADY"))
     await answered(watch, CasHead("r", HEAD, ""), "etag")
     assert before == {name: value(name, **labels) for _, _, name, labels in FAULTS}
@@ -91,7 +101,7 @@ async def test_a_recovery_lasts_until_the_first_new_op():
     assert value("luthier_trainer_replayed_ops_total") == replayed + 1
     clock.now += 7
     for seq in (2, 3):
-        await answered(watch, Begin("r", 2, seq), Attempt("OK", 1, 0))
+        await answered(watch, Begin("r", 2, seq, Kind.FORWARD_BACKWARD), Attempt("OK", 1, 0))
         clock.now += 100
     assert value("luthier_trainer_recoveries_total") == num_before + 1
     assert value("luthier_trainer_recovery_seconds_sum") == before + 7
@@ -101,7 +111,7 @@ async def test_a_new_run_is_no_recovery():
     before = value("luthier_trainer_recoveries_total")
     watch = EffectWatch()
     await answered(watch, Acquire("r", 1, "w"), (0, -1))
-    await answered(watch, Begin("r", 1, 0), Attempt("OK", 1, 0))
+    await answered(watch, Begin("r", 1, 0, Kind.FORWARD_BACKWARD), Attempt("OK", 1, 0))
     assert value("luthier_trainer_recoveries_total") == before
 
 
