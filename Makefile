@@ -9,6 +9,9 @@ READY := $(VENV)/.ready
 FUZZ_VENV ?= .venv-fuzz
 FUZZ_READY := $(FUZZ_VENV)/.ready
 FUZZ_SECONDS ?= 300
+DEPLOY_VENV ?= .venv-deploy
+DEPLOY_READY := $(DEPLOY_VENV)/.ready
+
 MALFORMED ?= 6000
 COOKBOOK ?= 0.6.1
 COOKBOOK_VENV ?= .venv-cookbook
@@ -18,8 +21,8 @@ VLLM_READY := $(VLLM_VENV)/.ready
 TEST_PROCESSES ?= 2
 
 .PHONY: quickstart setup fmt check up proto reference build
-.PHONY: test test-s3 test-vllm malicious malformed sim sim-long cluster-long fuzz compat compat-newest cookbook
-.PHONY: bench bench-log bench-listing
+.PHONY: test test-s3 test-vllm malicious malformed sim sim-long cluster-long chaos chaos-long fuzz
+.PHONY: compat compat-newest cookbook bench bench-log bench-listing deploy-check alerts roll
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
 	$(BIN)/luthier up --data $(DATA) --port 0 --run '$(BIN)/python examples/pig_latin.py'
@@ -53,6 +56,13 @@ sim-long: $(READY)                      ## 20,000, and how often each planted bu
 cluster-long: $(READY)                  ## 50 trials on real processes, then planted bugs: half an hour
 	$(BIN)/python tests/cluster/run.py --trials 50 --planted
 
+chaos: $(READY)                         ## the whole service, killed at every crash point: < 10 minutes
+	$(BIN)/python tests/chaos/run.py
+
+chaos-long: $(READY)                    ## 900 faulted runs with a toy engine, 100 with torch, planted bugs
+	$(BIN)/python tests/chaos/run.py --long
+	$(BIN)/python tests/chaos/run.py --planted
+
 fuzz: $(READY) $(FUZZ_READY)            ## generated requests for FUZZ_SECONDS, from the OpenAPI description
 	$(BIN)/python tests/fuzz/run.py --schemathesis $(FUZZ_VENV)/bin/st --seconds $(FUZZ_SECONDS)
 
@@ -66,7 +76,7 @@ malformed: $(READY)                     ## MALFORMED malformed requests, a good 
 	$(BIN)/python -m tests.fuzz.malformed_run --cases $(MALFORMED)
 
 test: $(READY)                          ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu and not deploy" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # A Ceph RGW of its own: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
 test-s3: $(READY)                       ## stores and the life of checkpoints: on disk, moto, Ceph RGW
@@ -125,3 +135,20 @@ bench-listing: $(READY)                 ## pages of 100,000 checkpoints and 10,0
 
 build: $(READY)                         ## the wheel, into dist/
 	$(BIN)/python -m build --wheel
+
+# kubectl, and promtool of Debian's package prometheus, are to be on PATH.
+deploy-check: $(READY) $(DEPLOY_READY)  ## the manifests, the image and the alert rules, without a cluster
+	PATH="$(CURDIR)/$(DEPLOY_VENV)/bin:$$PATH" deploy/check.sh
+	$(BIN)/python -m pytest -q tests/deploy -m "not deploy"
+	$(BIN)/python -m pytest -q tests/deploy/test_pods.py
+
+alerts: $(READY)                        ## a real Prometheus on a stack, and three alerts by faults
+	$(BIN)/python -m pytest -q tests/deploy/test_alerts.py
+
+roll: $(READY)                          ## restart every part under the load of the official SDK
+	$(BIN)/python -m tests.deploy.roll
+
+$(DEPLOY_READY): deploy/requirements.txt
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install --quiet -r deploy/requirements.txt
+	touch $(DEPLOY_READY)

@@ -174,3 +174,21 @@ class Queues(AdminAnswer):
 class CancelledQueue(AdminAnswer):
     run_id: str
     num_cancelled: int
+
+
+class MoveRun(WireModel):
+    """POST /api/v1/admin/runs/{run_id}/move"""
+
+    to: str | None = None
+    """Name of a trainer of the run's base model; None: any other than the one that has it."""
+
+
+class MovedRun(AdminAnswer):
+    run_id: str
+    owner: str | None
+    to: str
+
+
+class Drained(AdminAnswer):
+    trainer: str
+    drained: bool

@@ -102,6 +102,19 @@ class CopiedWeights(Answer):
     tinker_path: str
 
 
+class KeepLast(Answer):
+    keep_last: int
+
+
+class CreatedUpload(Answer):
+    upload_id: str
+
+
+class UploadedCheckpoint(Answer):
+    tinker_path: str
+    sampler_path: str
+
+
 class SamplerInfo(Answer):
     sampler_id: str
     base_model: str
@@ -131,6 +144,22 @@ class Checkpoints(Answer):
     cursor: Cursor | None
 
 
+class Recovery(Answer):
+    """The run had lost its trainer, and was rebuilt."""
+
+    at: AwareDatetime
+    cause: str
+    worker: str
+    epoch: int
+    from_seq: int
+    """Of the stored state that it began with; -1 for none."""
+    to_seq: int
+    """The ops after from_seq up to here were executed again."""
+    outcome: Literal["exact", "lost"]
+    reason: str
+    seconds: float
+
+
 class TrainingRun(Answer):
     training_run_id: str
     base_model: str
@@ -142,6 +171,8 @@ class TrainingRun(Answer):
     last_checkpoint: Checkpoint | None
     last_sampler_checkpoint: Checkpoint | None
     user_metadata: dict[str, str] | None
+    recovered: list[Recovery] | None = None
+    """Latest first; in lists of runs null."""
 
 
 class TrainingRuns(Answer):

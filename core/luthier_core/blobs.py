@@ -130,7 +130,8 @@ async def open_blobs(config: Config) -> AsyncIterator[Blobs]:
         from luthier_core.disk_blobs import DiskBlobs
 
         root = Path(unquote(url.path))
-        yield DiskBlobs(root, public_url=config.public_url, secret=config.secret())
+        secret = config.link_secret_key.encode() or config.secret()
+        yield DiskBlobs(root, public_url=config.public_url, secret=secret)
     elif url.scheme in ("s3+http", "s3+https"):
         bucket = url.path.strip("/")
         if not url.netloc or not bucket or "/" in bucket:
@@ -138,6 +139,10 @@ async def open_blobs(config: Config) -> AsyncIterator[Blobs]:
         if not (config.s3_access_key and config.s3_secret_key):
             raise ConfigError(
                 "store_url: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+            )
+        if bool(config.link_access_key) != bool(config.link_secret_key):
+            raise ConfigError(
+                "set both LUTHIER_LINK_ACCESS_KEY and LUTHIER_LINK_SECRET_KEY, or neither"
             )
         from luthier_core.s3_blobs import S3Blobs
 
@@ -147,6 +152,8 @@ async def open_blobs(config: Config) -> AsyncIterator[Blobs]:
             access_key=config.s3_access_key,
             secret_key=config.s3_secret_key,
             secure=url.scheme == "s3+https",
+            link_access_key=config.link_access_key,
+            link_secret_key=config.link_secret_key,
             region=parse_qs(url.query).get("region", ["us-east-1"])[0],
         ) as blobs:
             yield blobs

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import BadRequest, CheckpointDamaged, InvalidField
+from luthier_core.failpoints import failpoint
 from luthier_core.listing import Listing
 from luthier_core.records import CheckpointKind, CheckpointRecord, Record, RunRecord, SamplerRecord
 
@@ -121,6 +122,7 @@ async def save_checkpoint(
     check_name(name)
     expires_at = expiry(now, ttl_seconds)
     manifest, digest = await _store_files(blobs, run, kind, seq, epoch, files)
+    await failpoint("sv.name", kind)
     record = await _take_name(
         blobs,
         CheckpointRecord(
@@ -140,6 +142,7 @@ async def save_checkpoint(
         ),
         overwrite=overwrite,
     )
+    await failpoint("sv.verify", kind)
     await _check_stored(blobs, manifest)
     if kind != "ephemeral":
         await Listing(client, run.tenant).add_checkpoint(record)
@@ -201,6 +204,7 @@ async def _store_files(
     """(the manifest of (run, seq), its sha256): ours, or the one an earlier owner completed."""
     prefix = keys.checkpoint_prefix(run.tenant, run.run_id, seq, epoch)
     entries = {}
+    await failpoint("sv.blobs", kind)
     for name, data in files.items():
         await blobs.put(f"{prefix}{name}", data)
         entries[name] = ManifestFile(
@@ -209,6 +213,7 @@ async def _store_files(
     manifest = Manifest(run_id=run.run_id, seq=seq, epoch=epoch, kind=kind, files=entries)
     written = manifest.to_bytes()
     key = keys.checkpoint_manifest(run.tenant, run.run_id, seq)
+    await failpoint("sv.man", kind)
     if not await blobs.put_if_absent(key, written):
         written = await blobs.get(key)
         manifest = Manifest.from_bytes(written)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from luthier_core.errors import ConfigError
 
@@ -180,6 +180,9 @@ class HousekeepingConfig:
     """Usage is counted, and metrics are kept, this often; limits on tokens hold to within it."""
     expiry_s: float = 300.0
     storage_s: float = 300.0
+    keep_last: int = 0
+    """Checkpoints of each kind that a run keeps, unless its owner sets another number; 0: all."""
+    keep_last_s: float = 300.0
     sweep_s: float = 6 * 3600.0
     """How often objects that nothing needs are looked for."""
     trash_s: float = 24 * 3600.0
@@ -188,17 +191,31 @@ class HousekeepingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Traces for OpenTelemetry; needs the extra `tracing`."""
+
+    otlp_endpoint: str = ""
+    """http://host:4318 of a collector that takes OTLP over HTTP; empty: no traces."""
+    sample_ratio: float = 1.0
+    """Of the requests that bring no trace of their own; those that do are as they say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole deployment. Every service reads the same file and uses its part."""
 
-    redis_url: str
-    """redis://host:port/0 or unix:///path/to/socket."""
+    redis_url: str = field(repr=False)
+    """redis://host:port/0, rediss://... (TLS) or unix:///path/to/socket. Its user and password come
+    from the environment (REDIS_USERNAME, REDIS_PASSWORD)."""
     store_url: str
     """file:///absolute/folder, or s3+http://host:port/bucket, s3+https://host/bucket?region=..."""
     registry_url: str
-    """http://host:port or unix:///path/to/socket."""
+    """http://host:port or unix:///path/to/socket: where gateways find the registry."""
     secret_file: str
     """File with the server secret: 32 random bytes in hex, readable by its owner only."""
+    registry_listen: str = ""
+    """HOST:PORT at which the registry listens; empty: at registry_url. For where something stands
+    between, such as a Service of Kubernetes, whose address the registry cannot take."""
     allow_volatile_redis: bool = False
     """Start on a Redis that may forget what it accepted: without AOF, or one that evicts."""
     public_url: str = ""
@@ -216,9 +233,15 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     s3_access_key: str = field(default="", repr=False)
     """From the environment (AWS_ACCESS_KEY_ID) only, never from the file."""
     s3_secret_key: str = field(default="", repr=False)
+    link_access_key: str = field(default="", repr=False)
+    """Of an S3 identity that may only read archives and checkpoints' files: it signs the links.
+    From the environment (LUTHIER_LINK_ACCESS_KEY); empty: the store's own key signs."""
+    link_secret_key: str = field(default="", repr=False)
+    """LUTHIER_LINK_SECRET_KEY. On a folder it alone signs the links. Another one ends all links."""
 
     def model(self, name: str) -> ModelConfig:
         """The base model of that name; ConfigError with the names there are."""
@@ -258,6 +281,10 @@ class Config:
 
 
 _ENVIRON_ONLY = {"s3_access_key": "AWS_ACCESS_KEY_ID", "s3_secret_key": "AWS_SECRET_ACCESS_KEY"}
+_ENVIRON_ONLY |= {
+    "link_access_key": "LUTHIER_LINK_ACCESS_KEY",
+    "link_secret_key": "LUTHIER_LINK_SECRET_KEY",
+}
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -276,8 +303,31 @@ def parse_config(table: Mapping[str, Any], environ: Mapping[str, str]) -> Config
             raise ConfigError(f"{name}: set {_ENVIRON_ONLY[name]} in the environment instead")
     secrets = {name: environ.get(variable, "") for name, variable in _ENVIRON_ONLY.items()}
     config: Config = _build(Config, {**table, **secrets}, "")
+    config = _with_redis_password(config, environ)
     _check(config)
     return config
+
+
+def _with_redis_password(config: Config, environ: Mapping[str, str]) -> Config:
+    """The configuration with the user and password of Redis in its URLs, where they are given."""
+    password = environ.get("REDIS_PASSWORD", "")
+    if not password:
+        return config
+    login = f"{quote(environ.get('REDIS_USERNAME', ''), safe='')}:{quote(password, safe='')}@"
+
+    def signed(url: str) -> str:
+        parts = urlsplit(url)
+        if not parts.hostname or "@" in parts.netloc:
+            return url  # a socket's folder says who may, and a URL with a login has its own
+        return urlunsplit(parts._replace(netloc=login + parts.netloc))
+
+    return dataclasses.replace(
+        config,
+        redis_url=signed(config.redis_url),
+        housekeeping=dataclasses.replace(
+            config.housekeeping, broker_url=signed(config.housekeeping.broker_url)
+        ),
+    )
 
 
 def dump_config(config: Config) -> str:
@@ -362,11 +412,15 @@ def _check(config: Config) -> None:
         raise ConfigError("trainer.nonfinite: must be fail or apply")
     if config.housekeeping.runner not in ("registry", "celery"):
         raise ConfigError("housekeeping.runner: must be registry or celery")
+    if config.housekeeping.keep_last < 0:
+        raise ConfigError("housekeeping.keep_last: must be 0 or more")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
     _check_sampler_engine(config.sampler)
     if config.sampler.max_running > config.sampler.max_step_tokens:
         raise ConfigError("sampler.max_running: must not be above sampler.max_step_tokens")
+    if not 0 <= config.tracing.sample_ratio <= 1:
+        raise ConfigError(f"tracing.sample_ratio: {config.tracing.sample_ratio} is not 0..1")
     if not 0 <= config.gateway.port <= 65535:
         raise ConfigError(f"gateway.port: {config.gateway.port} is not 0..65535")
     if config.gateway.tenant_requests_at_once < 1:

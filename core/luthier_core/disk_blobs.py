@@ -5,16 +5,18 @@ Several processes of one machine may share the folder; a network file system is 
 """
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import hmac
+import logging
 import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from luthier_core.blobs import (
@@ -25,7 +27,11 @@ from luthier_core.blobs import (
     check_key,
     check_prefix,
 )
+from luthier_core.errors import Unavailable
 
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 READ_INLINE_BYTES = 64 * 1024
@@ -62,13 +68,13 @@ class DiskBlobs:
         self._remove_abandoned()
 
     async def put(self, key: str, data: bytes) -> str:
-        return await asyncio.to_thread(self._replace, self._path(key), data)
+        return await _writing(self._replace, self._path(key), data)
 
     async def put_if_absent(self, key: str, data: bytes) -> bool:
-        return await asyncio.to_thread(self._create, self._path(key), data)
+        return await _writing(self._create, self._path(key), data)
 
     async def put_if_match(self, key: str, data: bytes, etag: str) -> str | None:
-        return await asyncio.to_thread(self._swap, self._path(key), data, etag)
+        return await _writing(self._swap, self._path(key), data, etag)
 
     async def get(self, key: str) -> bytes:
         return await self._read(key, Path.read_bytes)
@@ -88,14 +94,14 @@ class DiskBlobs:
     async def put_stream(self, key: str, pieces: Pieces, num_bytes: int) -> None:
         path, written = self._path(key), self._tmp / uuid.uuid4().hex
         try:
-            file = await asyncio.to_thread(open, written, "xb", opener=_private)
+            file = await _writing(open, written, "xb", opener=_private)
             with file:
                 async for piece in pieces():
-                    await asyncio.to_thread(file.write, piece)
+                    await _writing(file.write, piece)
                 if file.tell() != num_bytes:
                     raise ValueError(f"{key}: {file.tell()} bytes came instead of {num_bytes}")
-                await asyncio.to_thread(_flush, file)
-            await asyncio.to_thread(self._rename, written, path)
+                await _writing(_flush, file)
+            await _writing(self._rename, written, path)
         finally:
             written.unlink(missing_ok=True)
 
@@ -238,6 +244,17 @@ class DiskBlobs:
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
                     path.unlink()
+
+
+async def _writing(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `write` returns, done in a thread; Unavailable while the disk is full."""
+    try:
+        return await asyncio.to_thread(write, *args, **kwargs)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        log.error("no room on the disk of the objects: %s", error)
+        raise Unavailable("the disk of the object store is full") from error
 
 
 def _etag(data: bytes) -> str:

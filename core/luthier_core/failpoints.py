@@ -4,9 +4,9 @@ Off, at the cost of one comparison, unless a test program calls `turn_on`: no se
 deployment does. A point lies directly before the step that it is named after.
 
 Orders come one at a time in the file `order` of a folder that any number of processes share: point,
-action and at which hit, such as `tr.commit kill9 3`. Hits are counted by each process for itself,
-from when it first sees the order; the first to get there renames it to `taken.{pid}` and obeys.
-Every hit is a line in the file `hits`.
+action and at which hit, such as `tr.commit kill9 3`, or `tr.commit/optim_step kill9 1` for one kind
+of op only. Hits are counted by each process for itself, from when it first sees the order; the
+first to get there renames it to `taken.{pid}` and obeys. Every hit is a line in the file `hits`.
 """
 
 import asyncio
@@ -26,6 +26,12 @@ POINTS = frozenset(
         *("tr.read", "tr.begin", "tr.exec", "tr.mid", "tr.put_res", "tr.commit"),
         # trainer: a snapshot
         *("sn.copy", "sn.upload", "sn.manifest", "sn.cas", "sn.trim"),
+        # trainer: a save; its commit is tr.commit
+        *("sv.blobs", "sv.man", "sv.name", "sv.verify"),
+        # sampler: job claimed, before a step, finished and not stored, stored and taken off
+        *("sm.claim", "sm.gen", "sm.store", "sm.ack"),
+        # registry: before a call that writes, and when it has and nobody knows
+        *("rg.before", "rg.after"),
     }
 )
 ACTIONS = ("kill9", "stop", "delay", "raise")
@@ -46,9 +52,10 @@ class _Orders:
         self._seen = ""
         self._num_hits = 0
 
-    async def hit(self, point: str) -> None:
+    async def hit(self, point: str, kind: str) -> None:
         assert point in POINTS, point
-        os.write(self._hits, f"{point}\n".encode())
+        of_kind = f"{point}/{kind}" if kind else point
+        os.write(self._hits, f"{of_kind}\n".encode())
         try:
             order = self._order.read_text()
         except FileNotFoundError:
@@ -56,8 +63,9 @@ class _Orders:
         if order != self._seen:
             self._seen, self._num_hits = order, 0
         wanted, action, at = (order or "- - 0").split()
-        self._num_hits += wanted == point
-        if wanted == point and self._num_hits >= int(at) and self._take():
+        is_meant = wanted in (point, of_kind)
+        self._num_hits += is_meant
+        if is_meant and self._num_hits >= int(at) and self._take():
             await _carry_out(action, point)
 
     def _take(self) -> bool:
@@ -78,10 +86,10 @@ def turn_on(folder: Path) -> None:
     _orders = _Orders(folder)
 
 
-async def failpoint(point: str) -> None:
-    """Nothing, unless a test has ordered something at this point."""
+async def failpoint(point: str, kind: str = "") -> None:
+    """Nothing, unless a test has ordered something at this point, for this kind or any."""
     if _orders is not None:
-        await _orders.hit(point)
+        await _orders.hit(point, kind)
 
 
 def _freeze() -> None:

@@ -140,6 +140,16 @@ def model_wake(base_model: str) -> str:
     return f"wake:{base_model}"
 
 
+def run_moves(base_model: str) -> str:
+    """Hash run -> the trainer that is to have it; see moves.py."""
+    return f"moves:{base_model}"
+
+
+def drained_trainers(base_model: str) -> str:
+    """Set of the names of trainers that are to have no runs."""
+    return f"drained:{base_model}"
+
+
 def model_facts(base_model: str) -> str:
     """JSON facts of a base model, from its workers: what requests are checked against."""
     return f"model:{base_model}"
@@ -245,6 +255,16 @@ def checkpoint_manifest(tenant: str, run_id: str, seq: int) -> str:
     return f"{run_prefix(tenant, run_id)}man/{seq}"
 
 
+def run_recoveries(tenant: str, run_id: str) -> str:
+    """Prefix of the events of a run's history."""
+    return f"{run_prefix(tenant, run_id)}recovered/"
+
+
+def run_recovery(tenant: str, run_id: str, epoch: int) -> str:
+    """How the run was rebuilt by its owner under this epoch; create-if-absent."""
+    return f"{run_recoveries(tenant, run_id)}{epoch:010}.json"
+
+
 def name_record(tenant: str, run_id: str, kind: str, name: str) -> str:
     """The checkpoint's record (compare-and-swap); kind: weights, sampler_weights, ephemeral, ..."""
     return f"t/{tenant}/names/{run_id}/{kind}/{name}.json"
@@ -253,6 +273,16 @@ def name_record(tenant: str, run_id: str, kind: str, name: str) -> str:
 def published_run(run_id: str) -> str:
     """Whose run this is, once a checkpoint of it has been published; immutable."""
     return f"published/{run_id}.json"
+
+
+def upload_record(tenant: str, upload_id: str) -> str:
+    """What somebody is about to upload; its files lie where the run's checkpoint 0 has them."""
+    return f"t/{tenant}/uploads/{upload_id}.json"
+
+
+def retention(tenant: str, run_id: str) -> str:
+    """How many checkpoints of a run are kept, where its owner has said so."""
+    return f"t/{tenant}/retention/{run_id}.json"
 
 
 def archive(tenant: str, manifest_digest: str) -> str:

@@ -89,6 +89,11 @@ class WorkerLease:
         self._fields = {"role": role, "base_model": base_model, "state": "starting"}
 
     @property
+    def state(self) -> str:
+        """starting | ready | draining"""
+        return self._fields["state"]
+
+    @property
     def owner(self) -> str:
         """How a run's header names this incarnation."""
         return f"{self.name}/{self.incarnation}"

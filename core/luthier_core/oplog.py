@@ -641,6 +641,12 @@ class Oplog:
         entries: Any = await self.redis.xrange(stream, min=f"{after + 1}-0", count=max_entries)
         return [Completion.from_entry(sampling_session_id, *entry) for entry in entries]
 
+    async def last_completion(self, sampling_session_id: str, clone: int) -> int:
+        """The position of the latest completion there has been; 0 if none is known of."""
+        header = keys.sampling_header(sampling_session_id)
+        last = await cast(Any, self.redis.hget(header, f"completed:{clone}"))
+        return int(last or 0)
+
     async def acknowledge(
         self, sampling_session_id: str, clone: int, *, to: int, seqs: Sequence[str]
     ) -> None:

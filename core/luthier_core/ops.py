@@ -99,10 +99,13 @@ class Op:
     body: Body
     told: int = -1
     """The loss of any gradient up to this seq was known to the client when this op was admitted."""
+    trace: str = ""
+    """What tracing.carried gave for the request."""
 
     def fields(self) -> dict[str, str | bytes]:
         """Fields of the stream entry, without `told`: the admit function stamps that."""
-        return {"kind": self.kind.value, "digest": self.digest, **self.body.fields()}
+        traced = {"trace": self.trace} if self.trace else {}
+        return {"kind": self.kind.value, "digest": self.digest, **self.body.fields(), **traced}
 
     @classmethod
     def from_entry(cls, run_id: str, entry_id: bytes, fields: Mapping[bytes, bytes]) -> Self:
@@ -114,6 +117,7 @@ class Op:
             digest=fields[b"digest"].decode(),
             body=Body.from_fields(fields),
             told=int(fields.get(b"told", b"-1")),
+            trace=fields.get(b"trace", b"").decode(),
         )
 
 
@@ -220,6 +224,8 @@ class SamplingJob:
     """Run whose newest in-flight weights sample, also in mid-generation, instead of `weights`."""
     streams: bool = False
     """Somebody reads its tokens while it runs."""
+    trace: str = ""
+    """What tracing.carried gave for the request."""
 
     @property
     def request_id(self) -> str:
@@ -237,4 +243,5 @@ class SamplingJob:
             body=Body.from_fields(fields),
             inflight_run=fields.get(b"inflight_run", b"").decode(),
             streams=fields.get(b"streams") == b"1",
+            trace=fields.get(b"trace", b"").decode(),
         )

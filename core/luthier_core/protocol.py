@@ -244,6 +244,7 @@ class Begin(Effect):
     run_id: str
     epoch: int
     seq: int
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +281,7 @@ class Commit(Effect):
     outcome: Outcome
     gradient: Gradient
     digest: str
+    kind: Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +411,7 @@ def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
     if step is None:
         return None
     if step.publish and tenure.num_begun < PROBATION:
-        attempt: Attempt = yield Begin(tenure.run_id, tenure.epoch, step.op.seq)
+        attempt: Attempt = yield Begin(tenure.run_id, tenure.epoch, step.op.seq, step.op.kind)
         tenure.check(attempt.status)
         tenure.num_begun += 1
         if attempt.deaths >= MAX_DEATHS or attempt.attempts > MAX_ATTEMPTS:
@@ -430,7 +432,8 @@ def blame_next(tenure: Tenure) -> Steps[int]:
     death counts.
     """
     run_id, seq = tenure.run_id, tenure.owner.executed_to + 1
-    attempt: Attempt = yield Begin(run_id, tenure.epoch, seq)
+    kind = tenure.owner.queued[0].kind
+    attempt: Attempt = yield Begin(run_id, tenure.epoch, seq, kind)
     tenure.check(attempt.status)
     deaths: int = yield Blame(run_id, tenure.epoch, seq)
     if deaths < 0:
@@ -440,15 +443,17 @@ def blame_next(tenure: Tenure) -> Steps[int]:
 
 def commit_next(tenure: Tenure, step: Step, executed: Executed) -> Steps[None]:
     """Publish one executed op; in order of seq, each after the one before. Left if not ours."""
-    run_id, seq = tenure.run_id, step.op.seq
-    if step.op.kind in _OUTSIDE_EFFECT and executed.outcome is None:
-        attempt: Attempt = yield Begin(run_id, tenure.epoch, seq)
+    run_id, seq, kind = tenure.run_id, step.op.seq, step.op.kind
+    if kind in _OUTSIDE_EFFECT and executed.outcome is None:
+        attempt: Attempt = yield Begin(run_id, tenure.epoch, seq, kind)
         tenure.check(attempt.status)
     outcome = executed.outcome
     if outcome is None:
         outcome = yield Finish(step, executed.rest)
     gradient = gradient_after(step.op, outcome)
-    committed: Attempt = yield Commit(run_id, tenure.epoch, seq, outcome, gradient, executed.digest)
+    committed: Attempt = yield Commit(
+        run_id, tenure.epoch, seq, outcome, gradient, executed.digest, kind
+    )
     tenure.check(committed.status)
     tenure.committed = seq
 

@@ -121,6 +121,25 @@ class RunRecord(Record):
         }
 
 
+class RecoveryRecord(Record):
+    """`runs/{run}/recovered/{epoch}.json`: how a run came back after it had lost its owner."""
+
+    epoch: int
+    at: AwareDatetime
+    cause: str
+    worker: str
+    """The trainer that has it since."""
+    from_seq: int
+    """Of the state that it began with; -1 for none."""
+    to_seq: int
+    """The last op whose result was out: those between were executed again."""
+    outcome: Literal["exact", "lost"]
+    """exact: every digest of the state was as before. lost: it could not be rebuilt."""
+    reason: str = ""
+    seconds: float
+    """From the take-over until new ops were executed."""
+
+
 class CheckpointRecord(Record):
     """`names/{run}/{kind}/{name}.json`: a name, and the checkpoint it stands for."""
 
@@ -178,6 +197,38 @@ class SamplerRecord(Record):
     inflight_run: str = ""
     """Run whose newest in-flight weights it follows, instead of those it was made with."""
     created_at: AwareDatetime
+
+
+class UploadRecord(Record):
+    """`uploads/{upload}.json`: an adapter that a client has announced, with a checked config."""
+
+    upload_id: str
+    """Also the session that will hold it."""
+    tenant: str
+    base_model: str
+    adapter_config: dict[str, Any]
+    num_bytes: int
+    """Of the weights."""
+    sha256: str
+    name: str
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None = None
+    """Of the checkpoint, not of the upload."""
+    user_metadata: dict[str, str] | None = None
+    project_id: str | None = None
+    key_id: str = ""
+
+    @property
+    def run_id(self) -> str:
+        """The run that will hold the checkpoint."""
+        return f"{self.upload_id}:train:0"
+
+
+class RetentionRecord(Record):
+    """`retention/{run}.json`: how many checkpoints of each kind the run keeps; 0: all."""
+
+    run_id: str
+    keep_last: int = Field(ge=0)
 
 
 class PublishedRunRecord(Record):

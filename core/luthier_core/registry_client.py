@@ -25,6 +25,7 @@ from luthier_core.records import (
     RunRecord,
     SamplerRecord,
     SessionRecord,
+    UploadRecord,
 )
 
 R = TypeVar("R", bound=Record)
@@ -245,6 +246,35 @@ class RegistryClient:
         """The tinker:// path of the copy. Unavailable while it is being made: ask again."""
         answer = await self._object("POST", "/copy_weights", tenant, wanted)
         return str(answer["tinker_path"])
+
+    async def keep_last(self, tenant: str, run_id: str) -> dict[str, Any]:
+        """How many checkpoints of each kind the run keeps; 0: all."""
+        return await self._object("GET", f"/runs/{_part(run_id)}/keep_last", tenant)
+
+    async def set_keep_last(self, tenant: str, run_id: str, keep_last: int | None) -> None:
+        """None: what the configuration says."""
+        path = f"/runs/{_part(run_id)}/keep_last"
+        await self._call("PUT", path, tenant, {"keep_last": keep_last})
+
+    # --- uploads ----------------------------------------------------------------------------------
+
+    async def create_upload(self, tenant: str, wanted: Mapping[str, Any]) -> UploadRecord:
+        """What is about to be uploaded; under one idempotency key always the same."""
+        return await self._record(UploadRecord, "POST", "/uploads", tenant, wanted)
+
+    async def upload(self, tenant: str, upload_id: str) -> tuple[UploadRecord, list[str]]:
+        """What was announced; and the paths of its checkpoints once it has come."""
+        answer = await self._object("GET", f"/uploads/{_part(upload_id)}", tenant)
+        return UploadRecord.model_validate(answer["upload"]), answer["paths"]
+
+    async def adopt_upload(
+        self, tenant: str, upload_id: str, switches: Mapping[str, bool]
+    ) -> list[str]:
+        """The paths of the checkpoints that its files, which are stored, now are."""
+        path = f"/uploads/{_part(upload_id)}/adopt"
+        answer = await self._object("POST", path, tenant, switches)
+        paths: list[str] = answer["paths"]
+        return paths
 
     # --- samplers ---------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Wire types of the bookkeeping calls: requests (wire protocol 2.5 and 8)."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, model_validator
 
@@ -38,6 +38,28 @@ class CopyWeights(WireModel):
         if in_session == (self.destination_project_id is not None):
             raise ValueError("give destination_project_id, or else session_id and model_seq_id")
         return self
+
+
+class SetKeepLast(WireModel):
+    """PUT .../keep_last: of each kind; 0 is all of them, null what the server's default is."""
+
+    keep_last: int | None = Field(ge=0, le=10_000)
+
+
+class CreateUpload(WireModel):
+    """POST uploads: what is about to be sent."""
+
+    base_model: str
+    adapter_config: dict[str, Any]
+    """PEFT's adapter_config.json."""
+    num_bytes: int = Field(ge=1, lt=2**50)
+    """Of adapter_model.safetensors."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    name: str
+    """Of the checkpoint."""
+    ttl_seconds: TtlSeconds | None = None
+    user_metadata: dict[str, str] | None = None
+    project_id: ProjectId | None = None
 
 
 class SearchOwner(WireModel):

@@ -70,11 +70,21 @@ class S3Blobs:
         secret_key: str,
         secure: bool,
         region: str,
+        link_access_key: str = "",
+        link_secret_key: str = "",
         retry_base_s: float = 0.1,
     ) -> None:
+        """Links are signed with the link keys, where there are some."""
         # With the region given minio asks the server nothing: signing is arithmetic.
         self._minio = Minio(
             endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region=region
+        )
+        self._links = Minio(
+            endpoint,
+            access_key=link_access_key or access_key,
+            secret_key=link_secret_key or secret_key,
+            secure=secure,
+            region=region,
         )
         self._bucket = bucket
         self._retry_base_s = retry_base_s
@@ -191,7 +201,7 @@ class S3Blobs:
         return reply.status == 400
 
     def signed_url(self, key: str, expires_s: int) -> str:
-        url: str = self._minio.get_presigned_url(
+        url: str = self._links.get_presigned_url(
             "GET",
             self._bucket,
             check_key(key),

@@ -6,7 +6,8 @@ Source: the format's description in the safetensors repository.
 
 import json
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +40,80 @@ def read_header(data: bytes, file: str) -> dict[str, TensorInfo]:
     Offsets must be whole and leave no gap, overlap nothing and end with the file; so no two names
     share bytes, and nothing is hidden between them.
     """
+    begin = _header_end(data, len(data), file)
+    return _tensors(data[:begin], len(data), file)
+
+
+class PassingCheck:
+    """Checks a file while its bytes pass by: as read_header does, and that all are finite floats.
+
+    It holds the header and one piece. `check` is given the tensors before any of their bytes count.
+    """
+
+    def __init__(
+        self, file: str, num_bytes: int, check: Callable[[Mapping[str, TensorInfo]], None]
+    ) -> None:
+        self._file = file
+        self._num_bytes = num_bytes
+        self._check = check
+        self._num_passed = 0
+        self._rest = b""
+        """Of the header, then of a value: what has come and is not a whole one yet."""
+        self._todo: deque[tuple[str, TensorInfo]] | None = None
+        self._at = 0
+
+    def feed(self, piece: bytes) -> None:
+        """The next bytes; InvalidField as soon as it is sure that the file is none of ours."""
+        self._num_passed += len(piece)
+        data = self._rest + piece
+        if self._todo is None:
+            if len(data) < _LENGTH_BYTES:
+                self._rest = data
+                return
+            begin = _header_end(data, self._num_bytes, self._file)
+            if len(data) < begin:
+                self._rest = data
+                return
+            tensors = _tensors(data[:begin], self._num_bytes, self._file)
+            self._check(tensors)
+            self._todo = deque(sorted(tensors.items(), key=lambda item: item[1].start))
+            self._at, data = begin, data[begin:]
+        self._rest = self._check_values(memoryview(data), self._todo)
+
+    def end(self) -> None:
+        """InvalidField unless the whole file has come."""
+        if self._num_passed != self._num_bytes or self._todo is None or self._todo:
+            raise InvalidField(
+                f"{self._file}: {self._num_passed} bytes came instead of {self._num_bytes}"
+            )
+
+    def _check_values(self, data: memoryview, todo: deque[tuple[str, TensorInfo]]) -> bytes:
+        """What is left of `data`: the beginning of a value."""
+        while todo:
+            name, tensor = todo[0]
+            size = min(tensor.end - self._at, len(data))
+            size -= size % _ITEM_BYTES[tensor.dtype]
+            _check_values(name, tensor.dtype, data[:size], self._file)
+            self._at, data = self._at + size, data[size:]
+            if self._at < tensor.end:
+                break
+            todo.popleft()
+        return bytes(data)
+
+
+def _header_end(data: bytes, num_bytes: int, file: str) -> int:
+    """Where the tensors begin, in a file of so many bytes that begins with `data`."""
     num_header = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if len(data) < _LENGTH_BYTES or num_header > min(MAX_HEADER_BYTES, len(data) - _LENGTH_BYTES):
-        raise InvalidField(f"{file}: a header of {num_header} bytes in {len(data)}")
-    begin = _LENGTH_BYTES + num_header
-    entries = _entries(data[_LENGTH_BYTES:begin], file)
+    if len(data) < _LENGTH_BYTES or num_header > min(MAX_HEADER_BYTES, num_bytes - _LENGTH_BYTES):
+        raise InvalidField(f"{file}: a header of {num_header} bytes in {num_bytes}")
+    return _LENGTH_BYTES + num_header
+
+
+def _tensors(head: bytes, num_bytes: int, file: str) -> dict[str, TensorInfo]:
+    begin = len(head)
+    entries = _entries(head[_LENGTH_BYTES:], file)
     tensors = {name: _tensor(name, entry, begin, file) for name, entry in entries.items()}
-    _check_layout(tensors, begin, len(data), file)
+    _check_layout(tensors, begin, num_bytes, file)
     return tensors
 
 
@@ -59,14 +127,11 @@ def _check_layout(tensors: Mapping[str, TensorInfo], begin: int, num_bytes: int,
         raise InvalidField(f"{file}: its tensors end at {at} of {num_bytes} bytes")
 
 
-def check_finite(data: bytes, tensors: Mapping[str, TensorInfo], file: str) -> None:
-    """InvalidField that names the first tensor which is of no float type, or has NaN or Inf."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            allowed = sorted(FLOATS)
-            raise InvalidField(f"{file}: tensor {name!r} is {tensor.dtype}, not one of {allowed}")
-        if not _is_finite(memoryview(data)[tensor.start : tensor.end], tensor.dtype):
-            raise InvalidField(f"{file}: tensor {name!r} has a value that is not finite")
+def _check_values(name: str, dtype: str, data: memoryview, file: str) -> None:
+    if dtype not in FLOATS:
+        raise InvalidField(f"{file}: tensor {name!r} is {dtype}, not one of {sorted(FLOATS)}")
+    if not _is_finite(data, dtype):
+        raise InvalidField(f"{file}: tensor {name!r} has a value that is not finite")
 
 
 def _is_finite(data: memoryview, dtype: str) -> bool:

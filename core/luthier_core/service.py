@@ -6,15 +6,18 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from luthier_core import tracing
 from luthier_core.blobs import Blobs, open_blobs
 from luthier_core.config import Config, ModelConfig, load_config
 from luthier_core.errors import ConfigError
 from luthier_core.generation import Generation
 from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
 from luthier_core.oplog import Oplog, connect
+from luthier_core.ops_server import Ops, serve_ops
 from luthier_core.redis_server import check_server
 from luthier_core.store_probe import check_store
 from luthier_core.telemetry import setup_logging
@@ -32,12 +35,19 @@ def service_main(
     environ: Environ,
     *,
     role: str,
-    serve: Callable[[Config], Coroutine[Any, Any, int]],
+    serve: Callable[[Config, Ops], Coroutine[Any, Any, int]],
 ) -> int:
     """Run a service that needs its configuration only; the exit code."""
-    arguments = _parser(role, name=role).parse_args(argv)
+    arguments = service_parser(role).parse_args(argv)
     setup_logging(arguments.name)
-    return _run(lambda: serve(load_config(arguments.config, environ)))
+
+    async def run() -> int:
+        config, ops = load_config(arguments.config, environ), Ops(role)
+        tracing.start(role, arguments.name, config.tracing)
+        async with serve_ops(arguments.ops, ops):
+            return await serve(config, ops)
+
+    return _run(run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,7 @@ class WorkerParts:
     blobs: Blobs
     lease: WorkerLease
     renew_s: float
+    ops: Ops
 
     async def load(self, function: Callable[[], T]) -> T:
         """The result of a slow function, on a thread, while the lease is renewed."""
@@ -73,15 +84,18 @@ def worker_main(
     work: Callable[[WorkerParts], Coroutine[Any, Any, None]],
 ) -> int:
     """Run a worker of one base model; the exit code is 1 if another took its name."""
-    parser = _parser(role)
-    parser.add_argument("--model", required=True, help="name of the base model to work for")
-    arguments = parser.parse_args(argv)
+    arguments = worker_parser(role).parse_args(argv)
     setup_logging(arguments.name)
 
     async def run() -> int:
         config = load_config(arguments.config, environ)
         model = config.model(arguments.model)
-        async with _open_worker(config, role, arguments.name, model) as parts:
+        tracing.start(role, arguments.name, config.tracing)
+        ops = Ops(role, base_model=model.name)
+        async with (
+            serve_ops(arguments.ops, ops),
+            _open_worker(config, role, arguments.name, model, ops) as parts,
+        ):
             await work(parts)
             return 1 if parts.lease.lost.is_set() else 0
 
@@ -90,11 +104,12 @@ def worker_main(
 
 @contextlib.asynccontextmanager
 async def _open_worker(
-    config: Config, role: Literal["trainer", "sampler"], name: str, model: ModelConfig
+    config: Config, role: Literal["trainer", "sampler"], name: str, model: ModelConfig, ops: Ops
 ) -> AsyncIterator[WorkerParts]:
     settings = config.trainer if role == "trainer" else config.sampler
     async with contextlib.AsyncExitStack() as stack:
         stop = await stack.enter_async_context(service_lifetime())
+        ops.draining = stop.is_set
         client = connect(config.redis_url)
         stack.push_async_callback(client.aclose)
         await check_server(client, allow_volatile=config.allow_volatile_redis)
@@ -105,7 +120,12 @@ async def _open_worker(
         await oplog.load_library()
         lease = WorkerLease(oplog, name, role=role, base_model=model.name, lease_s=settings.lease_s)
         await lease.take()
-        yield WorkerParts(config, model, stop, oplog, blobs, lease, settings.lease_renew_s)
+        ops.readiness = partial(_worker_readiness, lease)
+        yield WorkerParts(config, model, stop, oplog, blobs, lease, settings.lease_renew_s, ops)
+
+
+async def _worker_readiness(lease: WorkerLease) -> str:
+    return "" if lease.state == "ready" else lease.state
 
 
 async def _confirmed(generation: Generation, stop: asyncio.Event) -> None:
@@ -116,13 +136,35 @@ async def _confirmed(generation: Generation, stop: asyncio.Event) -> None:
                 await stop.wait()
 
 
+def service_parser(role: str) -> argparse.ArgumentParser:
+    """The command line of a gateway or a registry."""
+    return _parser(role, name=role)
+
+
+def worker_parser(role: str) -> argparse.ArgumentParser:
+    """The command line of a trainer or a sampler."""
+    parser = _parser(role)
+    parser.add_argument("--model", required=True, help="name of the base model to work for")
+    return parser
+
+
 def _parser(role: str, name: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"luthier-{role}")
     parser.add_argument("--config", type=Path, required=True, help="TOML file")
     parser.add_argument(
         "--name", default=name, required=name is None, help="unique among all parts"
     )
+    add_ops_argument(parser)
     return parser
+
+
+def add_ops_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ops",
+        default="",
+        metavar="HOST:PORT",
+        help="serve /livez, /readyz and /metrics here, for whoever runs it; nowhere by default",
+    )
 
 
 def _run(serve: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -8,9 +8,9 @@ import logging
 import secrets
 
 from luthier_core import keys
-from luthier_core.blobs import Blobs
+from luthier_core.blobs import Blobs, open_blobs
 from luthier_core.config import Config
-from luthier_core.errors import ConfigError
+from luthier_core.errors import ConfigError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,15 @@ async def broken_promises(blobs: Blobs) -> list[str]:
     finally:
         await blobs.delete(key)
     return broken
+
+
+async def probe_store(config: Config) -> None:
+    """check_store at the start of a service that lives without its store for a while."""
+    async with open_blobs(config) as blobs:
+        try:
+            await check_store(blobs, config)
+        except Unavailable:
+            log.warning("object store: it does not answer, so it was not probed")
 
 
 async def check_store(blobs: Blobs, config: Config) -> None:

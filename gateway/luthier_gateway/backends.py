@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar, cast
 import orjson
 from aiohttp import web
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs
+from luthier_core.caller import CALLER
 from luthier_core.config import Config
 from luthier_core.errors import BadRequest, InvalidField, NotFound, Unauthorized, Unavailable
 from luthier_core.futures import Futures
@@ -19,6 +20,7 @@ from luthier_core.oplog import Oplog
 from luthier_core.records import SamplerRecord
 from luthier_core.registry_client import RegistryClient
 from luthier_core.validation import ModelLimits
+from luthier_gateway.accepted import AcceptedSamples
 from luthier_gateway.auth import Authenticator, Turns
 
 T = TypeVar("T")
@@ -74,6 +76,7 @@ class Backends:
         self.registry = registry
         self.auth = auth
         self.turns = turns
+        self.accepted_samples = AcceptedSamples(oplog)
         self._runs = Cache(self._load_run)
         self._samplers = Cache(self._load_sampler)
         self._models = Cache(self._load_model)
@@ -84,6 +87,8 @@ class Backends:
             run = await self._runs.get(run_id)
             if run.tenant == tenant:
                 return run
+            if (caller := CALLER.get()) is not None:
+                metrics.FOREIGN_IDS.labels(caller.key_id).inc()
         raise NotFound(f"{field}={run_id[:100]!r}")
 
     async def live_run(self, tenant: str, run_id: str) -> RunFacts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from luthier_core.rest_types import CopyWeights, SetTtl
+from luthier_core.rest_types import CopyWeights, SetKeepLast, SetTtl
 from luthier_core.types import TinkerPath, parse
 from luthier_gateway import files
 from luthier_gateway.backends import BACKENDS, TENANT
@@ -66,6 +66,21 @@ async def set_checkpoint_ttl(request: web.Request) -> web.Response:
     wanted = parse(SetTtl, await read_body(request, MAX_SMALL_BODY))
     await request.app[BACKENDS].registry.set_ttl(
         request[TENANT], *_named(request), wanted.ttl_seconds
+    )
+    return json_response({})
+
+
+async def get_keep_last(request: web.Request) -> web.Response:
+    """How many checkpoints of each kind a run keeps; 0 is all of them."""
+    run_id = request.match_info["run_id"]
+    return json_response(await request.app[BACKENDS].registry.keep_last(request[TENANT], run_id))
+
+
+async def set_keep_last(request: web.Request) -> web.Response:
+    """Let all but the newest checkpoints of each kind of a run expire, now and from now on."""
+    wanted = parse(SetKeepLast, await read_body(request, MAX_SMALL_BODY))
+    await request.app[BACKENDS].registry.set_keep_last(
+        request[TENANT], request.match_info["run_id"], wanted.keep_last
     )
     return json_response({})
 

@@ -74,7 +74,7 @@ async def _submit_json(request: web.Request, field: str, kind: Kind) -> web.Resp
         return value
     run_id, seq = ids_of(value)
     run = await backends.working_run(tenant, run_id, seq)
-    size = request.content_length or max_bytes
+    size = _size_of(request, max_bytes)
     problem: LuthierError | None = None
     try:
         limits = backends.limits_of(run.facts)
@@ -94,6 +94,13 @@ async def _submit_json(request: web.Request, field: str, kind: Kind) -> web.Resp
         base_model=run.base_model,
         problem=problem,
     )
+
+
+def _size_of(request: web.Request, max_bytes: int) -> int:
+    """Of the body, or as much as it may be: a compressed one is larger than it says."""
+    if "Content-Encoding" in request.headers or request.content_length is None:
+        return max_bytes
+    return request.content_length
 
 
 def _parse(body: bytes) -> Arrived:

@@ -23,6 +23,7 @@ from luthier_core.transcode import forward_backward_json, result_json, sample_js
 from luthier_core.types import CancelFuture, RetrieveFuture, RetrieveFutures, parse
 from luthier_gateway.backends import BACKENDS, TENANT, Backends
 from luthier_gateway.client_version import PATIENT_POLLS_SINCE, is_before
+from luthier_gateway.observing import DELIVERED
 from luthier_gateway.queue_state import NO_ROOM, REDIS_AWAY, QueueState, queue_state
 from luthier_gateway.submit import off_loop_if_large
 from luthier_gateway.web_io import PROTOBUF, json_response, read_body
@@ -56,7 +57,7 @@ async def retrieve_future(request: web.Request) -> web.Response:
             raise
         await hold_in_trouble()
         return _try_again(wanted.request_id, NO_ROOM)
-    await failpoint("gw.poll")
+    await failpoint("gw.poll", future.kind)
     try:
         outcome = await _outcome(backends, tenant, future, config.poll_hold_s)
         if outcome is None:
@@ -100,17 +101,21 @@ async def retrieve_futures(request: web.Request) -> web.Response:
     check_room(backends)
     hold_s = backends.config.gateway.poll_hold_s
     timeout_s = hold_s if wanted.timeout is None else min(wanted.timeout, hold_s)
+    await failpoint("gw.poll", "samples")
+    cursor = wanted.prev_cursor
     try:
+        if wanted.prev_cursor > await backends.oplog.last_completion(session, clone):
+            # Redis went back to an earlier state, and counts anew: none of what it has is known.
+            cursor = 0
         # The client has what it acknowledges: only a poll proves that the reply before arrived.
-        await backends.oplog.acknowledge(
-            session, clone, to=wanted.prev_cursor, seqs=_seqs_of(session, wanted)
-        )
+        await backends.oplog.acknowledge(session, clone, to=cursor, seqs=_seqs_of(session, wanted))
         completions = await backends.futures.wait_completions(
-            session, clone, after=wanted.prev_cursor, timeout_s=timeout_s
+            session, clone, after=cursor, timeout_s=timeout_s
         )
     except REDIS_ERRORS:
         await hold_in_trouble()
         completions = []
+    await failpoint("gw.deliver", "samples")
     return json_response(
         {
             "completions": [
@@ -125,7 +130,7 @@ async def retrieve_futures(request: web.Request) -> web.Response:
                 }
                 for item in completions
             ],
-            "cursor": completions[-1].position if completions else wanted.prev_cursor,
+            "cursor": completions[-1].position if completions else cursor,
         }
     )
 
@@ -255,7 +260,8 @@ async def _deliver(
     In this order: a client that was not told of a failure must not have its optimizer step obeyed
     (reliability 1.6), and a result is kept long until it has been given out whole.
     """
-    await failpoint("gw.deliver")
+    await failpoint("gw.deliver", future.kind)
+    request.app[DELIVERED].note(request.path, future, response)
     await response.prepare(request)
     await response.write_eof()
     with contextlib.suppress(*REDIS_ERRORS):

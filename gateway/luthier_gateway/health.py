@@ -54,11 +54,18 @@ async def livez(request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     """This process can serve: a lost trainer does not take gateways out."""
-    try:
-        await request.app[BACKENDS].oplog.redis.ping()
-    except REDIS_ERRORS:
-        return json_response({"status": "unready", "detail": "redis"}, 503)
+    if detail := await unready(request.app):
+        return json_response({"status": "unready", "detail": detail}, 503)
     return json_response({"status": "ok"})
+
+
+async def unready(app: web.Application) -> str:
+    """Why this process cannot serve; empty if it can."""
+    try:
+        await app[BACKENDS].oplog.redis.ping()
+    except REDIS_ERRORS:
+        return "redis"
+    return ""
 
 
 async def _missing(backends: Backends) -> list[str]:

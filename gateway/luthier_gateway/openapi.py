@@ -19,11 +19,13 @@ from luthier_gateway import (
     forward_backward,
     futures,
     health,
+    moves,
     queues,
     rest,
     sampling,
     sessions,
     training,
+    uploads,
     usage,
 )
 from luthier_gateway.web_io import MAX_PAGE
@@ -34,6 +36,7 @@ PROTOBUF = "application/x-protobuf"
 _PARAMETER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 _NO_WORD = re.compile(r"\W+")
 _REFERENCE = "#/components/schemas/{model}"
+_BINARY_TYPES = {"protobuf": PROTOBUF, "file": "application/octet-stream"}
 _BINARY = {"type": "string", "format": "binary"}
 
 _QUERY: dict[str, dict[str, Any]] = {
@@ -59,7 +62,7 @@ _PAGE = ("limit", "offset")
 class Operation:
     """What the description says about a handler beside the first line of its docstring."""
 
-    body: type[BaseModel] | Literal["protobuf"] | None = None
+    body: type[BaseModel] | Literal["protobuf", "file"] | None = None
     answer: type[BaseModel] | Literal["any"] | None = answers.Empty
     """None: always refused."""
     query: tuple[str, ...] = ()
@@ -114,11 +117,15 @@ OPERATIONS: dict[Handler, Operation] = {
     futures.future_status: Operation(answer="any"),
     checkpoints.weights_info: Operation(types.TinkerPath, answers.WeightsInfo),
     checkpoints.copy_weights: Operation(rest_types.CopyWeights, answers.CopiedWeights),
+    uploads.create_upload: Operation(rest_types.CreateUpload, answers.CreatedUpload),
+    uploads.put_upload: Operation("file", answers.UploadedCheckpoint),
     checkpoints.list_run_checkpoints: Operation(answer=answers.Checkpoints),
     checkpoints.list_checkpoints: Operation(answer=answers.Checkpoints, query=_PAGE),
     checkpoints.delete_checkpoint: Operation(),
     checkpoints.publish_checkpoint: Operation(),
     checkpoints.unpublish_checkpoint: Operation(),
+    checkpoints.get_keep_last: Operation(answer=answers.KeepLast),
+    checkpoints.set_keep_last: Operation(rest_types.SetKeepLast),
     checkpoints.set_checkpoint_ttl: Operation(rest_types.SetTtl),
     checkpoints.get_checkpoint_archive: Operation(answer=answers.ArchiveUrl, redirects=True),
     checkpoints.get_external_weights_urls: Operation(answer=answers.ExternalWeightsUrls),
@@ -148,6 +155,9 @@ OPERATIONS: dict[Handler, Operation] = {
     queues.list_queues: Operation(answer=admin_types.Queues),
     queues.session_queue: Operation(answer=admin_types.SessionQueue),
     queues.cancel_queued: Operation(answer=admin_types.CancelledQueue),
+    moves.move_run: Operation(admin_types.MoveRun, admin_types.MovedRun),
+    moves.drain: Operation(answer=admin_types.Drained),
+    moves.undrain: Operation(answer=admin_types.Drained),
     usage.list_jobs: Operation(answer=admin_types.Jobs),
     usage.run_job: Operation(answer="any"),
     rest.refuse_key_exchange: Operation(answer=None),
@@ -215,8 +225,8 @@ def _operation(route: web.RouteDef, operation: Operation) -> dict[str, Any]:
     ]
     if parameters:
         described["parameters"] = parameters
-    if operation.body == "protobuf":
-        described["requestBody"] = _content(PROTOBUF, _BINARY)
+    if isinstance(operation.body, str):
+        described["requestBody"] = _content(_BINARY_TYPES[operation.body], _BINARY)
     elif operation.body is not None:
         described["requestBody"] = _content("application/json", _schema(operation.body))
     return described

@@ -23,7 +23,7 @@ from luthier_core.errors import BadRequest, TooManyRequests
 from luthier_core.oplog import Oplog
 from luthier_core.records import NO_LIMITS, Limits
 from luthier_core.usage import Prices, Use, day_of, month_of, read_uses
-from luthier_gateway import forward_backward, sampling, training
+from luthier_gateway import forward_backward, sampling, training, uploads
 from luthier_gateway.openai import handlers as openai
 
 BELIEVED_S = 1.0
@@ -42,6 +42,7 @@ _SAVE: frozenset[Handler] = frozenset(
         training.save_weights,
         training.save_weights_for_sampler,
         training.save_weights_external,
+        uploads.create_upload,
     }
 )
 

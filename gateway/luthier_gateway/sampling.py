@@ -2,8 +2,9 @@
 
 from aiohttp import web
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.errors import BadRequest, InvalidField, LuthierError, NotFound, TooManyRequests
+from luthier_core.failpoints import failpoint
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome
 from luthier_core.records import SamplerRecord
 from luthier_core.types import (
@@ -68,6 +69,7 @@ async def asample(request: web.Request) -> web.Response:
         # No sequences will come; the SDK wants one id per sequence it asked for.
         num_samples = num_samples if type(num_samples) is int else 1
         num_samples = min(max(num_samples, 1), limits.max_num_samples)
+    await failpoint("gw.body", "sample")
     digest = json_digest(value)
     if problem is not None:
         job = Outcome.failure(problem.message, problem.category).fields()
@@ -80,7 +82,10 @@ async def asample(request: web.Request) -> web.Response:
             "inflight_run": sampler.inflight_run,
             **stored.fields(),
         }
+    await failpoint("gw.admit", "sample")
     await enqueue(backends, sampler, str(seq), digest, job)
+    backends.accepted_samples.note(sampler, str(seq), digest)
+    await failpoint("gw.reply", "sample")
     request_id = f"{session}:{seq}"
     return json_response(
         {
@@ -94,6 +99,8 @@ async def enqueue(
     backends: Backends, sampler: SamplerRecord, seq: str, digest: str, job: dict[str, str | bytes]
 ) -> None:
     """Queue a job, or what a refused request came to; TooManyRequests if the queue is full."""
+    if "state" not in job and (carrier := tracing.carried()):
+        job = {**job, "trace": carrier}
     status = await backends.oplog.enqueue(
         tenant=sampler.tenant,
         base_model=sampler.base_model,

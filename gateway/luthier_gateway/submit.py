@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from aiohttp import web
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.caller import CALLER, REFUSAL
 from luthier_core.errors import (
     BadRequest,
@@ -114,18 +115,19 @@ async def submit(
     async def perform(effect: Effect) -> Any:
         match effect:
             case PutPayload(key, data):
-                await failpoint("gw.put")
+                await failpoint("gw.put", kind)
                 await backends.blobs.put(key, data)
             case Admit(op):
-                await failpoint("gw.admit")
+                await failpoint("gw.admit", kind)
                 limits = backends.config.limits
+                op = replace(op, trace=tracing.carried())
                 return await backends.oplog.admit(op, tenant=tenant, limits=limits, header=header)
             case Announce():
                 await backends.oplog.announce_run(base_model, run_id, time.time())
 
-    await failpoint("gw.body")
+    await failpoint("gw.body", kind)
     admission = await drive(submit_steps(request), perform)
-    await failpoint("gw.reply")
+    await failpoint("gw.reply", kind)
     _raise_unless_admitted(admission.status, run_id, seq)
     return _accepted(run_id, seq)
 

@@ -206,6 +206,14 @@ def target_modules(names: Iterable[str], spec: LoraSpec) -> list[str]:
     return [name for name, last in last_parts.items() if last in wanted]
 
 
+def shapes_by_switch(shapes: Mapping[str, LoraShape]) -> dict[str, dict[str, LoraShape]]:
+    """The modules that each switch of a LoraSpec trains, for services without torch."""
+    return {
+        switch: {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in ends}
+        for switch, ends in TARGETS.items()
+    }
+
+
 def factor_shapes(shape: LoraShape, rank: int) -> tuple[LoraShape, LoraShape]:
     """Shapes of A and B for a module of that shape."""
     *experts, num_in, num_out = shape

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from luthier.future import APIFuture
+from luthier.tracing import traced
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def operation(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, APIFut
 
     @functools.wraps(method)
     def plain(*args: P.args, **kwargs: P.kwargs) -> APIFuture[T]:
-        return start(method(*args, **kwargs))
+        return start(traced(method(*args, **kwargs)))
 
     return plain
 

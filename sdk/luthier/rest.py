@@ -1,8 +1,9 @@
 """RestClient: what the server keeps of training runs, checkpoints, sessions and usage."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
@@ -12,6 +13,7 @@ from luthier._loop import operation, value_of
 from luthier.errors import LuthierError
 from luthier.session import Session
 from luthier.settings import read_settings
+from luthier.uploads import read_upload
 
 M = TypeVar("M", bound=BaseModel)
 AccessScope = Literal["owned", "accessible"]
@@ -174,6 +176,17 @@ class RestClient:
     set_checkpoint_ttl_from_tinker_path_async = value_of(set_checkpoint_ttl_from_tinker_path)
 
     @operation
+    async def set_keep_last(self, training_run_id: types.ModelID, keep_last: int | None) -> None:
+        """Keeps only the newest checkpoints of each kind; 0: all, None: as the server does.
+
+        The others expire. What is published, recovery checkpoints and external weights stay.
+        """
+        path = f"training_runs/{training_run_id}/keep_last"
+        await self._send("PUT", path, {"keep_last": keep_last})
+
+    set_keep_last_async = value_of(set_keep_last)
+
+    @operation
     async def get_weights_info_by_tinker_path(self, tinker_path: str) -> types.WeightsInfoResponse:
         """Base model and LoRA configuration of a checkpoint."""
         response = await self._session.transport.call(
@@ -239,6 +252,54 @@ class RestClient:
         return response.parsed(types.CopyWeightsResponse).tinker_path
 
     copy_weights_async = value_of(copy_weights)
+
+    @operation
+    async def upload_checkpoint(
+        self,
+        folder: str | Path,
+        base_model: str | None = None,
+        name: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> types.UploadedCheckpoint:
+        """Makes a checkpoint of a PEFT adapter in a folder, to train on and to sample from.
+
+        base_model and name: what its configuration, and its folder, are called if None. on_progress
+        is called with the bytes that were sent and that there are; on a background thread.
+        ValueError if a file is missing; BadRequestError says what does not fit the base model.
+        """
+        upload = await asyncio.to_thread(read_upload, Path(folder))
+        transport = self._session.transport
+        created = await transport.call(
+            "POST",
+            "uploads",
+            {
+                "base_model": base_model or upload.base_model,
+                "adapter_config": upload.config,
+                "num_bytes": upload.num_bytes,
+                "sha256": upload.sha256,
+                "name": name or upload.name,
+                "ttl_seconds": ttl_seconds,
+                "user_metadata": user_metadata,
+                "project_id": project_id,
+            },
+        )
+        sent = await transport.call(
+            "PUT",
+            f"uploads/{created.text_field('upload_id')}",
+            body=lambda: upload.pieces(on_progress or _nothing),
+            headers={
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(upload.num_bytes),
+            },
+            timeout_s=upload.timeout_s,
+        )
+        return sent.parsed(types.UploadedCheckpoint)
+
+    upload_checkpoint_async = value_of(upload_checkpoint)
 
     # --- sessions ---------------------------------------------------------------------------------
 
@@ -341,6 +402,10 @@ class RestClient:
 def _checkpoint(tinker_path: str) -> str:
     parsed = types.ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
     return f"training_runs/{parsed.training_run_id}/checkpoints/{parsed.checkpoint_id}"
+
+
+def _nothing(num_sent: int, num_bytes: int) -> None:
+    pass
 
 
 def _iso(moment: datetime | str) -> str:

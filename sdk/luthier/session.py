@@ -18,6 +18,7 @@ from luthier.errors import APIError, ClosedError, GoneError, LuthierError, NotFo
 from luthier.future import APIFuture
 from luthier.progress import StatusLine
 from luthier.settings import Settings
+from luthier.tracing import traced
 from luthier.transport import SDK_VERSION, Transport
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class Session:
         if self._is_closed:
             coroutine.close()
             raise ClosedError("this client is closed")
-        return _loop.start(self._tracked(coroutine))
+        return _loop.start(self._tracked(traced(coroutine)))
 
     async def _tracked(self, coroutine: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()

@@ -13,10 +13,10 @@ import urllib.parse
 import urllib.request
 import uuid
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -29,6 +29,7 @@ from luthier.errors import (
 )
 from luthier.progress import StatusLine
 from luthier.settings import Settings
+from luthier.tracing import put_trace
 
 if TYPE_CHECKING:
     import aiohttp
@@ -50,6 +51,8 @@ MAX_BACKOFF_S = 10.0
 MAX_RETRY_AFTER_S = 60.0
 RETRIED_STATUSES = frozenset({408, 429})
 SDK_VERSION = version("luthier")
+
+Body: TypeAlias = bytes | Callable[[], AsyncIterator[bytes]]
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
@@ -108,7 +111,7 @@ class Transport:
         path: str,
         value: Any = None,
         *,
-        body: bytes | None = None,
+        body: Body | None = None,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, str | int] | None = None,
         handed_back: Collection[int] = (),
@@ -117,10 +120,11 @@ class Transport:
     ) -> Response:
         """The answer with a status below 400, or one of `handed_back`.
 
-        value: sent as JSON; body: sent as it is. APIStatusError for a status that is final;
-        APIConnectionError or the last status once patience_s have passed.
+        value: sent as JSON; body: sent as it is, or what it yields, anew for each try.
+        APIStatusError for a status that is final; APIConnectionError or the last status once
+        patience_s have passed.
         """
-        data = orjson.dumps(value) if value is not None else body
+        data: Body | None = orjson.dumps(value) if value is not None else body
         sent = self._headers(method, headers)
         loop = asyncio.get_running_loop()
         patience_s = patience_s or (PATIENCE_S if self._was_reached else FIRST_PATIENCE_S)
@@ -160,7 +164,7 @@ class Transport:
         self,
         method: str,
         path: str,
-        data: bytes | None,
+        data: Body | None,
         headers: Mapping[str, str],
         query: Mapping[str, str | int] | None,
         timeout_s: float,
@@ -173,7 +177,7 @@ class Transport:
             async with self._pool().request(
                 method,
                 url,
-                data=data,
+                data=data() if callable(data) else data,
                 headers=headers,
                 params=query,
                 timeout=timeout,
@@ -212,6 +216,7 @@ class Transport:
             del sent["Content-Type"]
         else:
             sent.setdefault("X-Idempotency-Key", f"luthier-{uuid.uuid4()}")
+        put_trace(sent)
         return sent
 
 

@@ -13,10 +13,11 @@ import psutil
 from tests.cluster.history import History
 from tests.cluster.processes import LEASE_S, Cluster, Part
 
-from luthier_core.failpoints import POINTS
+from luthier_core import failpoints
 
 FIRE_S = 30.0
 """An order that nobody has come to by then is a mistake of the test."""
+MAX_FORCED = 20
 LOOK_S = 0.01
 LOCKS = Path("/proc/locks")
 TAKING_OVER = ("tr.acquire", "tr.restore", "tr.replay")
@@ -26,8 +27,9 @@ FENCED_BY_EPOCH = ("tr.begin", "tr.commit", "sn.trim")
 """Until the next owner's first commit nothing but its epoch refuses what a zombie does here."""
 SELDOM = (*TAKING_OVER, "tr.begin", "sn.trim", "tr.put_res")
 
-GATEWAY_POINTS = sorted(point for point in POINTS if point.startswith("gw."))
-TRAINER_POINTS = sorted(POINTS - set(GATEWAY_POINTS))
+GATEWAY_POINTS = sorted(point for point in failpoints.POINTS if point.startswith("gw."))
+TRAINER_POINTS = sorted(p for p in failpoints.POINTS if p.startswith(("tr.", "sn.")))
+POINTS = {*GATEWAY_POINTS, *TRAINER_POINTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,13 @@ class Fault:
     """An order to the processes of one role."""
 
     point: str
+    """With `/kind` for one kind of op."""
     action: str
-    at_hit: int
+    at_hit: int = 1
+
+    @property
+    def place(self) -> str:
+        return self.point.partition("/")[0]
 
 
 def gateway_faults(rng: random.Random) -> list[Fault]:
@@ -92,6 +99,8 @@ class Injector:
     def __init__(
         self, cluster: Cluster, parts: list[Part], history: History, rng: random.Random
     ) -> None:
+        self.fire_s = FIRE_S
+        """An order that nobody has come to by then raises TimeoutError."""
         self.done: Counter[str] = Counter()
         """action -> how often; kill9 by hand is `killed to have a take-over`"""
         self._ordered = ""
@@ -103,17 +112,21 @@ class Injector:
 
     async def carry_out(self, faults: list[Fault]) -> None:
         for fault in faults:
-            self._order(fault)
-            if fault.point in TAKING_OVER:
-                pid = await self._force_take_overs()
-            else:
-                pid = await self._taken()
-            self.done[fault.action] += 1
-            if fault.action == "kill9":
-                await self._gone(pid)
-            elif fault.action == "stop":
-                frozen = next(part for part in self._parts if part.pid == pid)
-                await self._freeze(frozen, fault.point)
+            await self.carry_out_one(fault)
+
+    async def carry_out_one(self, fault: Fault) -> None:
+        """Returns once it has happened, and what it has hurt works again."""
+        self._order(fault)
+        if fault.place in TAKING_OVER:
+            pid = await self._force_take_overs()
+        else:
+            pid = await self._taken(self.fire_s)
+        self.done[fault.action] += 1
+        if fault.action == "kill9":
+            await self._gone(pid)
+        elif fault.action == "stop":
+            frozen = next(part for part in self._parts if part.pid == pid)
+            await self._freeze(frozen, fault.place)
 
     @property
     def num_killed(self) -> int:
@@ -135,14 +148,14 @@ class Injector:
 
     async def _force_take_overs(self) -> int:
         """Kill owners until one who takes over has come to the point."""
-        for _ in range(10):
+        for _ in range(MAX_FORCED):
             part = self._rng.choice(self._owners() or self._parts)
             pid = part.pid
             part.send(signal.SIGKILL)
             self.done["killed to have a take-over"] += 1
             await self._gone(pid)
             try:
-                return await self._taken(within_s=FIRE_S / 10)
+                return await self._taken(within_s=self.fire_s / 10)
             except TimeoutError:
                 continue
         raise TimeoutError("nobody took a run over")

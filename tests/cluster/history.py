@@ -16,6 +16,7 @@ _LINE = re.compile(rb'^\+?[\d.]+ \[\d+ (\S+)\] "(\w+)"(.*)$')
 _ARGUMENT = re.compile(rb'"((?:[^"\\]|\\.)*)"')
 _RUN_KEY = re.compile(r"\{(.+:train:\d+)\}:(h|log|r:(\d+))")
 MAX_LINE_BYTES = 4 * 1024 * 1024
+RECONNECT_S = 0.01
 
 
 OWNERS_CALLS = ("begin", "commit", "trim", "release", "ffwd", "publish", "fail_range", "blame")
@@ -68,6 +69,8 @@ class History:
 
     def __init__(self) -> None:
         self.runs: defaultdict[str, RunHistory] = defaultdict(RunHistory)
+        self.num_restarts = 0
+        """So often Redis went away, and something it did then may have gone unseen."""
         self._call = _Call("", 0)
         self._has_committed = True
         self._run = ""
@@ -113,25 +116,36 @@ class History:
             self.runs[self._run].num_refused += 1
         self._has_committed = True
 
-    async def follow(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            self._line(line)
+    async def follow(self, path: str, watched: asyncio.Event) -> None:
+        """For ever; sets `watched` once it sees what is done."""
+        while True:
+            with contextlib.suppress(OSError):
+                await self._follow_one(path, watched)
+            self.num_restarts += 1
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _follow_one(self, path: str, watched: asyncio.Event) -> None:
+        reader, writer = await asyncio.open_unix_connection(path, limit=MAX_LINE_BYTES)
+        try:
+            writer.write(b"MONITOR\r\n")
+            if await reader.readline() == b"+OK\r\n":
+                watched.set()
+            while line := await reader.readline():
+                self._line(line)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 @contextlib.asynccontextmanager
 async def watching(redis_url: str) -> AsyncIterator[History]:
     """The history from now until the end of the block; `redis_url` is that of a Unix socket."""
-    reader, writer = await asyncio.open_unix_connection(
-        redis_url.removeprefix("unix://"), limit=MAX_LINE_BYTES
-    )
-    writer.write(b"MONITOR\r\n")
-    assert await reader.readline() == b"+OK\r\n"
-    history = History()
-    following = asyncio.create_task(history.follow(reader))
+    history, watched = History(), asyncio.Event()
+    following = asyncio.create_task(history.follow(redis_url.removeprefix("unix://"), watched))
     try:
+        await watched.wait()
         yield history
     finally:
         following.cancel()
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
+        await asyncio.gather(following, return_exceptions=True)

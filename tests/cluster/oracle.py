@@ -5,6 +5,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -58,16 +59,20 @@ class Verdict:
 async def judge(client: Client, history: RunHistory, blobs: Blobs) -> Verdict:
     """Everything about one run, once it has ended. What was cut short is not folded."""
     verdict = Verdict()
-    _check_history(verdict, client, history)
+    accepted = {seq for seq, sent in client.sent.items() if sent.ids}
+    check_history(verdict, client.run_id, client.sent.keys(), history)
+    verdict.counters.accepted = len(accepted)
     _check_answers(verdict, client)
     if all(sent.answers for sent in client.sent.values()):
         await _Fold(verdict, client, history, blobs).check()
     return verdict
 
 
-def _check_history(verdict: Verdict, client: Client, history: RunHistory) -> None:
-    counters, run_id = verdict.counters, client.run_id
-    counters.accepted = sum(bool(sent.ids) for sent in client.sent.values())
+def check_history(
+    verdict: Verdict, run_id: str, sent: Collection[int], history: RunHistory
+) -> None:
+    """What Redis did to one run, whose ops `sent` have all ended."""
+    counters = verdict.counters
     counters.committed = len(history.outcomes)
     counters.take_overs = len(history.owners)
     counters.trims = history.num_trims
@@ -85,7 +90,7 @@ def _check_history(verdict: Verdict, client: Client, history: RunHistory) -> Non
     verdict.expect(epochs == sorted(epochs), f"{run_id}: an older epoch committed")
     stale = history.stale_writes
     verdict.expect(not stale, f"{run_id}: written under an epoch that was taken over: {stale}")
-    lost = client.sent.keys() - history.outcomes.keys()
+    lost = set(sent) - history.outcomes.keys()
     verdict.expect(not lost, f"{run_id}: accepted and never committed: {sorted(lost)}")
 
 

@@ -1,4 +1,4 @@
-"""A registry, two gateways and three toy trainers as processes; what dies is started again.
+"""A registry, two gateways, trainers and samplers as processes; what dies is started again.
 
 They are forked from a server process that has imported everything once, because a start of its own
 would cost each five seconds of torch. What they run is the services' own main functions.
@@ -6,13 +6,14 @@ would cost each five seconds of torch. What they run is the services' own main f
 
 import asyncio
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,60 +21,77 @@ from typing import Any
 
 import aiohttp
 import redis.asyncio as redis
+from tests.cluster.planted import plant
 
 from luthier_core import failpoints, keys
 from luthier_core.auth import key_hmac
 from luthier_core.blobs import open_blobs
-from luthier_core.config import Config, GatewayConfig, ModelConfig, TrainerConfig, dump_config
+from luthier_core.config import (
+    Config,
+    GatewayConfig,
+    ModelConfig,
+    SamplerConfig,
+    TrainerConfig,
+    dump_config,
+)
 from luthier_core.oplog import Oplog
 from luthier_core.records import ApiKeyRecord
 
 TENANT, API_KEY = "ann", "tml-key-of-ann"
 BASE_MODEL = "toy/base"
-NUM_GATEWAYS, NUM_TRAINERS = 2, 3
+NUM_GATEWAYS = 2
+WORKERS = ("trainer", "sampler")
 POLL_HOLD_S = 1.0
 LEASE_S, LEASE_RENEW_S = 1.0, 0.25
 START_S, STOP_S = 60.0, 20.0
 
+TOY_MODEL = ModelConfig(name=BASE_MODEL, path="toy")
+SHORT_LEASES = TrainerConfig(lease_s=LEASE_S, lease_renew_s=LEASE_RENEW_S)
+
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["pytest", "luthier_gateway.__main__", "luthier_registry.__main__", "tests.cluster.trainer"]
-)
+PROGRAMS = ["luthier_gateway.__main__", "luthier_registry.__main__", "tests.cluster.trainer"]
+"""What the fork server imports."""
+_FORKS.set_forkserver_preload(["pytest", *PROGRAMS])
 
 
-def serve(role: str, argv: Sequence[str], folder: str, stdin: Connection, library: str) -> None:
-    """What a forked process does: become the service, with the failpoints of its kind on.
+def preload(*programs: str) -> None:
+    """Have the fork server import these too; before the first process is started."""
+    _FORKS.set_forkserver_preload(["pytest", *PROGRAMS, *programs])
 
-    `library`: the function library to load in place of the right one; empty for that.
-    """
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a cluster is made of."""
+
+    trainer: str = "tests.cluster.trainer"
+    """Module whose `main` is run."""
+    num_trainers: int = 3
+    sampler: str = ""
+    """Likewise; empty: no sampler."""
+    model: ModelConfig = TOY_MODEL
+    settings: TrainerConfig = SHORT_LEASES
+    store_url: str = ""
+    """Empty: a folder."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    bug: str = ""
+    """One of planted.BUGS, planted in every process."""
+
+
+def serve(
+    role: str, program: str, argv: Sequence[str], folder: str, stdin: Connection, plan: Plan
+) -> None:
+    """What a forked process does: become the service, with the failpoints of its kind on."""
     os.dup2(stdin.fileno(), 0)  # its end stops a service, however the test ends
     sys.stdin = os.fdopen(0)
     name = argv[argv.index("--name") + 1]
     with (Path(folder) / f"{name}.log").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if library:
-        _plant(library)
-    if role != "registry":
-        failpoints.turn_on(Path(folder) / role)
-    sys.exit(_main_of(role)(argv))
-
-
-def _main_of(role: str) -> Callable[[Sequence[str]], int]:
-    if role == "trainer":
-        from tests.cluster.trainer import main
-    elif role == "gateway":
-        from luthier_gateway.__main__ import main
-    else:
-        from luthier_registry.__main__ import main
-    return main
-
-
-def _plant(library: str) -> None:
-    async def load_library(oplog: Oplog) -> None:
-        await oplog.redis.function_load(library, replace=True)
-
-    Oplog.load_library = load_library  # type: ignore[method-assign]
+    os.environ.update(plan.environ)
+    if plan.bug:
+        plant(plan.bug)
+    failpoints.turn_on(Path(folder) / role)
+    sys.exit(importlib.import_module(program).main(argv))
 
 
 class Ended(Exception):
@@ -83,10 +101,15 @@ class Ended(Exception):
 class Part:
     """One process, kept running until `stop`."""
 
-    def __init__(self, name: str, role: str, folder: Path, config: Path, library: str) -> None:
+    def __init__(
+        self, name: str, role: str, program: str, folder: Path, config: Path, plan: Plan
+    ) -> None:
         self.name, self.role = name, role
-        self._arguments = (role, ["--config", str(config), "--name", name], str(folder))
-        self._library = library
+        argv = ["--config", str(config), "--name", name]
+        if role in WORKERS:
+            argv += ["--model", plan.model.name]
+        self._arguments = (role, program, argv, str(folder))
+        self._plan = plan
         self._process: Any = None
         self.pid = 0
         self._stdin: Connection | None = None
@@ -94,7 +117,7 @@ class Part:
 
     def start(self) -> None:
         reader, self._stdin = _FORKS.Pipe(duplex=False)
-        arguments = (*self._arguments, reader, self._library)
+        arguments = (*self._arguments, reader, self._plan)
         self._process = _FORKS.Process(target=serve, args=arguments, name=self.name)
         self._process.start()
         self.pid = self._process.pid
@@ -139,30 +162,39 @@ class Part:
 class Cluster:
     """All parts and what they share."""
 
-    def __init__(self, folder: Path, redis_url: str, client: redis.Redis, library: str) -> None:
+    def __init__(self, folder: Path, redis_url: str, client: redis.Redis, plan: Plan) -> None:
         self.folder = folder
+        self.plan = plan
         self.redis = client
         self.config = Config(
             redis_url=redis_url,
-            store_url=f"file://{folder}/objects",
+            store_url=plan.store_url or f"file://{folder}/objects",
             registry_url=f"unix://{folder}/registry.sock",
             secret_file=str(folder / "secret"),
-            models=(ModelConfig(name=BASE_MODEL, path="toy"),),
-            trainer=TrainerConfig(lease_s=LEASE_S, lease_renew_s=LEASE_RENEW_S),
+            models=(plan.model,),
+            trainer=plan.settings,
+            sampler=SamplerConfig(
+                lease_s=plan.settings.lease_s, lease_renew_s=plan.settings.lease_renew_s
+            ),
+            s3_access_key=plan.environ.get("AWS_ACCESS_KEY_ID", ""),
+            s3_secret_key=plan.environ.get("AWS_SECRET_ACCESS_KEY", ""),
         )
         (folder / "secret").write_text(os.urandom(32).hex())
-        for role in ("gateway", "trainer"):
+        for role in ("registry", "gateway", "trainer", "sampler"):
             (folder / role).mkdir()
         self.urls: list[str] = []
-        self.registry = self._part("registry", "registry", library)
-        self.gateways = [self._gateway(f"gateway-{i}", library) for i in range(NUM_GATEWAYS)]
+        self.on_death: Callable[[Part], Awaitable[None]] | None = None
+        """Called when a part was killed, before anybody can take its place."""
+        self.registry = self._part("registry", "registry", "luthier_registry.__main__")
+        self.gateways = [self._gateway(f"gateway-{i}") for i in range(NUM_GATEWAYS)]
         self.trainers = [
-            self._part(f"trainer-{i}", "trainer", library) for i in range(NUM_TRAINERS)
+            self._part(f"trainer-{i}", "trainer", plan.trainer) for i in range(plan.num_trainers)
         ]
+        self.samplers = [self._part("sampler-0", "sampler", plan.sampler)] if plan.sampler else []
 
     @property
     def parts(self) -> list[Part]:
-        return [self.registry, *self.gateways, *self.trainers]
+        return [self.registry, *self.gateways, *self.trainers, *self.samplers]
 
     async def keep(self, part: Part) -> None:
         """Start a part again whenever it is killed, as the supervisor of `luthier up` does.
@@ -175,7 +207,9 @@ class Cluster:
                 raise Ended(f"{part.name} ended with exit code {code}:\n{words}")
             part.reap()
             part.num_killed += 1
-            if part.role == "trainer":
+            if self.on_death is not None:
+                await self.on_death(part)
+            if part.role in WORKERS:
                 # Whoever reaps a worker deletes its lease: take-over need not wait for its end.
                 await self.redis.delete(keys.worker_lease(part.name))
             part.start()
@@ -183,7 +217,7 @@ class Cluster:
     async def describe(self, run_id: str) -> str:
         """Where a run is, and what the trainers last said of it."""
         oplog = Oplog(self.redis)
-        live = run_id in await oplog.live_runs(BASE_MODEL)
+        live = run_id in await oplog.live_runs(self.plan.model.name)
         lines = [f"{await oplog.header(run_id)}, {'' if live else 'not '}listed as live"]
         for part in self.trainers:
             log = (self.folder / f"{part.name}.log").read_text().splitlines()
@@ -203,28 +237,33 @@ class Cluster:
                 while not await _answers(http, f"{url}/readyz"):
                     await asyncio.sleep(0.05)
             oplog = Oplog(self.redis)
-            while len(await oplog.live_workers()) < NUM_TRAINERS:
+            workers = {part.name for part in self.parts if part.role in WORKERS}
+            while not workers <= {
+                name
+                for name, lease in (await oplog.live_workers()).items()
+                if lease["state"] == "ready"
+            }:
                 await asyncio.sleep(0.05)
 
-    def _gateway(self, name: str, library: str) -> Part:
+    def _gateway(self, name: str) -> Part:
         gateway = GatewayConfig(port=_free_port(), poll_hold_s=POLL_HOLD_S, recheck_s=0.5)
         self.urls.append(f"http://127.0.0.1:{gateway.port}")
-        return self._part(name, "gateway", library, gateway)
+        return self._part(name, "gateway", "luthier_gateway.__main__", gateway)
 
     def _part(
-        self, name: str, role: str, library: str, gateway: GatewayConfig | None = None
+        self, name: str, role: str, program: str, gateway: GatewayConfig | None = None
     ) -> Part:
         path = self.folder / f"{name}.toml"
         path.write_text(dump_config(replace(self.config, gateway=gateway or GatewayConfig())))
-        return Part(name, role, self.folder, path, library)
+        return Part(name, role, program, self.folder, path, self.plan)
 
 
 @contextlib.asynccontextmanager
 async def running_cluster(
-    folder: Path, redis_url: str, client: redis.Redis, *, library: str = ""
+    folder: Path, redis_url: str, client: redis.Redis, plan: Plan
 ) -> AsyncIterator[Cluster]:
     """All parts, ready; none of them runs after the block. `folder` must have a short path."""
-    cluster = Cluster(folder, redis_url, client, library)
+    cluster = Cluster(folder, redis_url, client, plan)
     await cluster.store_key()
     for part in cluster.parts:
         part.start()

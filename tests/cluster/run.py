@@ -2,8 +2,8 @@
 
 Two gateways, three toy trainers, a registry, a Valkey that fsyncs always. In every trial each
 failpoint kills a process once, in an order and at hits that the seed draws, and some freeze one;
-what the seed cannot fix is how the processes interleave. `--mutant NAME` plants a bug of
-tests/library in the function library that all of them load, `--planted` several, one by one.
+what the seed cannot fix is how the processes interleave. `--bug NAME` plants one of planted.BUGS,
+`--planted` several, one by one.
 """
 
 import argparse
@@ -24,14 +24,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.cluster.client import REQUEST_S, Client, Refused  # noqa: E402
-from tests.cluster.faults import Injector, gateway_faults, trainer_faults  # noqa: E402
+from tests.cluster.faults import POINTS, Injector, gateway_faults, trainer_faults  # noqa: E402
 from tests.cluster.history import History, watching  # noqa: E402
 from tests.cluster.oracle import Counters, Verdict, judge  # noqa: E402
-from tests.cluster.processes import Cluster, Ended, running_cluster  # noqa: E402
-from tests.library.mutants import MUTANTS, mutated  # noqa: E402
+from tests.cluster.planted import BUGS  # noqa: E402
+from tests.cluster.processes import Cluster, Ended, Plan, running_cluster  # noqa: E402
 
 from luthier_core.blobs import open_blobs  # noqa: E402
-from luthier_core.failpoints import POINTS  # noqa: E402
 from luthier_core.oplog import connect  # noqa: E402
 from luthier_core.testing import running_valkey  # noqa: E402
 
@@ -66,27 +65,27 @@ class Trial:
         return self.verdict.violations
 
 
-def play(seed: int, *, library: str = "") -> Trial:
-    """One trial; `library`: another function library than ours."""
+def play(seed: int, *, bug: str = "") -> Trial:
+    """One trial; `bug`: one of planted.BUGS."""
     trial, began = Trial(seed), time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="lu-cl-") as folder,
         running_valkey(fsync="always") as url,
     ):
         try:
-            asyncio.run(_play(trial, Path(folder), url, library))
+            asyncio.run(_play(trial, Path(folder), url, Plan(bug=bug)))
         except* Ended as errors:
-            trial.violations.extend(str(error) for error in _leaves(errors))
+            trial.violations.extend(str(error) for error in leaves(errors))
     trial.seconds = time.monotonic() - began
     return trial
 
 
-async def _play(trial: Trial, folder: Path, redis_url: str, library: str) -> None:
+async def _play(trial: Trial, folder: Path, redis_url: str, plan: Plan) -> None:
     timeout = aiohttp.ClientTimeout(total=REQUEST_S)
     async with (
         connect(redis_url) as client,
         watching(redis_url) as history,
-        running_cluster(folder, redis_url, client, library=library) as cluster,
+        running_cluster(folder, redis_url, client, plan) as cluster,
         aiohttp.ClientSession(timeout=timeout) as http,
     ):
         rng = random.Random(trial.seed)
@@ -129,7 +128,7 @@ async def _disturb(
                 enough.set()
         await asyncio.gather(*(client.ask_again() for client in clients))
     except* (Refused, TimeoutError) as errors:
-        reasons.extend(str(error) or repr(error) for error in _leaves(errors))
+        reasons.extend(str(error) or repr(error) for error in leaves(errors))
     return reasons
 
 
@@ -143,17 +142,18 @@ async def _judge(trial: Trial, cluster: Cluster, clients: list[Client], history:
                 trial.violations.append(await cluster.describe(client.run_id))
 
 
-def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+def leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """The exceptions in a group and in its groups."""
     for error in errors.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
+            yield from leaves(error)
         else:
             yield error
 
 
 def _count_hits(trial: Trial, folder: Path) -> None:
     for hits in folder.glob("*/hits"):
-        trial.hits.update(hits.read_text().split())
+        trial.hits.update(point.partition("/")[0] for point in hits.read_text().split())
     trial.verdict.counters.executed = trial.hits["tr.exec"] + trial.hits["tr.replay"]
 
 
@@ -161,13 +161,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="seed of the first trial")
-    parser.add_argument("--mutant", choices=list(MUTANTS), help="plant this bug")
+    parser.add_argument("--bug", choices=sorted(BUGS), help="plant this one")
     parser.add_argument("--planted", action="store_true", help="catch planted bugs after that")
     arguments = parser.parse_args()
-    library = mutated(arguments.mutant) if arguments.mutant else ""
     trials = []
     for seed in range(arguments.first, arguments.first + arguments.trials):
-        trials.append(play(seed, library=library))
+        trials.append(play(seed, bug=arguments.bug))
         show(trials[-1:])
     if trials:
         show(trials)
@@ -175,13 +174,13 @@ def main() -> int:
     return int(any(trial.violations for trial in trials) or bool(survived))
 
 
-def _is_caught(mutant: str) -> bool:
+def _is_caught(bug: str) -> bool:
     """Whether a trial fails with this bug, one of MAX_TRIALS at most."""
     for seed in range(MAX_TRIALS):
-        if violations := play(seed, library=mutated(mutant)).violations:
-            print(f"planted {mutant!r}: caught by seed {seed}: {violations[0]}", flush=True)
+        if violations := play(seed, bug=bug).violations:
+            print(f"planted {bug!r}: caught by seed {seed}: {violations[0]}", flush=True)
             return True
-    print(f"planted {mutant!r}: SURVIVED {MAX_TRIALS} trials", flush=True)
+    print(f"planted {bug!r}: SURVIVED {MAX_TRIALS} trials", flush=True)
     return False
 
 
@@ -199,8 +198,9 @@ def show(trials: list[Trial]) -> None:
     print(f"{len(trials)} trials in {seconds:.0f} s, {violated} violated")
     print("  " + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in asdict(counters).items()))
     print("  faults: " + ", ".join(f"{n} {name}" for name, n in sorted(faults.items())))
-    rarest = min(hits, key=lambda point: hits[point], default="none")
-    print(f"  failpoints hit {len(hits)} of {len(POINTS)}, least often {rarest}: {hits[rarest]}")
+    rarest = min(POINTS & hits.keys(), key=lambda point: hits[point], default="none")
+    num_hit = len(POINTS & hits.keys())
+    print(f"  failpoints hit {num_hit} of {len(POINTS)}, least often {rarest}: {hits[rarest]}")
     print("  clients saw: ", dict(sum((trial.seen for trial in trials), Counter[str]())))
     figures = {"bench": "cluster", "trials": len(trials), "violated": violated}
     print(json.dumps(figures | asdict(counters) | {"faults": dict(faults)}), flush=True)

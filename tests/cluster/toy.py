@@ -5,8 +5,8 @@ the trainer's engine, so the real executor drives it; tests.simulation.toy says 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from tests.simulation.toy import State
@@ -33,10 +33,11 @@ class ToyEngine:
         self, run_id: str, request: bytes, *, backward: bool, clock_cycle: int
     ) -> bytes:
         kind = Kind.FORWARD_BACKWARD if backward else Kind.FORWARD
-        state = self._apply(run_id, kind, request, self._state(run_id))
+        content = _content(request)
+        state = self._apply(run_id, kind, content, self._state(run_id))
         large = len(request) > INLINE_LIMIT
         output = wire_pb2.ForwardBackwardOutput(
-            loss_fn_output_type=state.result(digest_of(request), large=large).decode(),
+            loss_fn_output_type=state.result(digest_of(content), large=large).decode(),
             metrics={"clock_cycle:unique": float(clock_cycle)},
         )
         encoded: bytes = output.SerializeToString()
@@ -70,6 +71,10 @@ class ToyEngine:
     def clear_gradient(self, run_id: str) -> None:
         self.states[run_id] = self._state(run_id).without_gradient()
 
+    def load(self, run_id: str, files: Mapping[str, bytes], *, optimizer: bool) -> None:
+        saved = State(**json.loads(files["state.json"])).without_gradient()
+        self.states[run_id] = saved if optimizer else replace(saved, num_steps=0)
+
     def copy_files(self, run_id: str, *, optimizer: bool) -> Callable[[], dict[str, bytes]]:
         state = self._state(run_id)
         return lambda: {"state.json": json.dumps(asdict(state)).encode()}
@@ -99,3 +104,11 @@ class ToyEngine:
     def _apply(self, run_id: str, kind: Kind, op: bytes, before: State) -> State:
         self.states[run_id] = before.applied(kind, digest_of(op))
         return self.states[run_id]
+
+
+def _content(request: bytes) -> bytes:
+    """The same for the same program, whichever run it trains."""
+    message = wire_pb2.ForwardBackwardRequest.FromString(request)
+    message.model_id = ""
+    encoded: bytes = message.SerializeToString(deterministic=True)
+    return encoded

@@ -38,7 +38,7 @@ class OftenStored(StoredSnapshots):
 
 def main(argv: Sequence[str]) -> int:
     worker.SWEEP_S = SWEEP_S
-    return worker_main([*argv, "--model", BASE_MODEL], os.environ, role="trainer", work=_work)
+    return worker_main(argv, os.environ, role="trainer", work=_work)
 
 
 async def _work(parts: WorkerParts) -> None:

@@ -61,9 +61,6 @@ REFUSED = {
         "there is no exchange",
     ),
     "RestClient.export_session_trace": Refusal(LATER, "records no traces"),
-    "ServiceClient.create_custom_loss": Refusal(
-        f"the loss runs in the client; running it on the server {LATER}", "runs no uploaded loss"
-    ),
     "feature: dimuon": Refusal("the only optimizer is AdamW", "supported is 'adamw'"),
     "feature: stable_reinforce": Refusal("no public definition of this loss", "stable_reinforce"),
     "feature: age encryption": Refusal(
@@ -200,8 +197,6 @@ def runs_on_the_server(w: SimpleNamespace, handle: Any) -> bool:
     """Whether the server took the traced loss; the SDK runs the loss itself if it did not."""
     output = resolve(w.training.forward_backward_custom(w.data, handle))
     assert output.metrics["custom/loss:sum"] > 0, output.metrics
-    if handle.loss_id is None:
-        post("create_custom_loss", {"session_id": w.session_id, "custom_loss_seq_id": 0})
     return handle.loss_id is not None
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.acceptance.stack import Stack, running_stack
-from tests.compat.matrix import NEWEST, Cell, install, read_cells, start_program
+from tests.compat.matrix import NEWEST, OPTIONS, Cell, install, read_cells, start_program
 from tests.compat.newest import Wire, describe_changes, known_calls, read_wire
 
 VERSIONS = ("0.6.3", "0.24.1", NEWEST)
@@ -14,7 +14,8 @@ VERSIONS = ("0.6.3", "0.24.1", NEWEST)
 
 @pytest.fixture(scope="module")
 def stack(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("compat") / "data", demo_model) as stack:
+    data = tmp_path_factory.mktemp("compat") / "data"
+    with running_stack(data, demo_model, *OPTIONS) as stack:
         yield stack
 
 

@@ -28,6 +28,7 @@ from luthier_core.config import (
     LimitsConfig,
     ModelConfig,
     SamplerConfig,
+    TracingConfig,
     dump_config,
 )
 from luthier_core.records import ApiKeyRecord
@@ -60,6 +61,7 @@ POLL_HOLD_S = 1.0
 CLAIM_IDLE_S = 2.0
 """Short: a test waits for it when a sampler has died."""
 
+ROLES = ("registry", "gateway", "trainer", "sampler")
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 
@@ -78,6 +80,8 @@ class GatewayStack:
     config: Config
     url: str
     folder: Path
+    ops: Mapping[str, str]
+    """Role -> URL of its ops port."""
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -109,22 +113,13 @@ def save_tiny_model(folder: Path) -> None:
 
 @contextlib.contextmanager
 def running_gateway_stack(
-    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES
+    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES, otlp_endpoint: str = ""
 ) -> Iterator[GatewayStack]:
     """All parts, ready; `folder` must have a short path, for the sockets in it."""
     with running_valkey() as redis_url:
-        config = _configure(folder, redis_url, max_body_bytes)
-        stack = GatewayStack(config, f"http://127.0.0.1:{config.gateway.port}", folder)
-        processes: dict[str, subprocess.Popen[bytes]] = {}
-        try:
-            for role in ("registry", "gateway"):
-                processes[role] = _start(folder, role, role)
-            for role in ("trainer", "sampler"):
-                processes[role] = _start(folder, role, role, "--model", BASE_MODEL)
-            _wait_until_healthy(stack, folder, processes)
+        config = configure(folder, redis_url, max_body_bytes, otlp_endpoint)
+        with running_services(folder, config) as stack:
             yield stack
-        finally:
-            _stop(processes.values())
 
 
 @contextlib.contextmanager
@@ -137,7 +132,35 @@ def another_sampler(stack: GatewayStack, name: str) -> Iterator[subprocess.Popen
         _stop([process])
 
 
-def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
+@contextlib.contextmanager
+def running_services(folder: Path, config: Config) -> Iterator[GatewayStack]:
+    """Every part on a Redis that is there, ready; `folder` holds the configuration."""
+    ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
+    stack = GatewayStack(
+        config,
+        f"http://127.0.0.1:{config.gateway.port}",
+        folder,
+        {role: f"http://{address}" for role, address in ops.items()},
+    )
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for role in ROLES:
+            model = () if role in ("registry", "gateway") else ("--model", BASE_MODEL)
+            processes[role] = _start(folder, role, role, "--ops", ops[role], *model)
+        _wait_until_healthy(stack, folder, processes)
+        yield stack
+    finally:
+        _stop(processes.values())
+
+
+def configure(
+    folder: Path,
+    redis_url: str,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    otlp_endpoint: str = "",
+    *,
+    store_keys: bool = True,
+) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
     secret = os.urandom(32)
@@ -153,9 +176,11 @@ def _configure(folder: Path, redis_url: str, max_body_bytes: int) -> Config:
         ),
         limits=LIMITS,
         sampler=SamplerConfig(claim_idle_s=CLAIM_IDLE_S),
+        tracing=TracingConfig(otlp_endpoint=otlp_endpoint),
     )
     (folder / "config.toml").write_text(dump_config(config))
-    asyncio.run(_store_keys(config))
+    if store_keys:
+        asyncio.run(_store_keys(config))
     return config
 
 

@@ -128,8 +128,22 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{_CKPT}/publish"): Case(turn=1),
     ("DELETE", f"{_CKPT}/publish"): Case(),
     ("PUT", f"{_CKPT}/ttl"): Case({"ttl_seconds": 3600}),
+    ("GET", f"{API}/training_runs/{{run_id}}/keep_last"): Case(),
+    ("PUT", f"{API}/training_runs/{{run_id}}/keep_last"): Case({"keep_last": 9}),
     ("GET", f"{_CKPT}/archive"): Case(),
     ("GET", f"{_CKPT}/external_weights_urls"): Case(),
+    ("POST", f"{API}/uploads"): Case(
+        {
+            "base_model": BASE_MODEL,
+            "adapter_config": {"r": 4},
+            "num_bytes": 100,
+            "sha256": "0" * 64,
+            "name": "x",
+            "project_id": "blue",
+        }
+    ),
+    # What is there already is answered without a look at the body.
+    ("PUT", f"{API}/uploads/{{upload_id}}"): Case(),
     ("GET", f"{API}/checkpoints"): Case(query="limit=1000"),
     ("GET", f"{API}/sessions"): Case(query="limit=1000"),
     ("POST", f"{API}/sessions/search"): Case({"session_id": "{session_id}"}, ignores_unknown=True),
@@ -151,6 +165,10 @@ CASES: dict[tuple[str, str], Case] = {
     ("GET", f"{API}/admin/queues"): Case(),
     ("GET", f"{API}/sessions/{{session_id}}/queue"): Case(),
     ("POST", f"{API}/training_runs/{{run_id}}/cancel_queued"): Case(),
+    # There is but one trainer.
+    ("POST", f"{API}/admin/runs/{{run_id}}/move"): Case({}, status=400, operator=True),
+    ("POST", f"{API}/admin/trainers/{{trainer}}/drain"): Case(status=400, operator=True),
+    ("DELETE", f"{API}/admin/trainers/{{trainer}}/drain"): Case(operator=True),
     ("GET", f"{API}/admin/jobs"): Case(operator=True),
     ("POST", f"{API}/admin/jobs/{{job}}"): Case(operator=True),
     ("GET", f"{API}/openapi.json"): Case(),

@@ -1,6 +1,7 @@
 """What every object store promises; and for each store how it survives its own kind of trouble."""
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -320,22 +321,6 @@ async def test_swappers_in_several_processes_lose_no_increment(tmp_path: Path) -
     assert await store.get("n") == b"60"
 
 
-async def test_a_failed_write_leaves_the_object_and_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = DiskBlobs(tmp_path, "", b"")
-    await store.put(KEY, b"whole")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        await store.put(KEY, b"other")
-    assert await store.get(KEY) == b"whole"
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
 async def test_opening_removes_what_a_dead_writer_left_a_day_ago(tmp_path: Path) -> None:
     DiskBlobs(tmp_path, "", b"")
     old, fresh = tmp_path / "tmp" / "old", tmp_path / "tmp" / "fresh"
@@ -513,3 +498,26 @@ async def test_a_wrong_store_url_is_refused_with_what_is_right(
     with pytest.raises(ConfigError, match=says):
         async with open_blobs(config(tmp_path, url)):
             pass
+
+
+async def test_a_disk_that_is_full_is_an_outage_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    blobs = DiskBlobs(tmp_path, "", b"secret")
+    etag = await blobs.put(KEY, b"first")
+
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", no_room)
+        for write in (
+            lambda: blobs.put(KEY, b"second"),
+            lambda: blobs.put_if_absent(f"{KEY}.new", b"second"),
+            lambda: blobs.put_if_match(KEY, b"second", etag),
+        ):
+            with pytest.raises(Unavailable, match="full"):
+                await write()
+    assert await blobs.get(KEY) == b"first"
+    assert [info.key async for info in blobs.list("")] == [KEY]
+    assert list((tmp_path / "tmp").iterdir()) == []

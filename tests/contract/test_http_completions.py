@@ -86,7 +86,9 @@ async def test_a_lost_reply_is_repeated_until_a_poll_acknowledges_it(api: Api):
 
 async def test_an_empty_poll_is_held_and_gives_the_cursor_back(api: Api):
     sampler_id = (await api.sampler()).session_id
-    assert await completions(api, sampler_id, 7) == {"completions": [], "cursor": 7}
+    await sample(api, sampler_id, 0)
+    _, cursor = await all_completions(api, sampler_id, 1)
+    assert await completions(api, sampler_id, cursor) == {"completions": [], "cursor": cursor}
 
 
 async def test_each_handle_of_a_sampling_session_has_a_list_of_its_own(api: Api):
@@ -208,3 +210,12 @@ async def test_a_pending_future_says_what_it_waits_for(api: Api):
     status = (await api.get(f"futures/{request_id}")).json()
     assert status["status"] == "pending"
     assert status["reason"].startswith("waiting for seq 1, which has not arrived")
+
+
+async def test_a_cursor_that_redis_has_forgotten_is_set_back_and_hides_nothing(api: Api):
+    sampler_id = (await api.sampler()).session_id
+    sent = await sample(api, sampler_id, 0)
+    await all_completions(api, sampler_id, 1)
+    answer = await completions(api, sampler_id, cursor=7)  # as before Redis was rolled back
+    assert [item["request_id"] for item in answer["completions"]] == [sent]
+    assert answer["cursor"] == 1

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.contract import tenant_cases
+from tests.contract import adapter_uploads, tenant_cases
 from tests.contract.gateway_client import Answer, Api
 from tests.contract.gateway_stack import KEYS, GatewayStack
 from tests.contract.tenant_cases import CASES, Request
@@ -103,6 +103,7 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
     ):
         assert (await owner.post(f"admin/orgs/{org}/{path}", body)).status == 200
     key = (await owner.post(f"admin/orgs/{org}/keys", {"name": CANARY})).json()
+    uploaded = (await adapter_uploads.GOOD.send(owner)).json()
     return {
         "session_id": session,
         "run_id": run.run_id,
@@ -117,7 +118,9 @@ async def _ids(owner: Api, org: str) -> dict[str, str]:
         "user": "kim",
         "project_id": "blue",
         "key_id": key["key_id"],
+        "upload_id": uploaded["tinker_path"].removeprefix("tinker://").partition(":")[0],
         "job": "usage",
+        "trainer": "trainer",
         "today": datetime.now(UTC).date().isoformat(),
     }
 

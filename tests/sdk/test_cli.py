@@ -118,6 +118,10 @@ def test_a_checkpoint_is_published_expires_and_is_downloaded(
     assert str(folder) in run("checkpoint", "download", path, "--out", str(folder))
     assert {"adapter_config.json"} <= {file.name for file in folder.iterdir()}
     assert "exists already" in run("checkpoint", "download", path, "--out", str(folder), code=2)
+    uploaded = run_json("checkpoint", "upload", str(folder), "--name", "again")
+    assert uploaded["sampler_path"].endswith("/sampler_weights/again")
+    assert "again" in run("checkpoint", "info", uploaded["tinker_path"])
+    assert "is missing" in run("checkpoint", "upload", str(folder.parent), code=1)
 
 
 def test_a_model_answers_in_the_terminal() -> None:

@@ -47,7 +47,7 @@ def config(
             s3_secret_key=SECRET_KEY,
             registry_url=f"unix://{folder}/s",
             secret_file=str(secret),
-            housekeeping=HousekeepingConfig(runner="celery", trash_s=3600),  # only when asked for
+            housekeeping=HousekeepingConfig(trash_s=3600),
             models=(
                 ModelConfig(name="tiny", path="/models/tiny"),
                 ModelConfig(name="other", path="/models/other"),

@@ -52,7 +52,7 @@ class Stack:
 
 @asynccontextmanager
 async def serving(config: Config, clock: Clock) -> AsyncIterator[str]:
-    runner = web.AppRunner(build_app(config, clock=clock))
+    runner = web.AppRunner(build_app(config, clock=clock, keeps_house=False))
     await runner.setup()
     try:
         socket = config.registry_url.removeprefix("unix://")

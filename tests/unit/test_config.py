@@ -121,6 +121,8 @@ def configs(draw: st.DrawFn) -> Config:
     ruled |= {"max_running", "max_step_tokens"}
     ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
     ruled |= {"engine", "vllm_max_loras", "vllm_arguments"}
+    ruled |= {"keep_last", "link_access_key", "link_secret_key"}
+    ruled |= {"sample_ratio"}
 
     def part(kind: type[Any]) -> Any:
         chosen = {}
@@ -181,3 +183,16 @@ def test_an_absent_secret_file_is_named(tmp_path: Path):
     config = parse_config({**REQUIRED, "secret_file": str(tmp_path / "gone")}, {})
     with pytest.raises(ConfigError, match="gone"):
         config.secret()
+
+
+def test_the_login_of_redis_comes_from_the_environment_and_is_escaped():
+    table = {**REQUIRED, "redis_url": "redis://redis:6379/0"}
+    login = {"REDIS_USERNAME": "luthier", "REDIS_PASSWORD": "p@ss/word:1"}
+    config = parse_config(table, login)
+    assert config.redis_url == "redis://luthier:p%40ss%2Fword%3A1@redis:6379/0"
+    assert config.side_redis_url() == "redis://luthier:p%40ss%2Fword%3A1@redis:6379/1"
+    assert "p%40ss" not in repr(config)
+
+
+def test_a_socket_needs_no_login():
+    assert parse_config(REQUIRED, {"REDIS_PASSWORD": "x"}) == parse_config(REQUIRED, {})

@@ -29,7 +29,7 @@ from luthier_core.errors import (
     Unreadable,
     Unsupported,
 )
-from luthier_core.records import ApiKeyRecord
+from luthier_core.records import ApiKeyRecord, RecoveryRecord
 from luthier_core.registry_client import RegistryClient
 
 # --- who may ask ----------------------------------------------------------------------------------
@@ -285,7 +285,26 @@ async def test_runs_are_listed_latest_first_with_their_last_checkpoints(stack: S
         "last_sampler_checkpoint": sampler.row(),
         "user_metadata": {"k": "v"},
     }
-    assert await stack.client.describe_run("ann", first.run_id) == oldest
+    assert await stack.client.describe_run("ann", first.run_id) == {**oldest, "recovered": []}
+
+
+async def test_a_run_says_how_it_came_back_each_time_its_trainer_had_died(stack: Stack):
+    run = await stack.run()
+    for epoch in (2, 10):
+        event = RecoveryRecord(
+            epoch=epoch,
+            at=stack.clock(),
+            cause="trainer died",
+            worker="trainer-1",
+            from_seq=4,
+            to_seq=6,
+            outcome="exact",
+            seconds=0.5,
+        )
+        await stack.blobs.put(keys.run_recovery("ann", run.run_id, epoch), event.to_bytes())
+    described = await stack.client.describe_run("ann", run.run_id)
+    assert [event["epoch"] for event in described["recovered"]] == [10, 2]
+    assert described["recovered"][0]["cause"] == "trainer died"
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

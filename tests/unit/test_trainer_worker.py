@@ -28,12 +28,13 @@ from luthier_core.errors import Unavailable
 from luthier_core.futures import Futures
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.listing import Listing
+from luthier_core.moves import Moves
 from luthier_core.oplog import READ_AHEAD, Oplog
 from luthier_core.ops import Body, Kind
 from luthier_core.owner import FoldState, Step
 from luthier_core.proto import wire_pb2
 from luthier_core.protocol import STATE_LOST, Head, SnapshotRef
-from luthier_core.records import CheckpointRecord
+from luthier_core.records import CheckpointRecord, RecoveryRecord
 from luthier_model.base import load_base_model
 from luthier_model.lora import LoraSpec
 from luthier_trainer import worker
@@ -580,6 +581,65 @@ async def test_a_replay_that_computes_other_bits_fails_the_run_and_never_goes_on
     category, message = await rig.client.failed(A, seq)
     assert category == "server"
     assert "left another state than it did before" in message
+    assert (await recovery(rig)).outcome == "lost"
+
+
+async def test_a_run_whose_replay_went_wrong_leaves_its_last_snapshot_as_a_checkpoint(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0", snapshot_max_ops=3)
+    await rig.client.create(A)
+    await steps(rig, first, range(1), stored_at=[2])
+    expected = first.engine.save(A, optimizer=True)
+    await steps(rig, first, [1], stored_at=())
+    await first.die()
+    whole = RunState.checksum
+    monkeypatch.setattr(RunState, "checksum", lambda state: whole(state) + "0")
+    await rig.start("t1")
+    _, message = await rig.client.failed(A, await rig.client.step(A))
+    assert message.endswith(f"its state after seq 2 is tinker://{A}/weights/recovery-2")
+    data = await rig.blobs.get(keys.name_record(TENANT, A, "weights", "recovery-2"))
+    manifest = CheckpointRecord.from_bytes(data).manifest_key
+    assert await read_files(rig.blobs, manifest) == expected
+
+
+async def recoveries(rig: Rig) -> list[RecoveryRecord]:
+    """The history of run A."""
+    prefix = keys.run_recoveries(TENANT, A)
+    found = [info.key async for info in rig.blobs.list(prefix)]
+    return [RecoveryRecord.from_bytes(await rig.blobs.get(key)) for key in found]
+
+
+async def recovery(rig: Rig) -> RecoveryRecord:
+    """The only event in the history of run A, once it is there: it is written in the background."""
+    async with asyncio.timeout(30):
+        while not (found := await recoveries(rig)):
+            await asyncio.sleep(0)
+    (event,) = found
+    return event
+
+
+async def test_a_recovery_is_written_into_the_history_of_the_run(rig: Rig):
+    first = await rig.start("t0", snapshot_max_ops=4)
+    await rig.client.create(A)
+    await steps(rig, first, range(3), stored_at=[4])
+    assert await recoveries(rig) == []
+    await first.die()
+    second = await rig.start("t1")
+    await steps(rig, second, [3])
+    event = await recovery(rig)
+    assert (event.cause, event.worker, event.outcome) == ("trainer died", "t1", "exact")
+    assert (event.epoch, event.from_seq, event.to_seq) == (2, 4, 6)
+
+
+async def test_a_run_that_was_released_has_no_recovery_in_its_history(rig: Rig):
+    await rig.start("t0", max_runs=1)
+    for run in (A, B):
+        await rig.client.create(run)
+        await rig.client.completed(run)
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert await recoveries(rig) == []
 
 
 async def test_a_run_that_made_room_comes_back_without_a_replay(rig: Rig):
@@ -972,7 +1032,9 @@ async def test_a_replay_saves_nothing_again(rig: Rig):
     await rig.start("t1")
     await rig.client.step(A)
     await rig.client.completed(A)
-    assert [info async for info in rig.blobs.list(keys.run_prefix(TENANT, A))] == before
+    await recovery(rig)  # the one thing that is new
+    after = [info async for info in rig.blobs.list(keys.run_prefix(TENANT, A))]
+    assert [info for info in after if "/recovered/" not in info.key] == before
 
 
 async def test_a_replay_loads_what_the_name_stood_for_at_the_time(rig: Rig):
@@ -1101,3 +1163,56 @@ async def test_a_worker_is_ready_once_it_follows_the_log(rig: Rig):
     lease = (await rig.client.oplog.live_workers())["t0"]
     assert (lease["state"], lease["role"], lease["base_model"]) == ("ready", "trainer", MODEL)
     assert trainer.lease.owner == f"t0/{lease['incarnation']}"
+
+
+# --- moving ---------------------------------------------------------------------------------------
+
+
+async def test_a_run_is_moved_with_work_left_and_nothing_is_executed_again(rig: Rig, oplog: Oplog):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await steps(rig, first, range(2))
+    calls = Calls()
+    second = await rig.start("t1", watch=calls)
+    seqs = [await rig.client.forward_backward(A, gradient(n)) for n in range(10, 30)]
+    await Moves(oplog.redis, MODEL).ask(A, "t1")
+    for seq in seqs:
+        await rig.client.completed(A, seq)
+    await rig.client.step(A)
+    await until(lambda: second.epoch_of(A) == 2)
+    await rig.client.completed(A)
+    assert second.engine.run_digest(A) == rig.reference(
+        A, *ops_of(range(2)), *(gradient(n) for n in range(10, 30)), None
+    )
+    assert calls.names[0] == "take_state"
+    assert calls.names.count("optim_step") == 1
+    assert first.epoch_of(A) == 0
+    assert await recoveries(rig) == []
+    assert (await Moves(oplog.redis, MODEL).read()).targets == {}
+
+
+async def test_a_drained_trainer_gives_its_runs_away_and_takes_none(rig: Rig, oplog: Oplog):
+    first = await rig.start("t0")
+    for run in (A, B):
+        await rig.client.create(run)
+        await rig.client.completed(run)
+    second = await rig.start("t1")
+    await Moves(oplog.redis, MODEL).drain("t0")
+    await until(lambda: not (first.epoch_of(A) or first.epoch_of(B)))
+    for run in (A, B):
+        await rig.client.step(run)
+        await rig.client.completed(run)
+        assert second.epoch_of(run) == 2
+    await Moves(oplog.redis, MODEL).undrain("t0")
+    await second.stop()
+    await rig.client.step(A)
+    await rig.client.completed(A)
+    assert first.epoch_of(A) == 3
+
+
+async def test_a_wish_for_a_trainer_that_is_not_alive_holds_nothing_up(rig: Rig, oplog: Oplog):
+    await rig.start("t0")
+    await rig.client.create(A)
+    await Moves(oplog.redis, MODEL).ask(A, "gone")
+    await rig.client.step(A)
+    await rig.client.completed(A)

@@ -22,7 +22,14 @@ from typer.testing import CliRunner
 from luthier.cli import app
 from luthier.up.access import register_keys
 from luthier.up.folder import is_locked, open_data_folder, runtime_folder
-from luthier.up.options import ApiKey, ModelSource, UpOptions, parse_api_keys, parse_models
+from luthier.up.options import (
+    ApiKey,
+    ModelSource,
+    UpOptions,
+    parse_api_keys,
+    parse_models,
+    parse_settings,
+)
 from luthier.up.parts import Backoff
 from luthier.up.plan import PartSpec, build_config, service_specs, valkey_spec
 from luthier.up.probes import open_probes
@@ -34,7 +41,14 @@ from luthier.up.view import LogView
 from luthier_core import keys
 from luthier_core.auth import is_damaged, key_hmac
 from luthier_core.blobs import open_blobs
-from luthier_core.config import Config, dump_config, load_config
+from luthier_core.config import (
+    Config,
+    GatewayConfig,
+    LimitsConfig,
+    TrainerConfig,
+    dump_config,
+    load_config,
+)
 from luthier_core.errors import ConfigError
 from luthier_core.testing import running_valkey
 
@@ -66,6 +80,11 @@ def up(*arguments: str) -> tuple[int, str]:
         (["--s3", "https://host/bucket"], "expected s3+http://HOST"),
         (["--s3", "s3+http://user:password@host/bucket"], "AWS_ACCESS_KEY_ID"),
         (["--s3", "s3+http://host/bucket"], "AWS_ACCESS_KEY_ID"),
+        (["--set", "limits.max_rank"], "expected SECTION.KEY=VALUE"),
+        (["--set", "redis_url=redis://host"], "expected SECTION.KEY=VALUE"),
+        (["--set", "gateway.port=80"], "is the option --port"),
+        (["--set", "limits.max_rang=64"], "limits.max_rang"),
+        (["--set", "limits.max_rank=many"], "limits.max_rank"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
         (["--port", "70000"], "--port 70000"),
         (["--sampler-engine", "tgi"], "must be torch or vllm"),
@@ -236,6 +255,15 @@ def test_the_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
 
     assert load_config(tmp_path / "luthier.toml", {}) == config
     assert [(m.name, m.num_trainers) for m in config.models] == [("a", 2), ("b", 2)]
+
+
+def test_settings_are_written_beside_the_defaults(tmp_path: Path) -> None:
+    texts = ["limits.custom_losses=true", "trainer.execution=fused", "trainer.lease_s=7.5"]
+    config, _ = make_config(tmp_path, settings=parse_settings(texts))
+
+    assert config.limits == LimitsConfig(custom_losses=True)
+    assert config.trainer == TrainerConfig(execution="fused", lease_s=7.5)
+    assert config.gateway == GatewayConfig(port=8123)
 
 
 def test_every_model_has_its_workers_and_no_name_is_there_twice(tmp_path: Path) -> None:

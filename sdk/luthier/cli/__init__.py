@@ -91,6 +91,14 @@ def up(
             show_default=False,
         ),
     ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Setting of docs/operating.md, such as limits.custom_losses=true.",
+        ),
+    ] = None,
     run: Annotated[
         str,
         typer.Option(
@@ -123,6 +131,7 @@ def up(
                 num_samplers=samplers,
                 sampler_engine=options.check_sampler_engine(sampler_engine, vllm_python),
                 vllm_python=vllm_python,
+                settings=options.parse_settings(set_ or ()),
                 command=run,
             ),
             os.environ,

@@ -294,6 +294,28 @@ def jobs(
     table(context.obj.call("GET", "/admin/jobs"), "jobs", columns, as_json)
 
 
+@app.command("move-run")
+def move_run(
+    context: typer.Context,
+    run_id: str,
+    to: Annotated[str, typer.Option(metavar="TRAINER", help="Which one; else any other.")] = "",
+) -> None:
+    """Let another trainer have a run. Nothing of it is lost or executed again."""
+    body = {"to": to or None}
+    show_json(context.obj.call("POST", f"/admin/runs/{quote(run_id, safe='')}/move", body))
+
+
+@app.command("drain")
+def drain(
+    context: typer.Context,
+    trainer: str,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it take runs again.")] = False,
+) -> None:
+    """Let other trainers have all runs of one, which takes no more."""
+    path = f"/admin/trainers/{quote(trainer, safe='')}/drain"
+    show_json(context.obj.call("DELETE" if undo else "POST", path))
+
+
 @app.command("rebuild-index")
 def rebuild_index(context: typer.Context, as_json: JsonOption = False) -> None:
     """Make every list and header in Redis again from the object store."""

@@ -1,4 +1,4 @@
-"""luthier checkpoint: list, describe, publish, expire, delete and download."""
+"""luthier checkpoint: list, describe, publish, expire, delete, download and upload."""
 
 import tarfile
 import tempfile
@@ -128,6 +128,34 @@ def download(
                 _fetch_archive(rest, tinker_path, files)
             files.rename(folder)
     _said(f"downloaded to {folder}", tinker_path, as_json)
+
+
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(help="With a PEFT adapter.", exists=True)],
+    base_model: Annotated[
+        str | None, typer.Option(help="[default: the one in its adapter_config.json]")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="[default: the folder's name]")] = None,
+    ttl_seconds: Annotated[int | None, typer.Option(min=3600, help="Let it expire.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a checkpoint of an adapter that was made elsewhere."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with server() as rest, bar:
+        task = bar.add_task(folder.name)
+
+        def show(num_sent: int, num_bytes: int) -> None:
+            bar.update(task, completed=num_sent, total=num_bytes)
+
+        uploaded = rest.upload_checkpoint(
+            folder, base_model, name, ttl_seconds=ttl_seconds, on_progress=show
+        ).result()
+    (show_json if as_json else show_fields)(uploaded)
 
 
 def _fetch_archive(rest: RestClient, tinker_path: str, folder: Path) -> None:

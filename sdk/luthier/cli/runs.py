@@ -43,11 +43,43 @@ def list_runs(
 
 
 @app.command()
+def keep_last(
+    run_id: str,
+    number: Annotated[
+        int | None,
+        typer.Argument(min=0, help="Of each kind; 0 keeps all. Leave it out for the default."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let all but the newest checkpoints of a run expire, now and from now on."""
+    with server() as rest:
+        rest.set_keep_last(run_id, number).result()
+    if as_json:
+        show_json({"training_run_id": run_id, "keep_last": number})
+    else:
+        typer.echo(f"{run_id}: keeps {'the default' if number is None else number or 'all'}")
+
+
+@app.command()
 def info(run_id: str, as_json: JsonOption = False) -> None:
     """One training run."""
     with server() as rest:
         run = rest.get_training_run(run_id).result()
-    (show_json if as_json else show_fields)(run)
+    if as_json:
+        show_json(run)
+        return
+    show_fields(run.model_copy(update={"recovered": len(run.recovered or ())}))
+    if run.recovered:
+        show_table(
+            ("recovered", "cause", "from seq", "to seq", "outcome", "seconds", "on"),
+            [
+                (
+                    *(event.at, event.cause, event.from_seq, event.to_seq),
+                    *(event.outcome, event.seconds, event.worker),
+                )
+                for event in run.recovered
+            ],
+        )
 
 
 @app.command()

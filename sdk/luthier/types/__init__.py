@@ -37,6 +37,7 @@ from luthier.types.catalog import (
     TraceExportResponse,
     TrainingRun,
     TrainingRunsResponse,
+    UploadedCheckpoint,
     WeightsInfoResponse,
     WhoamiResponse,
 )
@@ -259,6 +260,7 @@ __all__ = [
     "TrainingBillingEvent",
     "TrainingRun",
     "TrainingRunsResponse",
+    "UploadedCheckpoint",
     "UserSearchOwner",
     "WeightsInfoResponse",
     "WhoamiResponse",

@@ -126,6 +126,19 @@ class ExternalWeightsUrlsResponse(ResponseBase):
     expires: datetime
 
 
+class Recovery(ResponseBase):
+    """The run had lost its trainer, and was rebuilt: exactly, or its state was lost."""
+
+    at: datetime
+    cause: str
+    worker: str
+    from_seq: int
+    to_seq: int
+    outcome: str
+    reason: str = ""
+    seconds: float
+
+
 class TrainingRun(ResponseBase):
     """A training run of yours. training_run_id is the model_id of its client."""
 
@@ -139,6 +152,8 @@ class TrainingRun(ResponseBase):
     last_checkpoint: Checkpoint | None = None
     last_sampler_checkpoint: Checkpoint | None = None
     user_metadata: dict[str, str] | None = None
+    recovered: list[Recovery] | None = None
+    """Latest first; only asked for by the run's id."""
 
 
 class TrainingRunsResponse(ResponseBase):
@@ -189,6 +204,13 @@ class CopyWeightsResponse(ResponseBase):
     """Path of the copy."""
 
     tinker_path: str
+
+
+class UploadedCheckpoint(ResponseBase):
+    """An adapter that was uploaded: a training checkpoint, and the same weights for sampling."""
+
+    tinker_path: str
+    sampler_path: str
 
 
 class TraceExportResponse(ResponseBase):

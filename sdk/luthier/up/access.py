@@ -11,6 +11,8 @@ from luthier_core.config import Config
 from luthier_core.errors import ConfigError, LuthierError
 from luthier_core.records import ApiKeyRecord, OrgRecord
 
+ADMIN_SCOPES = ("read", "admin", "operator")
+
 
 async def register_keys(config: Config, secret: bytes, api_keys: Sequence[ApiKey]) -> None:
     """Makes every key valid for its tenant; ConfigError if the store cannot be written."""

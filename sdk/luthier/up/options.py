@@ -1,9 +1,11 @@
 """The options of `luthier up`, checked: a malformed one is a ConfigError of one line."""
 
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from luthier_core.config import SAMPLER_ENGINES
@@ -12,6 +14,7 @@ from luthier_core.records import USER_SCOPES
 
 TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+SETTING = re.compile(r"(gateway|limits|trainer|sampler|housekeeping)\.([a-z0-9_]+)")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -30,6 +33,15 @@ class ApiKey:
     key: str = field(repr=False)
     tenant: str = "default"
     scopes: tuple[str, ...] = USER_SCOPES
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value of the configuration file that differs from its default."""
+
+    section: str
+    key: str
+    value: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +70,8 @@ class UpOptions:
     """torch | vllm"""
     vllm_python: str = ""
     """Interpreter of the environment that has vLLM; empty: our own."""
+    settings: tuple[Setting, ...] = ()
+    """What else the configuration file is to say; its keys are checked with the whole."""
     command: str = ""
     """A shell command to run once everything is ready; its exit code ends the stack."""
 
@@ -112,6 +126,25 @@ def _parse_api_key(text: str) -> ApiKey:
     if not TENANT.fullmatch(tenant):
         raise ConfigError(f"--api-key: TENANT {tenant!r} does not match {TENANT.pattern}")
     return ApiKey(key, tenant)
+
+
+def parse_settings(texts: Sequence[str]) -> tuple[Setting, ...]:
+    """SECTION.KEY=VALUE, several; VALUE is written as in TOML, a string also without its quotes."""
+    return tuple(_parse_setting(text) for text in texts)
+
+
+def _parse_setting(text: str) -> Setting:
+    name, _, value = text.partition("=")
+    named = SETTING.fullmatch(name)
+    if not named or not value:
+        raise ConfigError(f"--set {text!r}: expected SECTION.KEY=VALUE, such as limits.max_rank=64")
+    if name in ("gateway.host", "gateway.port"):
+        raise ConfigError(f"--set {name}: is the option --{named[2]}")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return Setting(named[1], named[2], parsed)
 
 
 def check_redis_url(url: str) -> str:

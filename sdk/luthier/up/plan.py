@@ -1,14 +1,22 @@
 """Which processes a stack has, and the one configuration file that they share. Pure."""
 
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from luthier.up.folder import DataFolder
-from luthier.up.options import UpOptions
-from luthier_core.config import Config, GatewayConfig, ModelConfig, SamplerConfig
+from luthier.up.options import Setting, UpOptions
+from luthier_core.config import (
+    Config,
+    GatewayConfig,
+    ModelConfig,
+    SamplerConfig,
+    dump_config,
+    parse_config,
+)
 from luthier_core.errors import ConfigError
 
 WORKER_ROLES = ("trainer", "sampler")
@@ -77,7 +85,17 @@ def build_config(
     )
     if options.s3_url and not (config.s3_access_key and config.s3_secret_key):
         raise ConfigError("--s3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    return config
+    return _with_settings(config, options.settings, environ) if options.settings else config
+
+
+def _with_settings(
+    config: Config, settings: Sequence[Setting], environ: Mapping[str, str]
+) -> Config:
+    """`config` with what the settings say; ConfigError names a key or value that is wrong."""
+    table = tomllib.loads(dump_config(config))
+    for setting in settings:
+        table[setting.section][setting.key] = setting.value
+    return parse_config(table, environ)
 
 
 def service_specs(config: Config, folder: DataFolder, environ: Mapping[str, str]) -> list[PartSpec]:

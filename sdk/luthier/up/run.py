@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from luthier.up.access import register_keys
+from luthier.up.access import ADMIN_SCOPES, register_keys
 from luthier.up.folder import DataFolder, open_data_folder, runtime_folder, write_private
 from luthier.up.models import check_models, fetch_models
 from luthier.up.options import ApiKey, UpOptions
@@ -27,7 +27,6 @@ from luthier_core.errors import ConfigError
 
 KILLED = 130
 """Exit code after a second Ctrl-C."""
-ADMIN_SCOPES = ("read", "admin", "operator")
 RUN_READY_S = 300.0
 """How long `--run` waits for the stack before it gives up."""
 COMMAND_GRACE_S = 5.0

@@ -24,7 +24,8 @@ from luthier_core.errors import (
     Unauthorized,
     Unavailable,
 )
-from luthier_core.oplog import REDIS_ERRORS, connect
+from luthier_core.failpoints import failpoint
+from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
 from luthier_core.usage import Prices
 from luthier_registry import admin_calls, checkpoint_calls, usage_calls
@@ -36,6 +37,7 @@ from luthier_registry.copies import Copies
 from luthier_registry.housekeeping import build_jobs
 from luthier_registry.identity import Identities
 from luthier_registry.lists import Lists
+from luthier_registry.observing import Observer
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -45,8 +47,10 @@ from luthier_registry.requests import (
     SetProject,
     parse,
 )
+from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 from luthier_registry.web_io import (
     AUDIT,
@@ -54,8 +58,11 @@ from luthier_registry.web_io import (
     COPIES,
     IDENTITIES,
     JOBS,
+    OBSERVER,
+    RETENTION,
     SESSIONS,
     STORE,
+    UPLOADS,
     USAGE,
     actor_of,
     json_of,
@@ -69,10 +76,20 @@ log = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 
 
-def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) -> web.Application:
-    """The application; its connections open when it starts and close when it stops."""
+def build_app(
+    config: Config, *, clock: Callable[[], datetime] | None = None, keeps_house: bool = True
+) -> web.Application:
+    """The application; its connections open when it starts and close when it stops.
+
+    Without `keeps_house` its jobs run only when they are asked for.
+    """
     app = web.Application(
-        middlewares=[answer_errors, _authenticate(service_token(config.secret())), record_event],
+        middlewares=[
+            answer_errors,
+            _authenticate(service_token(config.secret())),
+            pass_failpoints,
+            record_event,
+        ],
         client_max_size=MAX_BODY_BYTES,
     )
     app.add_routes(
@@ -107,7 +124,14 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
         ):
             now = clock or (lambda: datetime.now(UTC))
             lists = Lists(blobs, client, clock=now)
-            checkpoints = Checkpoints(blobs, client, builds, lists, clock=now)
+            checkpoints = Checkpoints(
+                blobs,
+                client,
+                builds,
+                lists,
+                clock=now,
+                archives_by_job=config.housekeeping.runner == "celery",
+            )
             app[CHECKPOINTS] = checkpoints
             sessions = Sessions(blobs, client, config.secret(), clock=now)
             app[SESSIONS] = sessions
@@ -115,10 +139,15 @@ def build_app(config: Config, *, clock: Callable[[], datetime] | None = None) ->
             app[AUDIT] = Audit(blobs, client, config.secret(), clock=now)
             app[STORE] = Store(blobs, client, sessions, checkpoints, config, clock=now)
             app[COPIES] = Copies(app[STORE], checkpoints, blobs, builds, lists)
+            app[UPLOADS] = Uploads(app[STORE], sessions, blobs, client, lists, clock=now)
+            app[RETENTION] = Retention(
+                blobs, client, lists, default=config.housekeeping.keep_last, clock=now
+            )
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
+            app[OBSERVER] = Observer(Oplog(client), jobs, config.model_names, clock=now)
             async with contextlib.AsyncExitStack() as running:
-                if config.housekeeping.runner == "registry":
+                if keeps_house and config.housekeeping.runner == "registry":
                     keeping = asyncio.create_task(jobs.keep_running())
                     running.push_async_callback(_cancel, keeping)
                 yield
@@ -156,6 +185,18 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return _error(LuthierError("an unexpected error in the registry"))
 
 
+@web.middleware
+async def pass_failpoints(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A test may end this process before a call that writes, or when it has written."""
+    if request.method == "GET":
+        return await handler(request)
+    kind = getattr(request.match_info.handler, "__name__", "")
+    await failpoint("rg.before", kind)
+    response = await handler(request)
+    await failpoint("rg.after", kind)
+    return response
+
+
 def _authenticate(token: str) -> Middleware:
     expected = f"Bearer {token}".encode()
 
@@ -189,8 +230,14 @@ async def livez(request: web.Request) -> web.Response:
 
 async def readyz(request: web.Request) -> web.Response:
     """Redis and the object store answer as well."""
-    await request.app[STORE].check()
+    await unready(request.app)
     return web.json_response({"status": "ok"})
+
+
+async def unready(app: web.Application) -> str:
+    """Empty if this process can serve; raises what is away."""
+    await app[STORE].check()
+    return ""
 
 
 async def get_key(request: web.Request) -> web.Response:

@@ -23,6 +23,8 @@ EVENTS: dict[str, str] = {
     checkpoint_calls.get_files.__name__: "checkpoints.download",
     checkpoint_calls.make_archive.__name__: "checkpoints.download",
     checkpoint_calls.copy_weights.__name__: "checkpoints.copy",
+    checkpoint_calls.set_keep_last.__name__: "checkpoints.set_keep_last",
+    checkpoint_calls.adopt_upload.__name__: "checkpoints.upload",
     "set_project": "projects.move_session",
     "revoke_key": "organizations.revoke_key",
     admin_calls.create_org.__name__: "organizations.create",

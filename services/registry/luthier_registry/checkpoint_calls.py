@@ -4,14 +4,26 @@ from aiohttp import web
 
 from luthier_core.checkpoints import TinkerPath
 from luthier_registry.record_store import cursor
-from luthier_registry.requests import CopyWeights, Path, SetTtl, parse
+from luthier_registry.requests import (
+    AdoptUpload,
+    CopyWeights,
+    CreateUpload,
+    Path,
+    SetKeepLast,
+    SetTtl,
+    parse,
+)
 from luthier_registry.web_io import (
     CHECKPOINTS,
     COPIES,
+    RETENTION,
     STORE,
+    UPLOADS,
+    actor_of,
     json_of,
     page_of,
     path_of,
+    project_of,
     tenant_of,
 )
 
@@ -31,6 +43,11 @@ def routes() -> list[web.RouteDef]:
         web.post("/resolve", resolve),
         web.post("/weights_info", weights_info),
         web.post("/copy_weights", copy_weights),
+        web.get("/runs/{run}/keep_last", get_keep_last),
+        web.put("/runs/{run}/keep_last", set_keep_last),
+        web.post("/uploads", create_upload),
+        web.get("/uploads/{upload}", get_upload),
+        web.post("/uploads/{upload}/adopt", adopt_upload),
     ]
 
 
@@ -115,3 +132,45 @@ async def copy_weights(request: web.Request) -> web.Response:
     wanted = parse(CopyWeights, await request.read())
     path = await request.app[COPIES].copy(tenant_of(request), wanted)
     return web.json_response({"tinker_path": path})
+
+
+async def get_keep_last(request: web.Request) -> web.Response:
+    """How many checkpoints of each kind the run keeps; 0: all."""
+    tenant = tenant_of(request)
+    run = await request.app[STORE].run(tenant, request.match_info["run"])
+    return web.json_response({"keep_last": await request.app[RETENTION].get(tenant, run.run_id)})
+
+
+async def set_keep_last(request: web.Request) -> web.Response:
+    wanted = parse(SetKeepLast, await request.read())
+    tenant = tenant_of(request)
+    run = await request.app[STORE].run(tenant, request.match_info["run"])
+    await request.app[RETENTION].set(tenant, run.run_id, wanted.keep_last)
+    return web.json_response({})
+
+
+async def create_upload(request: web.Request) -> web.Response:
+    wanted = parse(CreateUpload, await request.read())
+    return json_of(
+        await request.app[UPLOADS].create(
+            tenant_of(request),
+            wanted,
+            key_id=actor_of(request),
+            key_project=project_of(request),
+        )
+    )
+
+
+async def get_upload(request: web.Request) -> web.Response:
+    """The record, and the paths of its checkpoints once it is one."""
+    tenant, uploads = tenant_of(request), request.app[UPLOADS]
+    upload = await uploads.get(tenant, request.match_info["upload"])
+    return web.json_response({"upload": upload.to_dict(), "paths": await uploads.paths(upload)})
+
+
+async def adopt_upload(request: web.Request) -> web.Response:
+    wanted = parse(AdoptUpload, await request.read())
+    paths = await request.app[UPLOADS].adopt(
+        tenant_of(request), request.match_info["upload"], wanted
+    )
+    return web.json_response({"paths": paths})

@@ -17,12 +17,9 @@ from luthier_core.checkpoints import TinkerPath, expiry, read_manifest
 from luthier_core.errors import NotFound
 from luthier_core.listing import NO_EXTERNAL, Listing, Page
 from luthier_core.records import CheckpointRecord, PublishedRunRecord
-from luthier_registry.archive import ArchiveFile, write_archive
+from luthier_registry.archives import PEFT_FILES, Archives, is_made, make
 from luthier_registry.builds import Builds
 from luthier_registry.lists import Lists
-
-PEFT_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
-"""What a download holds; the state of the optimizer beside them is of use to nobody else."""
 
 
 class Checkpoints:
@@ -36,7 +33,11 @@ class Checkpoints:
         lists: Lists,
         *,
         clock: Callable[[], datetime],
+        archives_by_job: bool = False,
     ) -> None:
+        """With `archives_by_job` another process makes the archives."""
+        self._archives = Archives(blobs, client, clock=clock)
+        self._archives_by_job = archives_by_job
         self._blobs = blobs
         self._redis = client
         self._builds = builds
@@ -115,14 +116,13 @@ class Checkpoints:
         """Object key of the tar of its PEFT files; Unavailable while it is being made."""
         record = await self.read(tenant, path)
         key = keys.archive(record.tenant, record.manifest_digest)
-        if await self._blobs.size(key) is None:
-            manifest = await read_manifest(self._blobs, record.manifest_key)
-            files = [
-                ArchiveFile(name, file.key, file.num_bytes, file.sha256)
-                for name, file in sorted(manifest.files.items())
-                if name in PEFT_FILES
-            ]
-            await self._builds.finish(key, lambda: write_archive(self._blobs, key, files))
+        if not await is_made(self._blobs, record):
+            if self._archives_by_job:
+                await self._archives.wait(record)
+                if not await is_made(self._blobs, record):  # it was deleted meanwhile
+                    raise NotFound(str(path))
+            else:
+                await self._builds.finish(key, lambda: make(self._blobs, record))
         return key
 
     async def _change(self, tenant: str, path: TinkerPath, **changes: Any) -> None:

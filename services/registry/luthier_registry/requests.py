@@ -85,6 +85,32 @@ class CopyWeights(Body):
     idempotency_key: str | None = Field(None, min_length=1, max_length=500)
 
 
+class SetKeepLast(Body):
+    keep_last: int | None = Field(None, ge=0)
+
+
+class CreateUpload(Body):
+    """The gateway has checked the configuration."""
+
+    base_model: str
+    adapter_config: dict[str, Any]
+    num_bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    name: str
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+    project_id: str | None = None
+    idempotency_key: str | None = Field(None, min_length=1, max_length=500)
+
+
+class AdoptUpload(Body):
+    """What the weights that have come are on."""
+
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+
+
 class SearchOwner(Body):
     type: Literal["own", "accessible", "user"] = "own"
     owner_urns: tuple[str, ...] = ()

@@ -18,9 +18,11 @@ from luthier_core.errors import BadRequest, InvalidField, NotFound, TooManyReque
 from luthier_core.records import (
     CheckpointRecord,
     LoraConfig,
+    RecoveryRecord,
     RunRecord,
     SamplerRecord,
     SessionRecord,
+    UploadRecord,
 )
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.record_store import (
@@ -33,6 +35,9 @@ from luthier_registry.record_store import (
 )
 from luthier_registry.requests import CopyWeights, CreateRun, CreateSampler
 from luthier_registry.sessions import Sessions
+
+MAX_RECOVERIES = 100
+"""That a run's description lists."""
 
 
 class Store(RecordStore):
@@ -144,7 +149,13 @@ class Store(RecordStore):
                 return published
             raise
         (described,) = await self._listing(tenant).with_activity([row], self._clock())
-        return described
+        return {**described, "recovered": await self._recoveries(tenant, run_id)}
+
+    async def _recoveries(self, tenant: str, run_id: str) -> list[dict[str, Any]]:
+        """How the run came back each time its trainer had died, latest first."""
+        found = [info.key async for info in self._blobs.list(keys.run_recoveries(tenant, run_id))]
+        latest = sorted(found, reverse=True)[:MAX_RECOVERIES]
+        return [RecoveryRecord.from_bytes(await self._blobs.get(key)).to_dict() for key in latest]
 
     async def list_runs(
         self, tenant: str, *, offset: int, limit: int, project_id: str | None = None
@@ -210,27 +221,57 @@ class Store(RecordStore):
         self, tenant: str, run_id: str, source: CheckpointRecord, wanted: CopyWeights
     ) -> RunRecord:
         """The run that holds the copy, in its session; a repeat returns the first record."""
-        session_id, now = run_id.partition(":")[0], self._clock()
         if wanted.session_id is None:
-            session = SessionRecord(
-                session_id=session_id,
-                tenant=tenant,
-                created_at=now,
-                project_id=wanted.destination_project_id,
+            await self._sessions.put(
+                SessionRecord(
+                    session_id=run_id.partition(":")[0],
+                    tenant=tenant,
+                    created_at=self._clock(),
+                    project_id=wanted.destination_project_id,
+                    status="finished",
+                    finish_reason="success",
+                    finish_detail=f"a copy of {wanted.source_path}",
+                )
+            )
+        return await self._create_holder(
+            tenant, run_id, source.base_model, source.lora, source_path=wanted.source_path
+        )
+
+    async def create_upload_run(self, upload: UploadRecord, lora: LoraConfig) -> RunRecord:
+        """The run that holds an upload, in a session of its own; a repeat returns the first."""
+        await self._sessions.put(
+            SessionRecord(
+                session_id=upload.upload_id,
+                tenant=upload.tenant,
+                created_at=upload.created_at,
+                project_id=upload.project_id,
+                key_id=upload.key_id,
                 status="finished",
                 finish_reason="success",
-                finish_detail=f"a copy of {wanted.source_path}",
+                finish_detail="an adapter that was uploaded",
             )
-            await self._sessions.put(session)
+        )
+        return await self._create_holder(upload.tenant, upload.run_id, upload.base_model, lora)
+
+    async def _create_holder(
+        self,
+        tenant: str,
+        run_id: str,
+        base_model: str,
+        lora: LoraConfig,
+        *,
+        source_path: str | None = None,
+    ) -> RunRecord:
+        """A run that has checkpoints and is never trained; a repeat returns the first record."""
         run = RunRecord(
             run_id=run_id,
             tenant=tenant,
-            session_id=session_id,
-            base_model=source.base_model,
-            lora=source.lora,
+            session_id=run_id.partition(":")[0],
+            base_model=base_model,
+            lora=lora,
             optimizer_config={"type": "adamw"},
-            created_at=now,
-            source_path=wanted.source_path,
+            created_at=self._clock(),
+            source_path=source_path,
             trainable=False,
         )
         run = await self._create(keys.run_record(tenant, run_id), run)

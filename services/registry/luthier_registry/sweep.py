@@ -34,6 +34,8 @@ _OP = re.compile(_RUN + r"ops/(?P<seq>\d+)-[0-9a-f]+")
 _RESULT = re.compile(_RUN + r"res/(?P<seq>\d+)-\d+")
 _SNAPSHOT = re.compile(_RUN + r"snap/(?P<ref>\d+-\d+)/[^/]+")
 _CHECKPOINT = re.compile(_RUN + r"(ckpt/\d+-\d+/[^/]+|man/\d+)")
+_UPLOAD = re.compile(r"t/[^/]+/uploads/[^/]+")
+"""Needed by nothing: who announces an upload has as long as it takes to sweep it."""
 _SAMPLE = re.compile(r"t/[^/]+/samples/(?P<session>[^/]+)/(?P<seq>\d+)(-[0-9a-f]+|\.res)")
 _ARCHIVE = re.compile(r"t/[^/]+/archives/(?P<digest>[0-9a-f]+)\.tar")
 
@@ -112,6 +114,8 @@ class Sweep:
             return await self._exists(keys.run_outcome(found["run"], found["seq"]))
         if found := _SAMPLE.fullmatch(key):
             return await self._exists(keys.sampling_outcome(found["session"], found["seq"]))
+        if _UPLOAD.fullmatch(key):
+            return False
         if found := _ARCHIVE.fullmatch(key):
             return found["digest"] in roots.digests
         return True

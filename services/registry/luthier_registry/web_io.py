@@ -15,18 +15,24 @@ from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
 from luthier_registry.identity import Identities
 from luthier_registry.jobs import Jobs
+from luthier_registry.observing import Observer
+from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 
 STORE = web.AppKey("store", Store)
 SESSIONS = web.AppKey("sessions", Sessions)
 CHECKPOINTS = web.AppKey("checkpoints", Checkpoints)
 COPIES = web.AppKey("copies", Copies)
+RETENTION = web.AppKey("retention", Retention)
+UPLOADS = web.AppKey("uploads", Uploads)
 IDENTITIES = web.AppKey("identities", Identities)
 AUDIT = web.AppKey("audit", Audit)
 USAGE = web.AppKey("usage", Usage)
 JOBS = web.AppKey("jobs", Jobs)
+OBSERVER = web.AppKey("observer", Observer)
 DETAILS = web.RequestKey("details", dict[str, Any])
 """What a handler adds to the audit entry of its call."""
 MAX_PAGE = 1000

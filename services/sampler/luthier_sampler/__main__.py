@@ -13,6 +13,7 @@ from luthier_model.base import load_base_model
 from luthier_model.packed_linear import pack_linears
 from luthier_sampler.engine import Engine
 from luthier_sampler.engine_thread import EngineThread, SamplerEngine
+from luthier_sampler.observing import EngineObserver
 from luthier_sampler.vllm_engine import start_vllm_engine
 from luthier_sampler.worker import Worker
 
@@ -37,7 +38,9 @@ async def _engine(parts: WorkerParts) -> SamplerEngine:
     wanted, settings = parts.model, parts.config.sampler
     if settings.engine == "vllm":
         return await parts.prepare(start_vllm_engine(wanted, settings, os.environ))
-    return EngineThread(await parts.load(lambda: _load(wanted, settings)))
+    engine = await parts.load(lambda: _load(wanted, settings))
+    parts.ops.before_scrape.append(EngineObserver(engine, settings).refresh)
+    return EngineThread(engine)
 
 
 def _load(wanted: ModelConfig, settings: SamplerConfig) -> Engine:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Published
 from luthier_sampler.engine import Engine, Finished
 from luthier_sampler.sequence import SampleRequest
@@ -65,6 +66,7 @@ class EngineThread:
         while not self._engine.has_work:
             self._work.clear()
             await self._work.wait()
+        await failpoint("sm.gen")
         return await self._call(self._step)
 
     def cancel(self, request_id: str) -> None:

@@ -8,14 +8,16 @@ jobs of one that stays away are claimed by the others.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import replace
 
-from luthier_core import keys
+from luthier_core import keys, tracing
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_files
 from luthier_core.config import SamplerConfig
 from luthier_core.errors import LuthierError
+from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import REDIS_ERRORS, Oplog
@@ -24,6 +26,7 @@ from luthier_core.types import Sample
 from luthier_sampler.engine import Finished
 from luthier_sampler.engine_thread import SamplerEngine
 from luthier_sampler.jobs import request_of, usage_of
+from luthier_sampler.observing import note_finished
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ class Worker:
         self._blobs = blobs
         self._engine = engine
         self._jobs: dict[str, SamplingJob] = {}
+        self._began: dict[str, float] = {}
+        """Request -> when it was claimed, in seconds since the epoch."""
         self._tasks: set[asyncio.Task[None]] = set()
         """One per job that is being admitted or settled."""
         self._room = asyncio.Event()
@@ -159,6 +164,9 @@ class Worker:
 
     async def _admit(self, job: SamplingJob) -> None:
         """Give the job to the engine, with its adapter; a job it refuses fails."""
+        await failpoint("sm.claim")
+        tracing.note_queued(job.trace)
+        self._began[job.request_id] = time.time()
         try:
             request = request_of(job, Sample.model_validate_json(await self._body_of(job)))
             if job.inflight_run and (newest := await self._oplog.published(job.inflight_run)):
@@ -206,6 +214,7 @@ class Worker:
     def _cancel(self, request_id: str) -> None:
         """A hint: whoever has this request gives its blocks back. Its outcome is stored already."""
         if self._jobs.pop(request_id, None) is not None:
+            self._began.pop(request_id, None)
             self._engine.cancel(request_id)
             self._room.set()
 
@@ -213,6 +222,7 @@ class Worker:
         while True:
             finished, partials = await self._engine.step()
             for item in finished:
+                note_finished(item)
                 self._spawn(group, self._finish(item))
             with contextlib.suppress(asyncio.QueueFull):
                 for partial in partials.items():
@@ -234,6 +244,7 @@ class Worker:
         job = self._jobs.get(finished.request_id)
         if job is None:
             return  # cancelled in its last step
+        await failpoint("sm.store")
         if finished.response is None:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:
@@ -246,10 +257,13 @@ class Worker:
         while True:
             try:
                 await self._oplog.settle(job, self._base_model, outcome)
+                began_s = self._began.pop(job.request_id, time.time())
+                tracing.note_since("sample", job.trace, began_s, request_id=job.request_id)
                 break
             except REDIS_ERRORS:
                 log.warning("redis is away; settling %s again", job.request_id)
                 await asyncio.sleep(RETRY_S)
+        await failpoint("sm.ack")
         self._jobs.pop(job.request_id, None)
         self._room.set()
 

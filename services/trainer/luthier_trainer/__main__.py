@@ -38,7 +38,9 @@ async def _work(parts: WorkerParts) -> None:
             }
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.
-        environ={name: os.environ[name] for name in os.environ if not name.startswith("AWS_")},
+        environ={
+            name: os.environ[name] for name in os.environ if not name.startswith(("AWS_", "REDIS_"))
+        },
         op_timeout_s=settings.op_timeout_s,
     )
     try:
@@ -60,6 +62,7 @@ async def _work(parts: WorkerParts) -> None:
             snapshots=StoredSnapshots(engine, parts.blobs, settings),
             first_cycle=await client.incrby(keys.clock_cycles(wanted.name), CYCLES_PER_START),
         )
+        parts.ops.before_scrape.append(worker.observe)
         await worker.run(parts.stop)
     finally:
         await engine.close()

@@ -5,6 +5,7 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 
+from luthier_core import metrics
 from luthier_core.oplog import READ_AHEAD
 from luthier_core.owner import Diverged
 from luthier_core.protocol import Left, drive, execute_next
@@ -13,6 +14,7 @@ from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.engine_watch import EngineWatch
 from luthier_trainer.owned_run import OwnedRun
 from luthier_trainer.planner import Head, Planner, Share
+from luthier_trainer.recovery import Recoveries
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class Cycles:
         self,
         runs: Mapping[str, OwnedRun],
         watch: EngineWatch,
+        recoveries: Recoveries,
         *,
         fused: bool,
         first_cycle: int,
@@ -47,6 +50,7 @@ class Cycles:
         """The runs whose steps are under way, whether or not they are still ours."""
         self._runs = runs
         self._watch = watch
+        self._recoveries = recoveries
         self._fused = fused
         self._numbers = itertools.count(first_cycle)
         self._planner = Planner(CYCLE_TOKENS)
@@ -61,7 +65,8 @@ class Cycles:
             self.ready.clear()
             while shares := self._planner.plan(self._heads()):
                 async with self.lock:
-                    await self._run_cycle(shares, next(self._numbers))
+                    with metrics.CYCLE_SECONDS.time():
+                        await self._run_cycle(shares, next(self._numbers))
 
     def _heads(self) -> list[Head]:
         return [
@@ -107,8 +112,8 @@ class Cycles:
             await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
-            reason = f"the run's state could not be rebuilt after a restart: {error}"
-            run.owner.break_run(reason)
+            metrics.REPLAY_MISMATCHES.inc()
+            await self._recoveries.give_up(run, str(error))
         except EngineDied as death:
             await self._watch.blame(run, death)
         except NotRebuilt as error:
@@ -124,6 +129,7 @@ class Cycles:
         """Execute the next op of a run, hand its commit over, and copy the state if it is time."""
         run_id = run.tenure.run_id
         carried_out = await drive(execute_next(run.tenure), run.effects.perform)
+        self._recoveries.note_if_ended(run)
         if carried_out is not None and carried_out[0].publish:
             await run.commits.put(carried_out)
             run.effects.alone = False

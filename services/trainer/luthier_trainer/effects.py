@@ -43,6 +43,7 @@ from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.execution import Finish as Rest
 from luthier_trainer.frames import OutOfMemory
+from luthier_trainer.observing import EffectWatch
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -111,12 +112,16 @@ class RunEffects:
         self._blobs = blobs
         self._executor = executor
         self._snapshots = snapshots
+        self._watch = EffectWatch()
 
     async def perform(self, effect: Effect) -> Any:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
+        return await self._watch.watch(effect, self._perform(effect))
+
+    async def _perform(self, effect: Effect) -> Any:
         oplog = self._oplog
         if (point := _POINTS.get(type(effect))) is not None:
-            await failpoint(point)
+            await failpoint(point, getattr(effect, "kind", ""))
         match effect:
             case Execute(step):
                 return await self._execute(step)
@@ -176,14 +181,10 @@ class RunEffects:
                     return await self._snapshots.restore(self._context, ref)
         raise NotImplementedError(f"{type(effect).__name__}: this trainer makes no snapshots")
 
-    async def save_recovery(self, committed: int) -> str:
-        """tinker:// path of the state after op `committed`, kept as a checkpoint; "" if none is."""
-        return str(await self._executor.save_recovery(self._context, committed) or "")
-
     async def _execute(self, step: Step) -> Executed:
         began, run_id = time.monotonic(), self._context.run_id
         try:
-            await failpoint("tr.exec" if step.publish else "tr.replay")
+            await failpoint("tr.exec" if step.publish else "tr.replay", step.op.kind)
             if step.action is Action.CLEAR_GRADIENT:
                 await self._executor.engine.clear_gradient(self._context.run_id)
                 return Executed()
@@ -191,7 +192,7 @@ class RunEffects:
                 raise BadRequest("cancelled by the owner of the run while it was queued")
             rest = await self._within_memory(step)
             if step.publish:
-                await failpoint("tr.mid")
+                await failpoint("tr.mid", step.op.kind)
             return Executed(rest=rest, checksum=await self._checksum(step))
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))

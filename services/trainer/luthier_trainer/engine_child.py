@@ -86,7 +86,7 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
     import torch
 
     from luthier_model.base import load_base_model
-    from luthier_model.lora import LoraSpec
+    from luthier_model.lora import LoraSpec, shapes_by_switch
     from luthier_trainer.engine import Engine
 
     model = load_base_model(hello["name"], hello["path"], dtype=hello["dtype"])
@@ -98,7 +98,11 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
         applies_nonfinite=hello["applies_nonfinite"],
     )
     ready = {
-        "facts": {**model.facts.to_json(), "tokenizer_id": model.facts.path},
+        "facts": {
+            **model.facts.to_json(),
+            "tokenizer_id": model.facts.path,
+            "lora_modules": shapes_by_switch(model.lora_shapes),
+        },
         "fingerprint": {
             "torch": torch.__version__,
             "machine": platform.machine(),

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 
+from luthier_core import metrics
 from luthier_core.protocol import MAX_DEATHS, Left, blame_next, drive
 from luthier_trainer.engine_client import EngineClient, EngineDied
 from luthier_trainer.owned_run import OwnedRun
@@ -33,6 +34,7 @@ class EngineWatch:
         """Returns once the engine has died; from then on it is not up."""
         await self._engine.died()
         self.num_deaths += 1
+        metrics.ENGINE_DEATHS.inc()
         self.is_up = False
 
     async def start_anew(self) -> None:

@@ -26,6 +26,7 @@ from luthier_core.types import (
 from luthier_trainer.engine_client import EngineClient
 from luthier_trainer.engine_host import PassOp
 from luthier_trainer.gathering import Gathering
+from luthier_trainer.observing import note_forward
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Executor:
         async def finish() -> Outcome:
             body = await self._result_body(run, op, output)
             metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
+            note_forward(op.kind, metrics)
             return Outcome.completed(body, "protobuf", metrics=_metrics(op.kind, metrics))
 
         return finish
@@ -298,7 +300,7 @@ class Executor:
         if len(output) <= INLINE_LIMIT:
             return Body.of(output)
         key = keys.op_result(run.tenant, run.run_id, op.seq, run.epoch)
-        await failpoint("tr.put_res")
+        await failpoint("tr.put_res", op.kind)
         await outlasting_outage(lambda: self._blobs.put(key, output))
         return Body.stored(key, output)
 

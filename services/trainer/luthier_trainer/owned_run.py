@@ -10,6 +10,7 @@ from luthier_trainer.effects import RunEffects
 from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import RunContext
 from luthier_trainer.planner import Waiting, estimated_tokens
+from luthier_trainer.rebuild import Rebuild
 from luthier_trainer.snapshots import Snapshots, Snapshotter
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ class OwnedRun:
         """The last read of the log was full, or left out for want of room."""
         self.paused = False
         """Nothing is executed for it: it is being let go."""
+        self.context = context
+        self.rebuild: Rebuild | None = None
+        """Its recovery, until what was committed before has been executed again."""
         self._leave = leave
         self._committer: asyncio.Task[None] | None = None
         self.snapshotter: Snapshotter | None = None

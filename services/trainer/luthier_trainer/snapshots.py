@@ -80,6 +80,11 @@ class Snapshotter:
         """Whether a copy waits for its commit or is being stored."""
         return self._copied is not None or self._storing is not None
 
+    @property
+    def age_s(self) -> float:
+        """Of the oldest op that no copy has; 0 without one."""
+        return self.clock() - self._first_at if self._spent.num_ops else 0.0
+
     async def executed(self, step: Step, execute_s: float) -> None:
         """Call it when a step has been executed, before the next one is: copies if it is time."""
         self._note(step, execute_s)

@@ -1,8 +1,9 @@
 """The trainer's control flow: own runs, read their logs, plan, execute, commit.
 
-Three loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
+Four loops share the worker's runs. `_follow` adopts runs and reads logs when hinted, and looks for
 itself once a second. `Cycles.run` plans and executes, one engine call at a time. `_mind_engine`
-leaves every run when the engine has died, and starts another. Each run commits for itself
+leaves every run when the engine has died, and starts another. `_handing_over` lets go of runs
+that an operator wants elsewhere. Each run commits for itself
 (OwnedRun), so that the engine goes on while results are stored and committed.
 """
 
@@ -13,12 +14,13 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs
 from luthier_core.config import TrainerConfig
 from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
+from luthier_core.moves import Moves
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.protocol import (
     Left,
@@ -34,7 +36,10 @@ from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.engine_watch import GIVEN_UP, EngineWatch
 from luthier_trainer.execution import Executor, RunContext
 from luthier_trainer.frames import OutOfMemory
+from luthier_trainer.handover import HandingOver
 from luthier_trainer.owned_run import OwnedRun
+from luthier_trainer.rebuild import Rebuild
+from luthier_trainer.recovery import Recoveries, cause_of
 from luthier_trainer.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -76,9 +81,11 @@ class Worker:
         self._not_before: dict[str, float] = {}
         """Runs that could not be taken over -> when to try again."""
         self._watch = EngineWatch(executor.engine)
+        self._recoveries = Recoveries(lease.name, executor, blobs, snapshots)
         self._cycles = Cycles(
             self._runs,
             self._watch,
+            self._recoveries,
             fused=executor.fused,
             first_cycle=first_cycle,
             forget=self._forget,
@@ -86,6 +93,12 @@ class Worker:
             read_on=self._on_room,
         )
         self._hints = Hints(oplog.redis, self._on_hint)
+        self._handing_over = HandingOver(
+            lease.name,
+            Moves(oplog.redis, base_model),
+            cycling=self._cycles.lock,
+            forget=self._forget,
+        )
         self._draining = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -93,7 +106,9 @@ class Worker:
         renewing = self._lease.keep(self._config.lease_renew_s, self._engine.in_time)
         async with _background(self._hints.listen(), renewing):
             await self._hints.subscribe(keys.model_wake(self._base_model))
-            async with _background(self._follow(), self._cycles.run(), self._mind_engine()):
+            async with _background(
+                self._follow(), self._cycles.run(), self._mind_engine(), self._handing_over.run()
+            ):
                 await self._lease.set_state("ready")
                 lost = asyncio.create_task(self._lease.lost.wait())
                 stopped = asyncio.create_task(stop.wait())
@@ -102,6 +117,13 @@ class Worker:
                 stopped.cancel()
                 self._draining = True
             await self._drain()
+
+    async def observe(self) -> None:
+        """Set the gauges of the runs held now."""
+        snapshotters = (run.snapshotter for run in self._runs.values())
+        ages = [snapshotter.age_s for snapshotter in snapshotters if snapshotter is not None]
+        metrics.OWNED_RUNS.set(len(self._runs))
+        metrics.SNAPSHOT_AGE_SECONDS.set(max(ages, default=0.0))
 
     # --- owning and reading -----------------------------------------------------------------------
 
@@ -137,6 +159,9 @@ class Worker:
         """Look at every live run and at every own one: hints may be lost, and time passes."""
         known = {run_id: (run, run.tenure.committed) for run_id, run in self._runs.items()}
         live = await self._oplog.live_runs(self._base_model)
+        if await self._handing_over.look():
+            trainers = self._trainers(await self._oplog.live_workers())
+            await self._handing_over.heed(self._runs.values(), trainers, _rank)
         headers = await self._oplog.headers(sorted({*live, *known}))
         for run_id, (run, committed) in known.items():
             if self._runs.get(run_id) is run:
@@ -157,12 +182,13 @@ class Worker:
         elif (
             run.idle
             and header.admitted == tenure.committed
+            and (tenure.owner.executed_to == tenure.committed or tenure.owner.broken)
             and await self._is_overdue(tenure.run_id, header)
         ):
             # What was missing has come after all; or the engine died, and the next owner does this.
             with contextlib.suppress(Left, EngineDied):
                 # First: a crash between the two makes it again before anybody is told.
-                recovery = await run.effects.save_recovery(tenure.committed)
+                recovery = await self._recoveries.save_state(run, tenure.committed)
                 last = await self._oplog.last_parked(tenure.run_id)
                 steps = give_up_gap(tenure, last, recovery=recovery)
                 await drive(steps, run.effects.perform)
@@ -206,15 +232,12 @@ class Worker:
         if not headers or not self._watch.is_up:
             return
         workers = await self._oplog.live_workers()
-        trainers = [
-            name
-            for name, lease in workers.items()
-            if lease["role"] == "trainer" and lease["base_model"] == self._base_model
-        ]
+        trainers = self._trainers(workers)
+        settled = self._handing_over.wishes.settled
         for run_id, header in headers.items():
             # A run under my own name that I do not have is one whose state I threw away.
-            is_mine = header.owner == self._lease.owner
-            if not is_mine and _is_live(header.owner, workers):
+            is_free = header.owner == self._lease.owner or run_id in settled
+            if not is_free and _is_live(header.owner, workers):
                 continue
             if run_id in self._cycles.executing:
                 continue  # a step from before would meet the state that is rebuilt
@@ -233,8 +256,25 @@ class Worker:
             for run_id in noted.keys() - headers.keys():
                 del noted[run_id]
 
+    def _trainers(self, workers: dict[str, dict[str, str]]) -> list[str]:
+        """The names of those alive that serve this base model."""
+        return [
+            name
+            for name, lease in workers.items()
+            if lease["role"] == "trainer" and lease["base_model"] == self._base_model
+        ]
+
     def _is_my_turn(self, run_id: str, trainers: list[str]) -> bool:
-        """At once for the trainer that ranks first for this run, for others after a lease time."""
+        """At once for the trainer that ranks first for this run, for others after a lease time.
+
+        One that an operator wants it to have is the only one.
+        """
+        wishes = self._handing_over.wishes
+        if target := wishes.target_of(run_id, trainers):
+            return target == self._lease.name
+        trainers = wishes.candidates(trainers)
+        if self._lease.name not in trainers:
+            return False
         if max(trainers, key=lambda name: _rank(run_id, name), default="") == self._lease.name:
             return True
         since = self._unowned_since.setdefault(run_id, self._clock())
@@ -247,7 +287,7 @@ class Worker:
             context, self._oplog, self._blobs, self._executor, self._snapshots, server=server
         )
         effects.spares_engine = self._watch.gives_up(run_id)
-        num_deaths = self._watch.num_deaths
+        num_deaths, began = self._watch.num_deaths, self._clock()
         try:
             tenure = await drive(take_over(run_id, self._lease.owner), effects.perform)
         except REDIS_ERRORS:
@@ -268,15 +308,20 @@ class Worker:
             return  # what was restored has gone with its engine
         if effects.spares_engine:
             tenure.owner.break_run(GIVEN_UP)
+        await self._handing_over.granted(run_id)
         context.epoch = tenure.epoch
         effects.tenure = tenure
         run = OwnedRun(tenure, header.tenant, context, effects, self._snapshots, self._forget)
         effects.alone = self._watch.suspects(run_id)
+        cause = cause_of(header, self._lease.owner, tenure)
+        if cause and run_id not in self._handing_over.wishes.settled:
+            run.rebuild = Rebuild(tenure, cause, began=began, clock=self._clock)
         self._runs[run_id] = run
         run.start()
         await self._hints.subscribe(keys.run_new(run_id))
         epoch, committed = tenure.epoch, tenure.committed
         log.info("own %s under epoch %d, replaying to seq %d", run_id, epoch, committed)
+        self._recoveries.note_if_ended(run)
 
     def _put_off(self, run_id: str) -> None:
         """Do not take this run over for a while."""
@@ -346,6 +391,7 @@ class Worker:
                         log.error("drained without a snapshot: %s", result)
         for run in self._runs.values():
             run.end()
+        self._recoveries.end()
         await self._lease.release()
 
 

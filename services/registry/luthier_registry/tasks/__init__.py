@@ -13,7 +13,7 @@ from celery import Celery
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config
 from luthier_core.oplog import connect
-from luthier_registry.housekeeping import GENERATION_S, SETTLE_S, build_jobs
+from luthier_registry.housekeeping import ARCHIVES_S, GENERATION_S, SETTLE_S, build_jobs
 
 TASK = "luthier.job"
 ACCEPT = ["json"]
@@ -66,9 +66,11 @@ def _schedule(config: Config) -> dict[str, float]:
     settings = config.housekeeping
     return {
         "generation": GENERATION_S,
+        "archives": ARCHIVES_S,
         "lists": SETTLE_S,
         "usage": settings.usage_s,
         "storage": settings.storage_s,
+        "keep-last": settings.keep_last_s,
         "expiry": settings.expiry_s,
         "sweep": settings.sweep_s,
     }

@@ -1,0 +1,46 @@
+"""The containers' own commands as processes: they start, pass their probes, serve, and drain."""
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+
+import aiohttp
+import pytest
+from tests.deploy.pods import Cluster, running_cluster
+
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed"),
+]
+
+
+async def test_every_part_of_the_demo_starts_passes_its_probes_and_drains():
+    with tempfile.TemporaryDirectory(prefix="lu-pods-") as folder:
+        async with running_cluster("cpu-demo", Path(folder)) as cluster:
+            assert {pod.name.split("-")[0] for pod in cluster.pods} == {
+                *("redis", "registry", "housekeeping", "gateway", "trainer", "sampler")
+            }
+            for pod in cluster.pods:
+                for kind in ("startup", "readiness", "liveness"):
+                    assert await pod.probe(kind), f"{kind} of {pod.name}"
+            await _operator_is_known(cluster)
+            # Redis last: the others say goodbye to it.
+            pods = sorted(cluster.pods, key=lambda pod: pod.name.startswith("redis"))
+            for group in (pods[:-1], pods[-1:]):
+                await asyncio.gather(*(pod.stop() for pod in group))
+            assert [pod.name for pod in pods if pod.was_killed] == []
+            assert {pod.name: pod.process.returncode for pod in pods if pod.process} == {
+                pod.name: 0 for pod in pods
+            }
+
+
+async def _operator_is_known(cluster: Cluster) -> None:
+    headers = {"X-API-Key": cluster.secrets["operator-key"]}
+    url = f"{cluster.url}/api/v1"
+    async with aiohttp.ClientSession(headers=headers) as http:
+        async with http.get(f"{url}/healthz") as answer:
+            assert answer.status == 200, await answer.text()
+        async with http.get(f"{url}/admin/queues") as answer:
+            assert answer.status == 200, await answer.text()
+            assert (await answer.json())["models"][0]["base_model"] == "luthier/demo"
