@@ -119,10 +119,11 @@ def test_samples_under_way_outlive_the_sampler(stack: Stack) -> None:
     def tokens(futures: list[tinker.APIFuture[types.SampleResponse]]) -> list[list[int]]:
         return [future.result(timeout=ANSWER_S).sequences[0].tokens for future in futures]
 
-    with stack.service(stack.api_key) as service:
-        sampling = service.create_sampling_client(base_model=BASE_MODEL).result()
-        futures = submit()
-        first = tokens(futures[:1])
-        stack.kill("sampler-0")
-        disturbed = first + tokens(futures[1:])
-        assert disturbed == tokens(submit())
+    # Not closed: close() of the SDK 0.38.0 can wait for ever for its own poller.
+    service = stack.service(stack.api_key)
+    sampling = service.create_sampling_client(base_model=BASE_MODEL).result()
+    futures = submit()
+    first = tokens(futures[:1])
+    stack.kill("sampler-0")
+    disturbed = first + tokens(futures[1:])
+    assert disturbed == tokens(submit())

@@ -27,6 +27,7 @@ def url_of(api: Api, path: str) -> str:
     run_id = f"{ABSENT_SESSION}:train:0"
     filled = {"run_id": run_id, "session_id": ABSENT_SESSION, "request_id": f"{run_id}:1"}
     filled |= {"org": "ann", "user": "kim", "key_id": "0" * 12, "job": "usage"}
+    filled |= {"upload_id": "0" * 32, "trainer": "trainer-0"}
     return api.url + path.format_map({"kind": "weights", "name": "x", "sampler_id": "s", **filled})
 
 

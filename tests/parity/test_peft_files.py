@@ -65,7 +65,7 @@ def test_we_load_an_adapter_that_peft_saved(model_folder: Path, tmp_path: Path) 
     print(
         f"\nwe load PEFT's files: logits max|Δ| = {worst:.1e}; the adapter moves them {moved:.1f}"
     )
-    assert worst <= 1e-5
+    assert worst <= 1e-5 * moved
     assert moved > 0.1
     assert adapter.spec == LoraSpec(rank=4, seed=0, train_mlp=False, train_unembed=False)
 

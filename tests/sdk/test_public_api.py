@@ -67,7 +67,11 @@ def test_every_official_exception_is_there_with_its_bases(name: str) -> None:
     assert issubclass(ours, luthier.TinkerError)
 
 
-OWN_FIELDS = {"GetSamplerResponse": {"tokenizer_id"}, "SaveWeightsExternalResponse": {"size_bytes"}}
+OWN_FIELDS = {
+    "GetSamplerResponse": {"tokenizer_id"},
+    "SaveWeightsExternalResponse": {"size_bytes"},
+    "TrainingRun": {"recovered"},
+}
 
 
 @pytest.mark.parametrize(

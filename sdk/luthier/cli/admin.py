@@ -299,10 +299,11 @@ def move_run(
     context: typer.Context,
     run_id: str,
     to: Annotated[str, typer.Option(metavar="TRAINER", help="Which one; else any other.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Let another trainer have a run. Nothing of it is lost or executed again."""
     body = {"to": to or None}
-    show_json(context.obj.call("POST", f"/admin/runs/{quote(run_id, safe='')}/move", body))
+    show(context.obj.call("POST", f"/admin/runs/{quote(run_id, safe='')}/move", body), as_json)
 
 
 @app.command("drain")
@@ -310,10 +311,11 @@ def drain(
     context: typer.Context,
     trainer: str,
     undo: Annotated[bool, typer.Option("--undo", help="Let it take runs again.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Let other trainers have all runs of one, which takes no more."""
     path = f"/admin/trainers/{quote(trainer, safe='')}/drain"
-    show_json(context.obj.call("DELETE" if undo else "POST", path))
+    show(context.obj.call("DELETE" if undo else "POST", path), as_json)
 
 
 @app.command("rebuild-index")
