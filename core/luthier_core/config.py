@@ -115,9 +115,6 @@ class TrainerConfig:
     """How long ops wait for an earlier one of their run that has not arrived, before they fail."""
 
 
-SAMPLER_ENGINES = ("torch", "vllm")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig:
     """A sampler worker."""
@@ -432,7 +429,7 @@ def _check(config: Config) -> None:
 
 
 def _check_sampler_engine(sampler: SamplerConfig) -> None:
-    if sampler.engine not in SAMPLER_ENGINES:
+    if sampler.engine not in ("torch", "vllm"):
         raise ConfigError(f"sampler.engine: {sampler.engine!r} is not torch or vllm")
     if sampler.engine == "vllm" and sampler.sample_logprobs != "raw":
         raise ConfigError("sampler.sample_logprobs: must be raw with sampler.engine vllm")

@@ -87,8 +87,7 @@ def up(*arguments: str) -> tuple[int, str]:
         (["--set", "limits.max_rank=many"], "limits.max_rank"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
         (["--port", "70000"], "--port 70000"),
-        (["--sampler-engine", "tgi"], "must be torch or vllm"),
-        (["--vllm-python", "/usr/bin/python3"], "goes with --sampler-engine vllm"),
+        (["--sampler-engine", "tgi"], "sampler.engine: 'tgi' is not torch or vllm"),
     ],
 )
 def test_a_malformed_argument_is_one_line_and_exit_2(

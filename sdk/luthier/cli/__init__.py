@@ -83,14 +83,6 @@ def up(
     sampler_engine: Annotated[
         str, typer.Option(metavar="torch|vllm", help="What samplers generate with.")
     ] = "torch",
-    vllm_python: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="Interpreter of the environment that has vLLM. [default: Luthier's own]",
-            show_default=False,
-        ),
-    ] = "",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,9 +121,7 @@ def up(
                 s3_url=options.check_s3_url(s3) if s3 else "",
                 num_trainers=trainers,
                 num_samplers=samplers,
-                sampler_engine=options.check_sampler_engine(sampler_engine, vllm_python),
-                vllm_python=vllm_python,
-                settings=options.parse_settings(set_ or ()),
+                settings=options.parse_settings((f"sampler.engine={sampler_engine}", *(set_ or ()))),
                 command=run,
             ),
             os.environ,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from luthier_core.config import SAMPLER_ENGINES
 from luthier_core.errors import ConfigError
 from luthier_core.records import USER_SCOPES
 
@@ -66,10 +65,6 @@ class UpOptions:
     """Trainers per model."""
     num_samplers: int = 1
     """Samplers per model."""
-    sampler_engine: str = "torch"
-    """torch | vllm"""
-    vllm_python: str = ""
-    """Interpreter of the environment that has vLLM; empty: our own."""
     settings: tuple[Setting, ...] = ()
     """What else the configuration file is to say; its keys are checked with the whole."""
     command: str = ""
@@ -81,15 +76,6 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
     base = environ.get("XDG_DATA_HOME", "")
     root = Path(base) if base.startswith("/") else Path.home() / ".local" / "share"
     return root / "luthier"
-
-
-def check_sampler_engine(engine: str, vllm_python: str) -> str:
-    """The engine's name; ConfigError with those there are."""
-    if engine not in SAMPLER_ENGINES:
-        raise ConfigError(f"--sampler-engine {engine!r}: must be torch or vllm")
-    if vllm_python and engine != "vllm":
-        raise ConfigError("--vllm-python: goes with --sampler-engine vllm")
-    return engine
 
 
 def parse_models(texts: Sequence[str]) -> tuple[ModelSource, ...]:

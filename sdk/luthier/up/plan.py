@@ -9,14 +9,7 @@ from urllib.parse import quote
 
 from luthier.up.folder import DataFolder
 from luthier.up.options import Setting, UpOptions
-from luthier_core.config import (
-    Config,
-    GatewayConfig,
-    ModelConfig,
-    SamplerConfig,
-    dump_config,
-    parse_config,
-)
+from luthier_core.config import Config, GatewayConfig, ModelConfig, dump_config, parse_config
 from luthier_core.errors import ConfigError
 
 WORKER_ROLES = ("trainer", "sampler")
@@ -79,7 +72,6 @@ def build_config(
             for name, path in models
         ),
         gateway=GatewayConfig(host=options.host, port=port),
-        sampler=SamplerConfig(engine=options.sampler_engine, vllm_python=options.vllm_python),
         s3_access_key=environ.get("AWS_ACCESS_KEY_ID", ""),
         s3_secret_key=environ.get("AWS_SECRET_ACCESS_KEY", ""),
     )
