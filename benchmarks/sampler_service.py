@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 import tinker
 import torch
+from instant_stub import running_stub
 from sampler_load import Stack, running_stack
 from tinker import types
 
@@ -48,28 +49,34 @@ def measure_service(model_folder: Path, repeats: int) -> dict[str, float]:
         with running_stack(Path(folder), "--model", f"{MODEL}={model_folder}") as stack:
             service = stack.service()
             client = service.create_sampling_client(base_model=MODEL).result()
-            queued_s, memory = [], []
+            runs, memory = [], []
             for prompts in queued:
-                queued_s.append(timed(lambda: sample(client, prompts, NEW_TOKENS)))  # noqa: B023
+                runs.append(queued_through(stack, client, prompts))
                 memory.append(stack.memory_mib())
             streamed_s = asyncio.run(first_tokens(stack, queued[-1][::-1]))
-            through_ms = [
-                1e3 * timed(lambda p=p: sample(client, [p], SINGLE_TOKENS)) for p in single
-            ]
+            through_ms = one_by_one(client, single)
+    with running_stub() as url:
+        stub = tinker.ServiceClient(base_url=url, api_key="tml-stub")
+        stub_ms = one_by_one(stub.create_sampling_client(base_model="stub").result(), single)
     num_tokens = NUM_QUEUED * NEW_TOKENS
-    engine_rate, through = num_tokens / alone_s, num_tokens / min(queued_s)
+    queued_s, cpu_s = min(runs, key=lambda run: run[0])
+    engine_rate, through = num_tokens / alone_s, num_tokens / queued_s
     beyond = statistics.median(through_ms) - statistics.median(single_ms)
     limit = ALLOWANCE_MS + 2 * statistics.median(fsync_ms)
     return {
         f"(d) engine alone, {NUM_QUEUED} queued, 1 thread, tokens/s": engine_rate,
         f"(d) SDK and service, {NUM_QUEUED} queued, tokens/s": through,
         "(d) service / engine alone, at least 0.9": through / engine_rate,
+        "(d) engine alone, seconds": alone_s,
+        "(d) SDK and service, seconds": queued_s,
+        **{f"(d) of these on a CPU, {name}": seconds for name, seconds in cpu_s.items()},
         "(d) engine alone, p99 time to first token, s": percentile(first_s, 99),
         "(d) 512 streams, p50 time to first token, s": percentile(streamed_s, 50),
         "(d) 512 streams, p99 time to first token, s": percentile(streamed_s, 99),
         **{f"(d) {n} after the first 512, MiB": memory[0][n] for n in ("sampler", "gateway")},
         **{f"(d) {n} after the last 512, MiB": memory[-1][n] for n in ("sampler", "gateway")},
         f"(e) engine, one request of {SINGLE_TOKENS} tokens, p50, ms": statistics.median(single_ms),
+        "(e) SDK against a stub that answers at once, p50, ms": statistics.median(stub_ms),
         "(e) SDK and service, p50, ms": statistics.median(through_ms),
         "(e) SDK and service, p99, ms": percentile(through_ms, 99),
         "(e) fsync p50, ms": statistics.median(fsync_ms),
@@ -121,6 +128,15 @@ def add(engine: Engine, prompts: Prompts, max_tokens: int, *, streams: bool) -> 
 # --- through the service --------------------------------------------------------------------------
 
 
+def queued_through(
+    stack: Stack, client: tinker.SamplingClient, prompts: Prompts
+) -> tuple[float, dict[str, float]]:
+    """Seconds until all have ended, and the CPU seconds of each process meanwhile."""
+    before = stack.cpu_s()
+    seconds = timed(lambda: sample(client, prompts, NEW_TOKENS))
+    return seconds, {name: total - before[name] for name, total in stack.cpu_s().items()}
+
+
 def sample(client: tinker.SamplingClient, prompts: Prompts, max_tokens: int) -> None:
     """All at once, greedily; returns with the last answer."""
     params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=[])
@@ -128,6 +144,11 @@ def sample(client: tinker.SamplingClient, prompts: Prompts, max_tokens: int) -> 
     for future in futures:
         [sequence] = future.result(timeout=ANSWER_S).sequences
         assert len(sequence.tokens) == max_tokens
+
+
+def one_by_one(client: tinker.SamplingClient, prompts: Prompts) -> list[float]:
+    """Milliseconds of each."""
+    return [1e3 * timed(lambda p=p: sample(client, [p], SINGLE_TOKENS)) for p in prompts]
 
 
 async def first_tokens(stack: Stack, prompts: Prompts) -> list[float]:

@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from luthier_core.failpoints import failpoint
@@ -46,13 +46,23 @@ class SamplerEngine(Protocol):
         """Ends it, with everything that it holds."""
 
 
+class _Stepped(NamedTuple):
+    """What a step gave, and the step after it where there is work for one."""
+
+    finished: list[Finished]
+    partials: dict[str, str]
+    following: "Future[Self] | None"
+
+
 class EngineThread:
-    """The torch engine on a thread of its own: nothing of it blocks the loop."""
+    """The torch engine on a thread of its own: nothing of it blocks the loop, nor it the steps."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._work = asyncio.Event()
+        self._next: Future[_Stepped] | None = None
+        """The step whose results are to be told next; None while there is nothing to do."""
         self._inflight: dict[str, Published] = {}
         """Run -> the in-flight weights that its requests here run with; the thread's."""
         self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -63,11 +73,13 @@ class EngineThread:
         self._work.set()
 
     async def step(self) -> tuple[list[Finished], dict[str, str]]:
-        while not self._engine.has_work:
+        while self._next is None and not self._engine.has_work:
             self._work.clear()
             await self._work.wait()
         await failpoint("sm.gen")
-        return await self._call(self._step)
+        step = self._next or self._thread.submit(self._step)
+        finished, partials, self._next = await asyncio.wrap_future(step)
+        return finished, partials
 
     def cancel(self, request_id: str) -> None:
         self._thread.submit(self._engine.cancel, request_id)
@@ -98,6 +110,8 @@ class EngineThread:
             call(*args)
             return True
 
+        if await self._call(attempt, None):
+            return
         # One load for all who wait for the same adapter.
         async with self._adapter_locks.setdefault(key, asyncio.Lock()):
             if not await self._call(attempt, None):
@@ -105,8 +119,11 @@ class EngineThread:
 
     # --- on the thread ----------------------------------------------------------------------------
 
-    def _step(self) -> tuple[list[Finished], dict[str, str]]:
-        return self._engine.step(), self._engine.partials()
+    def _step(self) -> _Stepped:
+        finished, partials = self._engine.step(), self._engine.partials()
+        # From here, as the loop may be busy; behind the calls that wait for the thread.
+        following = self._thread.submit(self._step) if self._engine.has_work else None
+        return _Stepped(finished, partials, following)
 
     def _move(self, run_id: str, newest: Published) -> None:
         current = self._inflight.get(run_id)
