@@ -121,7 +121,9 @@ def up(
                 s3_url=options.check_s3_url(s3) if s3 else "",
                 num_trainers=trainers,
                 num_samplers=samplers,
-                settings=options.parse_settings((f"sampler.engine={sampler_engine}", *(set_ or ()))),
+                settings=options.parse_settings(
+                    (f"sampler.engine={sampler_engine}", *(set_ or ()))
+                ),
                 command=run,
             ),
             os.environ,
