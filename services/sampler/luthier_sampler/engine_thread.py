@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from luthier_core.failpoints import failpoint
@@ -46,12 +47,13 @@ class SamplerEngine(Protocol):
         """Ends it, with everything that it holds."""
 
 
-class _Stepped(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Stepped:
     """What a step gave, and the step after it where there is work for one."""
 
     finished: list[Finished]
     partials: dict[str, str]
-    following: "Future[Self] | None"
+    following: "Future[_Stepped] | None"
 
 
 class EngineThread:
@@ -77,9 +79,9 @@ class EngineThread:
             self._work.clear()
             await self._work.wait()
         await failpoint("sm.gen")
-        step = self._next or self._thread.submit(self._step)
-        finished, partials, self._next = await asyncio.wrap_future(step)
-        return finished, partials
+        stepped = await asyncio.wrap_future(self._next or self._thread.submit(self._step))
+        self._next = stepped.following
+        return stepped.finished, stepped.partials
 
     def cancel(self, request_id: str) -> None:
         self._thread.submit(self._engine.cancel, request_id)
