@@ -32,6 +32,8 @@ class ModelConfig:
     num_samplers: int = 1
     dtype: str = "auto"
     """float32 | bfloat16 | auto (bfloat16 on CUDA, float32 elsewhere)."""
+    device: str = "auto"
+    """cpu | cuda | auto (cuda where there is one)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,6 +405,8 @@ def _check(config: Config) -> None:
     for model in config.models:
         if model.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
+        if model.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"models.device: {model.device!r} is not auto, cpu or cuda")
     if config.trainer.execution not in ("deterministic", "fused"):
         raise ConfigError("trainer.execution: must be deterministic or fused")
     if config.trainer.nonfinite not in ("fail", "apply"):

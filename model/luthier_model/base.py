@@ -120,15 +120,19 @@ class BaseModel:
 
 
 def load_base_model(
-    name: str, path: str | Path, *, device: str = "cpu", dtype: str = "auto"
+    name: str, path: str | Path, *, device: str = "auto", dtype: str = "auto"
 ) -> BaseModel:
     """The model in the Hugging Face folder `path`, frozen, served to clients as `name`.
 
-    dtype is float32, bfloat16, auto (bfloat16 on CUDA, float32 elsewhere) or, to measure the others
-    against, float64. Only safetensors are read and no code of the folder is run. ConfigError says
-    in one line what is wrong with it.
+    device is cpu, cuda or auto: cuda where there is one. dtype is float32, bfloat16, auto (bfloat16
+    on CUDA, float32 elsewhere) or, to measure the others against, float64. Only safetensors are
+    read and no code of the folder is run. ConfigError says in one line what is wrong with it.
     """
     _check_folder(Path(path))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model {name}: there is no CUDA device here; set models.device to cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     transformers_logging.disable_progress_bar()

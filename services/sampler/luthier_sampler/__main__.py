@@ -45,7 +45,7 @@ async def _engine(parts: WorkerParts) -> SamplerEngine:
 
 def _load(wanted: ModelConfig, settings: SamplerConfig) -> Engine:
     torch.set_num_threads(settings.num_threads)
-    model = load_base_model(wanted.name, wanted.path, dtype=wanted.dtype)
+    model = load_base_model(wanted.name, wanted.path, device=wanted.device, dtype=wanted.dtype)
     pack_linears(model)
     tokenizer = AutoTokenizer.from_pretrained(wanted.path, local_files_only=True)
     return Engine(model, tokenizer, settings)
