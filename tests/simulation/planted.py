@@ -4,6 +4,7 @@
 protocol: planted again, so that they stay found. Product code knows of neither.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,12 +24,11 @@ from luthier_core.protocol import (
     MAX_DEATHS,
     PROBATION,
     Begin,
+    CasHead,
     Effect,
     Execute,
     Executed,
-    PutSnapshot,
     Request,
-    SnapshotRef,
     Steps,
     Tenure,
     Trim,
@@ -164,10 +164,13 @@ class UnconditionalHead(ObjectStore):
 
 
 def trim_before_cas(tenure: Tenure, seq: int, copy: Any, state: FoldState) -> Steps[None]:
-    yield PutSnapshot(tenure.run_id, SnapshotRef(seq, tenure.epoch), copy, state)
-    if tenure.sound is not None:
-        tenure.check((yield Trim(tenure.run_id, tenure.epoch, tenure.sound.seq)))
-    yield from protocol.store_snapshot(tenure, seq, copy, state)
+    steps, answer = protocol.store_snapshot(tenure, seq, copy, state), None
+    with contextlib.suppress(StopIteration):
+        while True:
+            effect = steps.send(answer)
+            if isinstance(effect, CasHead) and tenure.sound is not None:
+                tenure.check((yield Trim(tenure.run_id, tenure.epoch, tenure.sound.seq)))
+            answer = yield effect
 
 
 def publish_on_replay(run_id: str, name: str) -> Steps[Tenure | None]:

@@ -645,6 +645,26 @@ async def test_a_run_whose_replay_went_wrong_leaves_its_last_snapshot_as_a_check
     assert await read_files(rig.blobs, manifest) == expected
 
 
+async def test_a_run_whose_log_lacks_what_a_replay_needs_fails_and_leaves_its_snapshot(
+    rig: Rig, oplog: Oplog
+):
+    first = await rig.start("t0", snapshot_max_ops=3)
+    await rig.client.create(A)
+    await steps(rig, first, range(1), stored_at=[2])
+    await steps(rig, first, [1], stored_at=())
+    await first.die()
+    await oplog.redis.xtrim(keys.run_log(A), minid="5-0", approximate=False)
+    seq = await rig.client.step(A)
+    await rig.start("t1")
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert message.endswith(
+        "seq 3 to 4 are missing from the log; "
+        f"its state after seq 2 is tinker://{A}/weights/recovery-2"
+    )
+    assert (await recovery(rig)).outcome == "lost"
+
+
 async def recoveries(rig: Rig) -> list[RecoveryRecord]:
     """The history of run A."""
     prefix = keys.run_recoveries(TENANT, A)
