@@ -1,7 +1,9 @@
 """Helpers that need no server: data, tensors, metrics, chunks, back-pressure, the bar."""
 
 import asyncio
+import contextlib
 import io
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +281,18 @@ def test_errors_travel_between_processes() -> None:
     assert copy.copy(luthier.NotFoundError("404: gone", 404)).status_code == 404
 
 
+@contextlib.asynccontextmanager
+async def polling(
+    retrieve_futures: Callable[[web.Request], Awaitable[web.Response]],
+) -> AsyncIterator[CompletionPoller]:
+    app = web.Application()
+    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
+    async with TestServer(app) as server:
+        session = Session(read_settings(str(server.make_url("")), "tml-any"))
+        yield CompletionPoller(session, "s:sample:0", 0)
+        await session.close("success")
+
+
 async def test_nobody_polls_for_a_sample_that_is_there_and_its_result_is_acknowledged() -> None:
     asked: list[dict[str, Any]] = []
 
@@ -287,17 +301,12 @@ async def test_nobody_polls_for_a_sample_that_is_there_and_its_result_is_acknowl
         completions = [{"state": "finished", "request_id": "one"}] if len(asked) == 1 else []
         return web.json_response({"completions": completions, "cursor": 1})
 
-    app = web.Application()
-    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
-    async with TestServer(app) as server:
-        session = Session(read_settings(str(server.make_url("")), "tml-any"))
-        poller = CompletionPoller(session, "s:sample:0", 0)
+    async with polling(retrieve_futures) as poller:
         with poller.expecting():
             await poller.wait("one")
             poller.retrieved("one")
         assert poller._poll is not None
         await poller._poll
-        await session.close("success")
     assert [one.get("timeout") for one in asked] == [None, 0.0]
     assert asked[1]["retrieved_request_ids"] == ["one"]
 
@@ -309,15 +318,9 @@ async def test_a_completion_that_is_reported_before_its_id_is_known_is_kept() ->
         completions = reports.pop(0) if reports else []
         return web.json_response({"completions": completions, "cursor": 2 - len(reports)})
 
-    app = web.Application()
-    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
-    async with TestServer(app) as server:
-        session = Session(read_settings(str(server.make_url("")), "tml-any"))
-        poller = CompletionPoller(session, "s:sample:0", 0)
+    async with polling(retrieve_futures) as poller, asyncio.timeout(5):
         with poller.expecting():
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):  # somebody else's sample drives the polling
                     await poller.wait("other")
-            async with asyncio.timeout(5):
-                await poller.wait("early")
-        await session.close("success")
+            await poller.wait("early")
