@@ -11,6 +11,7 @@ from luthier import types, wire
 from luthier._loop import handle_of, operation, value_of, waited
 from luthier.custom_loss import CustomLossFn
 from luthier.future import APIFuture, Opening
+from luthier.optional import needed
 from luthier.passes import Passes
 from luthier.run_requests import RunRequests
 from luthier.sampling import SamplerIds, SamplingClient
@@ -106,9 +107,10 @@ class TrainingClient(Opening):
 
         `loss_fn(data, logprobs)` gets one float32 torch tensor per datum, in the shape of its
         target_tokens, and returns a scalar tensor and metrics to report. It runs on a thread of
-        its own. Needs torch. If it raises, the result raises the same, and requests that were made
-        before that could be known are not sent.
+        its own. If it raises, the result raises the same, and requests that were made before that
+        could be known are not sent. ImportError without torch.
         """
+        needed("torch", "forward_backward_custom")
         call = self._requests.next_call()
         return self._session.start(self._passes.run_custom(call, list(data), loss_fn))
 

@@ -45,6 +45,7 @@ def test_runs_sessions_and_models_are_listed(training: luthier.TrainingClient) -
     assert run_json("run", "info", run_id)["lora_rank"] == 4
     assert session_id in run_json("session", "list", "--limit", "50")["sessions"]
     assert run_id in run_json("session", "info", session_id)["training_run_ids"]
+    assert BASE_MODEL in run("run", "info", run_id)
     assert BASE_MODEL in run("run", "list")
     assert BASE_MODEL in run("model", "list")
 
@@ -53,6 +54,7 @@ def test_checkpoints_are_listed_described_and_deleted(training: luthier.Training
     path = training.save_weights_for_sampler("listed").result().path
     listed = run_json("checkpoint", "list", "--run-id", training.model_id)["checkpoints"]
     assert [one["tinker_path"] for one in listed] == [path]
+    assert path in run("checkpoint", "list", "--run-id", training.model_id)  # on one line
     assert run_json("checkpoint", "info", path)["checkpoint_type"] == "sampler"
     assert run_json("checkpoint", "delete", path, "--yes")["done"] == "deleted"
     assert run_json("checkpoint", "list", "--run-id", training.model_id)["checkpoints"] == []

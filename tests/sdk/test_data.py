@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import io
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -109,6 +111,25 @@ def test_metrics_survive_as_lines_and_nan_is_null(tmp_path: Path) -> None:
         (1, 0.5),
         (2, None),
     ]
+
+
+def test_a_mock_of_wandb_is_told_the_config_the_metrics_and_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Mock()  # the package is large, and sends what it is told
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wanted = metrics.WandbConfig("project", name="run", tags=["a"])
+    with metrics.MetricsLog(tmp_path / "m.jsonl", wandb=wanted, config={"rank": 4}) as log:
+        log.write({"loss": 0.5}, step=1)
+    told = {"project": "project", "name": "run", "group": None, "tags": ["a"]}
+    assert wandb.mock_calls == [
+        call.init(**told, config={"rank": 4}),
+        call.init().log({"loss": 0.5}, step=1),
+        call.init().finish(),
+    ]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="WandbConfig needs wandb: pip install wandb"):
+        metrics.MetricsLog(tmp_path / "n.jsonl", wandb=wanted)
 
 
 # --- tensors --------------------------------------------------------------------------------------

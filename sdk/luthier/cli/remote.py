@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 REFUSED, WRONG_USE, UNREACHABLE = 1, 2, 3
 
+WIDE = 1000
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
 PathArgument = Annotated[str, typer.Argument(metavar="TINKER_PATH", help="tinker://RUN/KIND/NAME")]
@@ -72,7 +74,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(text_of(cell))) for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a line a row, for grep and its like
+        console.width = WIDE
+    console.print(table)
 
 
 def show_fields(value: BaseModel) -> None:

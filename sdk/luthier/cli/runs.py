@@ -74,7 +74,7 @@ def info(run_id: str, as_json: JsonOption = False) -> None:
     if as_json:
         show_json(run)
         return
-    show_fields(run.model_copy(update={"recovered": len(run.recovered or ())}))
+    show_fields(run.model_copy(update={"recovered": None}))
     if run.recovered:
         show_table(
             ("recovered", "cause", "from seq", "to seq", "outcome", "seconds", "on"),
@@ -112,6 +112,7 @@ def watch(
         return
     from rich.console import Console
     from rich.live import Live
+    from rich.text import Text
 
     console = Console()
     if once:
@@ -119,7 +120,7 @@ def watch(
         return
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         for now in points:
-            live.update(_curve(now, metric, console.width), refresh=True)
+            live.update(Text(_curve(now, metric, console.width)), refresh=True)
             time.sleep(REDRAW_S)
 
 
