@@ -1,6 +1,5 @@
 """TrainingClient: forward, backward and optimizer steps of one training run, in call order."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +31,7 @@ class RunIds:
     info: types.GetInfoResponse
 
 
-class TrainingClient(Opening):
+class TrainingClient(Opening[RunIds]):
     """One training run. From ServiceClient.create_lora_training_client and its kin.
 
     Requests are executed in the order of the calls. Send the next before you wait for the last:
@@ -43,30 +42,18 @@ class TrainingClient(Opening):
     """
 
     def __init__(self, session: Session, opening: APIFuture[RunIds]) -> None:
+        super().__init__(opening)
         self._session = session
-        self._ids: RunIds | None = None
         self._requests = RunRequests(session, self._opened_id)
         self._passes = Passes(session, self._requests)
-        # Last: it begins on another thread, at once.
-        super().__init__(session.start(self._open(opening)))
-
-    async def _open(self, opening: APIFuture[RunIds]) -> None:
-        self._ids = await asyncio.wrap_future(opening.future())
 
     async def _opened_id(self) -> str:
-        await self._opened()
-        return self._run.model_id
+        return (await self._opened()).model_id
 
     @property
     def model_id(self) -> str:
         """`<session id>:train:<number>`, once the run is there; waits for that."""
-        self.result()
-        return self._run.model_id
-
-    @property
-    def _run(self) -> RunIds:
-        assert self._ids is not None
-        return self._ids
+        return self._opening.result().model_id
 
     # --- forward and backward --------------------------------------------------------------------
 
@@ -260,11 +247,11 @@ class TrainingClient(Opening):
         return await self._sampler((await saved).path)
 
     async def _sampler(self, model_path: str) -> SamplerIds:
-        await self._opened()
+        await self._opened()  # no sampler of a run that never came to be
         return await self._sampler_ids(await self._session.open_sampler({"model_path": model_path}))
 
     async def _sampler_ids(self, sampling_session_id: str) -> SamplerIds:
-        data = self._run.info.model_data
+        data = (await self._opened()).info.model_data
         session_id = await self._session.id()
         return SamplerIds(session_id, sampling_session_id, data.model_name or "", data.tokenizer_id)
 
@@ -273,8 +260,7 @@ class TrainingClient(Opening):
     @operation
     async def _info(self) -> types.GetInfoResponse:
         """The run's base model, LoRA rank and tokenizer."""
-        await self._opened()
-        return self._run.info
+        return (await self._opened()).info
 
     get_info = waited(_info)
     get_info_async = value_of(_info)
