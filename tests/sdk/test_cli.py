@@ -3,12 +3,14 @@
 import json
 import re
 import socket
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from tests.acceptance.stack import Stack
 from tests.sdk.conftest import BASE_MODEL, KEYS
 from typer.main import get_command
@@ -180,6 +182,22 @@ def test_a_download_that_is_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
         server.submit(answer, listener)
         with pytest.raises(OSError, match="3 of 10 bytes"):
             checkpoints._fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("../up", tarfile.REGTYPE), ("/up", tarfile.REGTYPE), ("up", tarfile.SYMTYPE)],
+)
+def test_an_archive_is_unpacked_into_its_folder_only(
+    name: str, kind: bytes, tmp_path: Path
+) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/hostname"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(member)
+    with tarfile.open(tmp_path / "a.tar") as tar, pytest.raises(typer.Exit):
+        checkpoints._unpack(tar, tmp_path / "folder")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.tar"]
 
 
 def test_a_model_answers_in_the_terminal() -> None:
