@@ -237,7 +237,7 @@ PLANTED = {
     "no-epoch-check": Bug(Parts(model=NoEpochCheck), 8),
     "no-dedupe": Bug(Parts(model=NoDedupe), 0),
     "arrival-order": Bug(Parts(model=ArrivalOrder), 0),
-    "trim-before-cas": Bug(Parts(rules=Rules(store_snapshot=trim_before_cas)), 912),
+    "trim-before-cas": Bug(Parts(rules=Rules(store_snapshot=trim_before_cas)), 2544),
     "unconditional-head": Bug(Parts(store=UnconditionalHead), 4),
     "overwrite-on-replay": Bug(Parts(model=Overwrite, rules=Rules(take_over=publish_on_replay)), 0),
     "no-blame": Bug(Parts(rules=Rules(blames=False)), 3),
