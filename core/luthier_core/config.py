@@ -159,7 +159,7 @@ class HousekeepingConfig:
 
     runner: str = "registry"
     """registry: on a timer of its own; celery: by workers and a beat that are started beside it."""
-    broker_url: str = ""
+    broker_url: str = field(default="", repr=False)
     """Redis of Celery and of rate counters; empty: the next database of redis_url."""
     usage_s: float = 30.0
     """Usage is counted, and metrics are kept, this often; limits on tokens hold to within it."""

@@ -15,6 +15,7 @@ from luthier_core.errors import (
     Unreadable,
     Unsupported,
 )
+from luthier_core.redaction import redact
 from luthier_gateway.decompress import ENCODINGS, PIECE_BYTES, Decompressor
 
 PROTOBUF = "application/x-protobuf"
@@ -143,7 +144,7 @@ def json_response(value: dict[str, Any], status: int = 200) -> web.Response:
 def error_response(error: LuthierError) -> web.Response:
     """`{"detail": sentence}`: never an empty body, which the SDK takes for a broken connection."""
     response = json_response(
-        {"detail": error.message, "category": error.category}, status=error.status
+        {"detail": redact(error.message), "category": error.category}, status=error.status
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
