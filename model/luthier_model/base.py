@@ -24,6 +24,7 @@ from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAtte
 from luthier_model.experts import MultiLoRAExperts, is_fused_experts
 from luthier_model.lora import TARGETS, LoraShape, MultiLoRALinear, Routing, Segment
 
+_CODE = {".py", ".pyc", ".so"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -158,12 +159,24 @@ def load_base_model(
 
 
 def _check_folder(path: Path) -> None:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a model folder: config.json: {error}") from error
-    if not isinstance(config, dict) or "auto_map" in config:
-        raise ConfigError(f"{path}: config.json asks to run code of its own (auto_map): refused")
+    """Refuse code: transformers has run some even when it was told not to (reliability S8)."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is not a model folder: config.json is missing")
+    for file in path.glob("*config.json"):
+        try:
+            config = json.loads(file.read_text(), object_hook=_without_code)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not a model folder: {file.name}: {error}") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{path} is not a model folder: {file.name} is no object")
+    if code := next((file for file in path.rglob("*") if file.suffix in _CODE), None):
+        raise ConfigError(f"{path}: {code.relative_to(path)} is code of its own: refused")
+
+
+def _without_code(part: dict[str, Any]) -> dict[str, Any]:
+    if "auto_map" in part:
+        raise ValueError("asks to run code of its own (auto_map): refused")
+    return part
 
 
 def _wrap_linears(module: nn.Module, routing: Routing) -> None:

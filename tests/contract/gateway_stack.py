@@ -135,7 +135,7 @@ def another_sampler(stack: GatewayStack, name: str) -> Iterator[subprocess.Popen
 @contextlib.contextmanager
 def running_services(folder: Path, config: Config) -> Iterator[GatewayStack]:
     """Every part on a Redis that is there, ready; `folder` holds the configuration."""
-    ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
+    ops = {role: f"127.0.0.1:{free_port()}" for role in ROLES}
     stack = GatewayStack(
         config,
         f"http://127.0.0.1:{config.gateway.port}",
@@ -172,7 +172,7 @@ def configure(
         secret_file=str(folder / "secret"),
         models=(ModelConfig(name=BASE_MODEL, path=str(folder / "model"), dtype="float32"),),
         gateway=GatewayConfig(
-            port=_free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
+            port=free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),
         limits=LIMITS,
         sampler=SamplerConfig(claim_idle_s=CLAIM_IDLE_S),
@@ -247,7 +247,7 @@ def _last_words(folder: Path, role: str) -> str:
     return (folder / f"{role}.log").read_text(errors="replace")[-2000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

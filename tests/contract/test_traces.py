@@ -27,6 +27,7 @@ class Collector(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.spans: list[tuple[str, str, str]] = []
         """(trace id, service, name)"""
+        self.bodies: list[bytes] = []
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -52,6 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
+        self.server.bodies.append(body)
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
             service = next(
                 a.value.string_value
