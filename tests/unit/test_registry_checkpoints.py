@@ -250,6 +250,17 @@ async def test_another_tenants_weights_are_copied_with_its_files_or_not_at_all(
     assert copy.size_bytes == sum(map(len, FILES.values()))
 
 
+async def test_a_copy_of_a_file_that_has_changed_stores_nothing(stack: Stack) -> None:
+    _, checkpoint = await saved(stack)
+    manifest = await read_manifest(stack.blobs, checkpoint.manifest_key)
+    file = manifest.files["optimizer.safetensors"]
+    await stack.blobs.put(file.key, bytes(file.num_bytes))
+    with pytest.raises(CheckpointDamaged, match="sha256"):
+        await copied(stack, checkpoint.tinker_path, "bob", access_tenant="ann")
+    stored = [info.key async for info in stack.blobs.list("t/bob/")]
+    assert not [key for key in stored if key.endswith("optimizer.safetensors") or "/man/" in key]
+
+
 async def test_a_run_begins_from_weights_that_another_tenant_allows_to_read(stack: Stack) -> None:
     _, checkpoint = await saved(stack)
     session = await stack.client.create_session("bob")
