@@ -27,6 +27,8 @@ HEAD_BYTES = 64 * 1024
 TAIL_BYTES = 4 * 1024
 """And this much of its end, where SDKs that send JSON write them."""
 MAX_COMPRESSED_BYTES = 16 * 1024 * 1024
+BODY_S = 300.0
+"""A body may take this long to come."""
 MAX_DRAIN = 4
 """An over-size body is read on to its end, up to this many times its limit."""
 
@@ -49,8 +51,16 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     """The decompressed body.
 
     OversizeBody beyond max_bytes, or beyond MAX_COMPRESSED_BYTES as it came; Unreadable if it is
-    damaged on the way.
+    damaged on the way, or too long on it.
     """
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await _read_body(request, max_bytes)
+    except TimeoutError:
+        raise Unreadable(f"the body took longer than {BODY_S:g} s to come") from None
+
+
+async def _read_body(request: web.Request, max_bytes: int) -> bytes:
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", *ENCODINGS):
         raise Unsupported(f"Content-Encoding: {encoding[:50]!r}; send one of {list(ENCODINGS)}")
