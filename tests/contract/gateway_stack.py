@@ -113,11 +113,18 @@ def save_tiny_model(folder: Path) -> None:
 
 @contextlib.contextmanager
 def running_gateway_stack(
-    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES, otlp_endpoint: str = ""
+    folder: Path,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    otlp_endpoint: str = "",
+    store_url: str = "",
 ) -> Iterator[GatewayStack]:
-    """All parts, ready; `folder` must have a short path, for the sockets in it."""
+    """All parts, ready; `folder` must have a short path, for the sockets in it.
+
+    On a store in S3 the environment must have its keys; else the store is in `folder`.
+    """
     with running_valkey() as redis_url:
-        config = configure(folder, redis_url, max_body_bytes, otlp_endpoint)
+        config = configure(folder, redis_url, max_body_bytes, otlp_endpoint, store_url=store_url)
         with running_services(folder, config) as stack:
             yield stack
 
@@ -160,6 +167,7 @@ def configure(
     otlp_endpoint: str = "",
     *,
     store_keys: bool = True,
+    store_url: str = "",
 ) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
@@ -167,7 +175,9 @@ def configure(
     (folder / "secret").write_text(secret.hex())
     config = Config(
         redis_url=redis_url,
-        store_url=f"file://{folder}/objects",
+        store_url=store_url or f"file://{folder}/objects",
+        s3_access_key=os.environ.get("AWS_ACCESS_KEY_ID", ""),
+        s3_secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY", ""),
         registry_url=f"unix://{folder}/registry.sock",
         secret_file=str(folder / "secret"),
         models=(ModelConfig(name=BASE_MODEL, path=str(folder / "model"), dtype="float32"),),

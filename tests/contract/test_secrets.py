@@ -39,7 +39,7 @@ from tests.stores.kinds import running_moto
 from luthier_core import keys, redaction, telemetry
 from luthier_core.auth import key_hmac, new_api_key, service_token
 from luthier_core.blobs import open_blobs
-from luthier_core.config import TracingConfig, dump_config, load_config
+from luthier_core.config import load_config
 from luthier_core.records import SCOPES, ApiKeyRecord, OrgRecord
 from luthier_core.testing import running_valkey
 from luthier_gateway import web_io
@@ -162,12 +162,13 @@ def secret() -> Iterator[Secret]:
         store = urlsplit(proxy.url).netloc
         Minio(store, "key", "secret", secure=False, region="us-east-1").make_bucket("luthier")
         redis_url = parts.enter_context(_valkey_with_password())
-        config = replace(
-            configure(folder, redis_url, store_keys=False),
+        configure(
+            folder,
+            redis_url,
+            otlp_endpoint=collector.url,
+            store_keys=False,
             store_url=f"s3+http://{store}/luthier",
-            tracing=TracingConfig(otlp_endpoint=collector.url),
         )
-        (folder / "config.toml").write_text(dump_config(config))
         config = load_config(folder / "config.toml", os.environ)
         owner, spare, token, misplaced = (new_api_key() for _ in range(4))
 

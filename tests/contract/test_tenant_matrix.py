@@ -3,9 +3,11 @@
 Reliability S2. The calls are made from the route table, so a new route fails until it is covered.
 """
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import median
 
 import aiohttp
 import pytest
@@ -156,3 +158,11 @@ async def test_a_foreign_id_is_answered_like_one_that_is_not_there(
     answers = [await bob.get(mine), await bob.get(absent)]
     assert [answer.status for answer in answers] == [404, 404]
     assert answers[0].detail.replace(session, "0" * 32) == answers[1].detail
+    took: dict[str, list[float]] = {mine: [], absent: []}
+    for number in range(400):
+        asked = (mine, absent)[number % 2]
+        began = time.perf_counter()
+        await bob.get(asked)
+        took[asked].append(1000 * (time.perf_counter() - began))
+    apart_ms = abs(median(took[mine]) - median(took[absent]))
+    print(f"S2: {path}: medians of 200 answers {apart_ms:.2f} ms apart")
