@@ -143,7 +143,7 @@ def load_base_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"model {name}: {path} cannot be loaded: {first_line}") from error
     # transformers would only warn, and go on with random numbers in their place.

@@ -362,7 +362,7 @@ async def test_no_secret_and_no_text_comes_out_anywhere(
     assert not leaks(found, set(secret.texts))
     kept = await stores(secret)
     assert not leaks(kept, secret.kept)
-    assert not leaks({"engine": _environ_of_engine()}, set(ENVIRON.values()))
+    assert not leaks({"engine": _environ_of_engine(secret.stack)}, set(ENVIRON.values()))
     assert not leaks({"repr": repr(secret.stack.config)}, set(ENVIRON.values()))
     assert secret.num_requests >= MIN_REQUESTS
     print(
@@ -372,12 +372,13 @@ async def test_no_secret_and_no_text_comes_out_anywhere(
     )
 
 
-def _environ_of_engine() -> str:
-    (engine,) = [
+def _environ_of_engine(stack: GatewayStack) -> str:
+    (trainer,) = [
         process
-        for process in psutil.Process().children(recursive=True)
-        if "luthier_trainer.engine_child" in process.cmdline()
+        for process in psutil.Process().children()
+        if {"luthier_trainer", f"{stack.folder}/config.toml"} <= set(process.cmdline())
     ]
+    (engine,) = trainer.children()
     return str(engine.environ())
 
 
