@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from luthier_core.oplog import Admission, Attempt, RunHeader
 from luthier_core.ops import INLINE_LIMIT, Body, Gradient, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, FoldState, Owner, Step, gradient_after
+from luthier_core.owner import Action, FoldState, Measure, Owner, Step, gradient_after
 
 A = TypeVar("A")
 
@@ -328,6 +328,8 @@ class Executed:
     rest: Any = None
     checksum: str = ""
     """Of the engine's state, if the op has changed it."""
+    measure: Measure | None = None
+    """Of an op whose bits depend on what else was executed, and of every op that is replayed."""
     digest: str = ""
     """Of the run's history up to here; execute_next fills it in."""
 
@@ -421,8 +423,8 @@ def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
         executed = yield Execute(step)
     if step.outcome is not None:
         executed = Executed(step.outcome)
-    owner.ended(executed.outcome or _SUCCESS, executed.checksum)
-    return step, replace(executed, digest=owner.state.digest)
+    digest = owner.ended(executed.outcome or _SUCCESS, executed.checksum, executed.measure)
+    return step, replace(executed, digest=digest)
 
 
 def blame_next(tenure: Tenure) -> Steps[int]:

@@ -6,6 +6,7 @@ Dimensions: T packed tokens, D hidden size, M rows whose logits are wanted, V vo
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
@@ -121,15 +122,20 @@ class BaseModel:
 
 
 def load_base_model(
-    name: str, path: str | Path, *, device: str = "cpu", dtype: str = "auto"
+    name: str, path: str | Path, *, device: str = "auto", dtype: str = "auto"
 ) -> BaseModel:
     """The model in the Hugging Face folder `path`, frozen, served to clients as `name`.
 
-    dtype is float32, bfloat16, auto (bfloat16 on CUDA, float32 elsewhere) or, to measure the others
-    against, float64. Only safetensors are read and no code of the folder is run. ConfigError says
-    in one line what is wrong with it.
+    device is cpu, cuda or auto: cuda where there is one. dtype is float32, bfloat16, auto (bfloat16
+    on CUDA, float32 elsewhere) or, to measure the others against, float64. Only safetensors are
+    read and no code of the folder is run. ConfigError says in one line what is wrong with it.
     """
     _check_folder(Path(path))
+    _check_shards(Path(path))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model {name}: there is no CUDA device here; set models.device to cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     transformers_logging.disable_progress_bar()
@@ -158,10 +164,38 @@ def load_base_model(
     return model
 
 
+def describe_base_model(name: str, path: Path | str) -> tuple[ModelFacts, dict[str, LoraShape]]:
+    """The model's facts, and what adapters can be on, from its configuration: no weights are read.
+
+    ConfigError says in one line what is wrong with the folder.
+    """
+    _check_folder(Path(path))
+    _check_shards(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+            )
+        if (Path(path) / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {name}: {path} cannot be read: {first_line}") from error
+    routing = Routing()
+    _wrap_linears(module, routing)
+    model = BaseModel(_facts(name, str(path), module), module, routing)
+    return model.facts, model.lora_shapes
+
+
 def _check_folder(path: Path) -> None:
     """Refuse code: transformers has run some even when it was told not to (reliability S8)."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path} is not a model folder: config.json is missing")
+    if (path / "adapter_config.json").exists():  # it names the folder that would be loaded instead
+        raise ConfigError(f"{path} is an adapter, not a model: adapter_config.json is there")
     for file in path.glob("*config.json"):
         try:
             config = json.loads(file.read_text(), object_hook=_without_code)
@@ -171,6 +205,18 @@ def _check_folder(path: Path) -> None:
             raise ConfigError(f"{path} is not a model folder: {file.name} is no object")
     if code := next((file for file in path.rglob("*") if file.suffix in _CODE), None):
         raise ConfigError(f"{path}: {code.relative_to(path)} is code of its own: refused")
+
+
+def _check_shards(path: Path) -> None:
+    """Of several files each is read by its ending: another than this one is unpickled (S6)."""
+    for index in path.glob("*.index.json"):
+        try:
+            shards = json.loads(index.read_text())["weight_map"].values()
+            wrong = next((s for s in shards if not re.fullmatch(r"[\w.-]+\.safetensors", s)), None)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a model folder: {index.name}: {error!r}") from error
+        if wrong is not None:
+            raise ConfigError(f"{path}: {index.name}: {wrong!r} is no safetensors file beside it")
 
 
 def _without_code(part: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Model folders that bring code, or weights that are not what they say (reliability S8)."""
 
+import atexit
 import json
 import pickle  # noqa: TID251
 import random
@@ -28,6 +29,7 @@ CODE = f"open({str(CANARY)!r}, 'w')\nclass Own: pass\n"
 def _good_model() -> Path:
     torch.manual_seed(0)
     path = Path(tempfile.mkdtemp(prefix="lu-mf-"))
+    atexit.register(shutil.rmtree, path)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(path)
@@ -162,6 +164,12 @@ def shards_elsewhere(rng: random.Random) -> Folder:
     return write
 
 
+def another_folder(rng: random.Random) -> Folder:
+    """An adapter's configuration, which names the model that it is for."""
+    name = {"base_model_name_or_path": rng.choice([str(_good_model()), "own/model", "../x"])}
+    return _edit("adapter_config.json", lambda config: config.update(peft_type="LORA", **name))
+
+
 def no_config(rng: random.Random) -> Folder:
     text = rng.choice(["", "[]", "null", "{", "\0", "[" * 100_000, '"x"'])
     return lambda folder: (folder / "config.json").write_text(text) and None
@@ -183,12 +191,14 @@ MODEL_FOLDERS = Family(
         "missing weights": missing,
         "other shapes": other_shapes,
         "shards elsewhere": shards_elsewhere,
+        "another folder": another_folder,
         "no config": no_config,
     },
     guards={
         "what the folder brings": Guard(
             base, "_check_folder", lambda _: None, lets_in="modules beside"
         ),
+        "shards": Guard(base, "_check_shards", lambda _: None, lets_in="shards elsewhere"),
     },
-    num_inputs=36,
+    num_inputs=39,
 )

@@ -1,18 +1,20 @@
 """The commands that talk to a server: what they print, and their exit codes."""
 
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from tests.acceptance.stack import Stack
 from tests.sdk.conftest import BASE_MODEL, KEYS
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import luthier
-from luthier.cli import app
+from luthier.cli import app, checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,22 @@ def test_a_checkpoint_is_published_expires_and_is_downloaded(
     assert uploaded["sampler_path"].endswith("/sampler_weights/again")
     assert "again" in run("checkpoint", "info", uploaded["tinker_path"])
     assert "is missing" in run("checkpoint", "upload", str(folder.parent), code=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("../up", tarfile.REGTYPE), ("/up", tarfile.REGTYPE), ("up", tarfile.SYMTYPE)],
+)
+def test_an_archive_is_unpacked_into_its_folder_only(
+    name: str, kind: bytes, tmp_path: Path
+) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/hostname"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(member)
+    with tarfile.open(tmp_path / "a.tar") as tar, pytest.raises(typer.Exit):
+        checkpoints._unpack(tar, tmp_path / "folder")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.tar"]
 
 
 def test_a_model_answers_in_the_terminal() -> None:

@@ -1,5 +1,6 @@
 """luthier checkpoint: list, describe, publish, expire, delete, download and upload."""
 
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -163,18 +164,33 @@ def _fetch_archive(rest: RestClient, tinker_path: str, folder: Path) -> None:
     tar_path = folder.with_suffix(".tar")
     _fetch(archive.url, tar_path)
     with tarfile.open(tar_path) as tar:
-        tar.extractall(folder, filter="data")  # refuses paths outside of the folder
+        _unpack(tar, folder)
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """The regular files of an archive; Python 3.11.2 has no `extractall` that stays in a folder."""
+    for member in tar:
+        source = tar.extractfile(member) if member.isreg() else None
+        if source is None:
+            fail(f"the server's archive has something that is no file: {member.name!r}", REFUSED)
+        with source, _target(folder, member.name).open("wb") as file:
+            shutil.copyfileobj(source, file)
 
 
 def _fetch_files(rest: RestClient, tinker_path: str, folder: Path) -> None:
     urls = rest.get_external_weights_urls(tinker_path).result().urls
     for name, url in sorted(urls.items()):
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            fail(f"the server names a file outside of the folder: {name!r}", REFUSED)
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, target)
+        _fetch(url, _target(folder, name))
+
+
+def _target(folder: Path, name: str) -> Path:
+    """Where a file goes that the server calls `name`; its folder is there."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        fail(f"the server names a file outside of the folder: {name!r}", REFUSED)
+    target = folder / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _fetch(url: str, target: Path) -> None:

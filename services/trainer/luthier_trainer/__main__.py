@@ -32,6 +32,7 @@ async def _work(parts: WorkerParts) -> None:
             {
                 "name": wanted.name,
                 "path": wanted.path,
+                "device": wanted.device,
                 "dtype": wanted.dtype,
                 "logprob_chunk_tokens": settings.logprob_chunk_tokens,
                 "num_threads": settings.num_threads,
@@ -40,7 +41,10 @@ async def _work(parts: WorkerParts) -> None:
             }
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.
-        environ={name: os.environ[name] for name in os.environ if not name.startswith(_SECRETS)},
+        environ={
+            **{name: os.environ[name] for name in os.environ if not name.startswith(_SECRETS)},
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic
+        },
         op_timeout_s=settings.op_timeout_s,
     )
     try:

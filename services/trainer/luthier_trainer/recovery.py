@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.errors import LuthierError
 from luthier_core.oplog import REDIS_ERRORS, RunHeader
@@ -55,9 +55,12 @@ class Recoveries:
             return
         run.rebuild = None
         event = rebuild.event(self._worker, reason)
+        if event.outcome == "approximate":
+            metrics.APPROXIMATE_RECOVERIES.inc()
         log.info(
-            "%s is back after: %s; rebuilt from seq %d to %d in %.3f s",
+            "%s is back after: %s; rebuilt from seq %d to %d in %.3f s: %s",
             *(run.tenure.run_id, event.cause, event.from_seq, event.to_seq, event.seconds),
+            event.outcome,
         )
         # The store may be away, and nobody waits for this.
         noting = asyncio.create_task(self._write(run.context, event))
