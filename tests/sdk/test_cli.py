@@ -187,6 +187,9 @@ def test_an_operator_administers_a_deployment(
     assert run("run", "list", code=1).startswith("luthier: 401")
     assert key["key_id"] in run("admin", "key", "list", "acme")
     assert run_json("admin", "user", "delete", "acme", "kim")["num_revoked_keys"] == 0
+    inputs = {"target_tokens": [2, 3, 4], "weights": [1.0, 1.0, 1.0]}
+    datum = luthier.types.Datum(luthier.types.ModelInput.from_ints([1, 2, 3]), inputs)
+    training.forward_backward([datum], "cross_entropy").result()
     assert "error" not in run_json("admin", "jobs", "--run", "usage")
     assert "sweep" in run("admin", "jobs")
     assert run("admin", "usage", "ann", "--by", "run", "--csv").startswith("run,")
