@@ -218,6 +218,13 @@ class Owner:
         """
         self._broken = reason
 
+    def skip_to(self, seq: int) -> None:
+        """Of a broken run: go on at op `seq`; all before it are committed, and not replayed."""
+        assert self._broken is not None
+        assert self._step is None
+        self._queue.clear()
+        self._cursor = seq
+
     def _replay_step(self, op: Op) -> Step:
         if op.seq not in self._recorded.failed:
             executed = op.kind in _REPLAYED and self._broken is None

@@ -50,6 +50,14 @@ class Left(Exception):
     """This worker does not own the run any more: drop its state, publish nothing more."""
 
 
+class LogTrimmed(Left):
+    """Ops that the owner needs are not in the log. Mostly the run is another's, who trimmed it."""
+
+    def __init__(self, cursor: int, goes_on_at: int) -> None:
+        super().__init__(f"seq {cursor} to {goes_on_at - 1} are missing from the log")
+        self.goes_on_at = goes_on_at
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """Something that the driver does; its class says what the generator is sent."""
@@ -395,10 +403,11 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
 
 
 def feed(tenure: Tenure, ops: Iterable[Op]) -> None:
-    """Give the owner what its log says next; Left if that is lost: another owner has trimmed it."""
-    new = [op for op in ops if op.seq >= tenure.owner.cursor]
-    if new and new[0].seq != tenure.owner.cursor:
-        raise Left(f"{tenure.run_id}: the log goes on at {new[0].seq}")
+    """Give the owner what its log says next; LogTrimmed if that is lost."""
+    cursor = tenure.owner.cursor
+    new = [op for op in ops if op.seq >= cursor]
+    if new and new[0].seq != cursor:
+        raise LogTrimmed(cursor, new[0].seq)
     tenure.owner.feed(new)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from tests.tiny_qwen3 import save_tiny_qwen3
 from tests.unit.trainer_client import FB, LEARNING_RATE, MODEL, TENANT, Client
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core import blobs as blobs_module
 from luthier_core import keys
@@ -54,20 +53,7 @@ A, B = f"{'a' * 32}:train:0", f"{'b' * 32}:train:0"
 @pytest.fixture(scope="module")
 def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     """Makes an engine on a model of its own: two workers share nothing but the log."""
-    torch.manual_seed(5)
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=32,
-        initializer_range=0.1,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    folder = save_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=5, vocab_size=VOCAB_SIZE)
 
     def make(device_runs: int = 64) -> Engine:
         return Engine(
@@ -643,6 +629,26 @@ async def test_a_run_whose_replay_went_wrong_leaves_its_last_snapshot_as_a_check
     data = await rig.blobs.get(keys.name_record(TENANT, A, "weights", "recovery-2"))
     manifest = CheckpointRecord.from_bytes(data).manifest_key
     assert await read_files(rig.blobs, manifest) == expected
+
+
+async def test_a_run_whose_log_lacks_what_a_replay_needs_fails_and_leaves_its_snapshot(
+    rig: Rig, oplog: Oplog
+):
+    first = await rig.start("t0", snapshot_max_ops=3)
+    await rig.client.create(A)
+    await steps(rig, first, range(1), stored_at=[2])
+    await steps(rig, first, [1], stored_at=())
+    await first.die()
+    await oplog.redis.xtrim(keys.run_log(A), minid="5-0", approximate=False)
+    seq = await rig.client.step(A)
+    await rig.start("t1")
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert message.endswith(
+        "seq 3 to 4 are missing from the log; "
+        f"its state after seq 2 is tinker://{A}/weights/recovery-2"
+    )
+    assert (await recovery(rig)).outcome == "lost"
 
 
 async def recoveries(rig: Rig) -> list[RecoveryRecord]:

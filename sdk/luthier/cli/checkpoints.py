@@ -10,6 +10,7 @@ import typer
 
 from luthier.cli.remote import (
     REFUSED,
+    WRONG_USE,
     JsonOption,
     LimitOption,
     PathArgument,
@@ -19,6 +20,7 @@ from luthier.cli.remote import (
     show_json,
     show_table,
     size_text,
+    transfer_bar,
 )
 from luthier.rest import RestClient
 from luthier.types import Checkpoint, ParsedCheckpointTinkerPath
@@ -117,7 +119,7 @@ def download(
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
         folder = out or Path(parsed.checkpoint_id.rpartition("/")[2])
         if folder.exists():
-            fail(f"{folder} exists already", 2)
+            fail(f"{folder} exists already", WRONG_USE)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Into place in one step: a folder that is there is complete.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as part:
@@ -142,12 +144,7 @@ def upload(
     as_json: JsonOption = False,
 ) -> None:
     """Make a checkpoint of an adapter that was made elsewhere."""
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    with server() as rest, bar:
+    with server() as rest, transfer_bar() as bar:
         task = bar.add_task(folder.name)
 
         def show(num_sent: int, num_bytes: int) -> None:
@@ -197,13 +194,8 @@ def _fetch(url: str, target: Path) -> None:
     """A signed URL into a file, with a bar; it gets no key."""
     import urllib.request
 
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
     with (
-        bar,
+        transfer_bar() as bar,
         urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
         target.open("wb") as file,
     ):
@@ -212,6 +204,8 @@ def _fetch(url: str, target: Path) -> None:
         while piece := source.read(PIECE_BYTES):
             file.write(piece)
             bar.advance(task, len(piece))
+        if length and file.tell() != int(length):  # urllib takes a cut connection for the end
+            raise OSError(f"{target.name}: {file.tell()} of {length} bytes came; try again")
 
 
 def _find(rest: RestClient, tinker_path: str) -> Checkpoint:

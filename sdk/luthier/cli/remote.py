@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
@@ -16,7 +16,12 @@ from luthier.errors import APIConnectionError, LuthierError
 from luthier.progress import printable
 from luthier.rest import RestClient
 
-REFUSED, UNREACHABLE = 1, 3
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+REFUSED, WRONG_USE, UNREACHABLE = 1, 2, 3
+
+WIDE = 1000
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
@@ -24,14 +29,21 @@ PathArgument = Annotated[str, typer.Argument(metavar="TINKER_PATH", help="tinker
 
 
 @contextlib.contextmanager
-def server() -> Iterator[RestClient]:
-    """The server of TINKER_BASE_URL; what it refuses is one line and an exit code."""
+def told_errors() -> Iterator[None]:
+    """What a server, the network or a file refuses is one line and an exit code."""
     try:
-        yield RestClient()
+        yield
     except APIConnectionError as error:
         fail(str(error), UNREACHABLE)
-    except (LuthierError, ValueError) as error:
+    except (LuthierError, ImportError, OSError, ValueError) as error:
         fail(str(error), REFUSED)
+
+
+@contextlib.contextmanager
+def server() -> Iterator[RestClient]:
+    """The server of TINKER_BASE_URL."""
+    with told_errors():
+        yield RestClient()
 
 
 def fail(reason: str, code: int) -> NoReturn:
@@ -62,12 +74,24 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(text_of(cell))) for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a line a row, for grep and its like
+        console.width = WIDE
+    console.print(table)
 
 
 def show_fields(value: BaseModel) -> None:
     """One thing, a line per field."""
     show_table(("", ""), list(value.model_dump().items()))
+
+
+def transfer_bar() -> "Progress":
+    """Bytes and speed of what is on its way; on a terminal only."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def text_of(cell: object) -> str:
