@@ -42,9 +42,9 @@ def service_main(
 ) -> int:
     """Run a service that needs its configuration only; the exit code."""
     arguments = service_parser(role).parse_args(argv)
-    setup_logging(arguments.name)
 
     async def run() -> int:
+        setup_logging(arguments.name, environ.get("LUTHIER_LOG_LEVEL", "info"))
         config, ops = load_config(arguments.config, environ), Ops(role)
         tracing.start(role, arguments.name, config.tracing)
         async with serve_ops(arguments.ops, ops):
@@ -88,9 +88,9 @@ def worker_main(
 ) -> int:
     """Run a worker of one base model; the exit code is 1 if another took its name."""
     arguments = worker_parser(role).parse_args(argv)
-    setup_logging(arguments.name)
 
     async def run() -> int:
+        setup_logging(arguments.name, environ.get("LUTHIER_LOG_LEVEL", "info"))
         config = load_config(arguments.config, environ)
         model = config.model(arguments.model)
         tracing.start(role, arguments.name, config.tracing)
