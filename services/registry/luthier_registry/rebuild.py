@@ -65,7 +65,7 @@ class Rebuild:
         return {"rebuilt": await self._compare()}
 
     async def lists_are_whole(self) -> None:
-        """Returns once no list lacks what a restarted Redis may have lost, or raises Unavailable."""
+        """Returns once no list lacks what a restarted Redis may have lost, or Unavailable."""
         if await self._redis.get(keys.LISTED_SINCE) == await self._server():
             return
         if self._comparing is None or self._comparing.done():
