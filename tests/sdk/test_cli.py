@@ -45,6 +45,16 @@ def test_runs_sessions_and_models_are_listed(training: luthier.TrainingClient) -
     assert BASE_MODEL in run("model", "list")
 
 
+def test_the_trace_of_a_session_is_written_to_a_file(
+    training: luthier.TrainingClient, tmp_path: Path
+) -> None:
+    session_id, path = training.model_id.partition(":")[0], tmp_path / "a.pftrace"
+    told = run_json("session", "trace", session_id, "-o", str(path))
+    assert told == {"session_id": session_id, "path": str(path)}
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {"create_model", "executed"} <= {event["name"] for event in events}
+
+
 def test_checkpoints_are_listed_described_and_deleted(training: luthier.TrainingClient) -> None:
     path = training.save_weights_for_sampler("listed").result().path
     listed = run_json("checkpoint", "list", "--run-id", training.model_id)["checkpoints"]

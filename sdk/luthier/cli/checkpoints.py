@@ -13,6 +13,7 @@ from luthier.cli.remote import (
     LimitOption,
     PathArgument,
     fail,
+    fetch,
     server,
     show_fields,
     show_json,
@@ -23,8 +24,6 @@ from luthier.rest import RestClient
 from luthier.types import Checkpoint, ParsedCheckpointTinkerPath
 
 app = typer.Typer(no_args_is_help=True, help="Checkpoints.")
-PIECE_BYTES = 1 << 20
-DOWNLOAD_TIMEOUT_S = 60.0
 
 
 @app.command("list")
@@ -161,7 +160,7 @@ def upload(
 def _fetch_archive(rest: RestClient, tinker_path: str, folder: Path) -> None:
     archive = rest.get_checkpoint_archive_url_from_tinker_path(tinker_path).result()
     tar_path = folder.with_suffix(".tar")
-    _fetch(archive.url, tar_path)
+    fetch(archive.url, tar_path)
     with tarfile.open(tar_path) as tar:
         tar.extractall(folder, filter="data")  # refuses paths outside of the folder
 
@@ -174,28 +173,7 @@ def _fetch_files(rest: RestClient, tinker_path: str, folder: Path) -> None:
             fail(f"the server names a file outside of the folder: {name!r}", REFUSED)
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, target)
-
-
-def _fetch(url: str, target: Path) -> None:
-    """A signed URL into a file, with a bar; it gets no key."""
-    import urllib.request
-
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    with (
-        bar,
-        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
-        target.open("wb") as file,
-    ):
-        length = source.headers.get("Content-Length")
-        task = bar.add_task(target.name, total=int(length) if length else None)
-        while piece := source.read(PIECE_BYTES):
-            file.write(piece)
-            bar.advance(task, len(piece))
+        fetch(url, target)
 
 
 def _find(rest: RestClient, tinker_path: str) -> Checkpoint:

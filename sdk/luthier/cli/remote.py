@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,6 +18,8 @@ from luthier.progress import printable
 from luthier.rest import RestClient
 
 REFUSED, UNREACHABLE = 1, 3
+PIECE_BYTES = 1 << 20
+DOWNLOAD_TIMEOUT_S = 60.0
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
 LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")]
@@ -38,6 +41,27 @@ def fail(reason: str, code: int) -> NoReturn:
     """One line on standard error."""
     typer.echo(f"luthier: {printable(' '.join(reason.split()))}", err=True)
     raise typer.Exit(code)
+
+
+def fetch(url: str, target: Path) -> None:
+    """A signed URL into a file, with a bar; it gets no key."""
+    import urllib.request
+
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    with (
+        bar,
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
+        target.open("wb") as file,
+    ):
+        length = source.headers.get("Content-Length")
+        task = bar.add_task(target.name, total=int(length) if length else None)
+        while piece := source.read(PIECE_BYTES):
+            file.write(piece)
+            bar.advance(task, len(piece))
 
 
 def show_json(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
