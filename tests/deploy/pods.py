@@ -1,8 +1,9 @@
 """An overlay as processes on this machine: the manifests' commands, probes, drains and services.
 
 Every pod has a loopback address of its own, so that ports are those of the manifests; a Service is
-a small TCP proxy that knows which pods are ready, a headless one the address of its first pod. What is not as in a cluster: paths are below a
-folder, names of services are addresses, MinIO is moto, limits of memory and network do not hold.
+a small TCP proxy that knows which pods are ready, a headless one the address of its first pod.
+What is not as in a cluster: paths are below a folder, names of services are addresses, MinIO is
+moto, limits of memory and network do not hold.
 """
 
 import asyncio
