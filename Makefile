@@ -16,10 +16,12 @@ MALFORMED ?= 6000
 COOKBOOK ?= 0.6.1
 COOKBOOK_VENV ?= .venv-cookbook
 COOKBOOK_READY := $(COOKBOOK_VENV)/.ready-$(COOKBOOK)
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 TEST_PROCESSES ?= 2
 
 .PHONY: quickstart setup fmt check up proto reference build
-.PHONY: test test-s3 malicious malformed sim sim-long cluster-long chaos chaos-long fuzz
+.PHONY: test test-s3 test-vllm malicious malformed sim sim-long cluster-long chaos chaos-long fuzz
 .PHONY: compat compat-newest cookbook bench bench-log bench-listing deploy-check alerts roll
 
 quickstart: $(READY)                    ## install, start the stack, fine-tune a model, stop the stack
@@ -83,6 +85,17 @@ test-s3: $(READY)                       ## stores and the life of checkpoints: o
 
 malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
 	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
+
+test-vllm: $(READY) $(VLLM_READY)       ## the vllm engine on a real vLLM, compared with the torch engine
+	LUTHIER_TEST_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/vllm
+
+# Of its own: vLLM needs other versions of libraries than we do. 3.5 GB. The packages that go again
+# are built for another torch than the one for CPUs, and vLLM needs them for images and sound only.
+$(VLLM_READY): tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_READY)
 
 up: $(READY)                            ## the whole stack on this machine, tiny model
 	$(BIN)/luthier up --data $(DATA)

@@ -81,9 +81,15 @@ class Stack:
     def service(self) -> tinker.ServiceClient:
         return tinker.ServiceClient(base_url=self.url, api_key=self.api_key)
 
+    def watched(self) -> dict[str, psutil.Process]:
+        return {**self.processes, "client": psutil.Process()}
+
     def memory_mib(self) -> dict[str, float]:
-        watched = {**self.processes, "client": psutil.Process()}
-        return {name: process.memory_info().rss / 2**20 for name, process in watched.items()}
+        return {name: p.memory_info().rss / 2**20 for name, p in self.watched().items()}
+
+    def cpu_s(self) -> dict[str, float]:
+        """Since each was started."""
+        return {name: sum(p.cpu_times()[:2]) for name, p in self.watched().items()}
 
 
 @contextlib.contextmanager

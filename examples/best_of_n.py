@@ -7,14 +7,13 @@ The reward is the likeness of the answer to the one that is wanted. The n sample
 one request: its prompt is computed once. Exits with 0 if the best are better than the average.
 """
 
-import argparse
-import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from difflib import SequenceMatcher
 from typing import Any
 
 import tinker
+from common import run_on_base_model, tokenizer_of
 from tinker import types
-from transformers import AutoTokenizer
 
 TASKS = {
     "Copy: silver lake": "silver lake",
@@ -24,22 +23,8 @@ TASKS = {
 }
 
 
-def main() -> int:
-    args = parse_args()
-    try:
-        with tinker.ServiceClient() as service:
-            mean, best = best_of_n(service, args)
-    except tinker.TinkerError as error:
-        print(f"The server could not do it: {error}", file=sys.stderr)
-        return 2
-    print(f"reward: {mean:.3f} on average, {best:.3f} with the best of {args.num_samples}")
-    return 0 if best > mean else 1
-
-
-def best_of_n(service: tinker.ServiceClient, args: argparse.Namespace) -> tuple[float, float]:
-    """(mean reward of all samples, mean reward of the best of each question)."""
-    model = args.base_model or first_model()
-    sampling = service.create_sampling_client(base_model=model)
+def best_of_n(service: tinker.ServiceClient, args: Namespace) -> bool:
+    sampling = service.create_sampling_client(base_model=args.base_model)
     tokenizer = tokenizer_of(sampling, args.tokenizer)
     params = types.SamplingParams(
         max_tokens=16, temperature=args.temperature, seed=args.seed, stop=["\n"]
@@ -56,19 +41,9 @@ def best_of_n(service: tinker.ServiceClient, args: argparse.Namespace) -> tuple[
         means.append(sum(rewards) / len(rewards))
         bests.append(rewards[best])
         print(f"{task!r}: best {texts[best]!r} ({rewards[best]:.2f}), mean {means[-1]:.2f}")
-    return sum(means) / len(means), sum(bests) / len(bests)
-
-
-def first_model() -> str:
-    models = tinker.RestClient().get_server_capabilities().result().supported_models
-    return str(models[0].model_name)
-
-
-def tokenizer_of(sampling: tinker.SamplingClient, place: str | None) -> Any:
-    """From a folder or the Hugging Face Hub; by the model's name if no place is given."""
-    if place is None:
-        return sampling.get_tokenizer()
-    return AutoTokenizer.from_pretrained(place)
+    mean, best_mean = sum(means) / len(means), sum(bests) / len(bests)
+    print(f"reward: {mean:.3f} on average, {best_mean:.3f} with the best of {args.num_samples}")
+    return best_mean > mean
 
 
 def prompt_of(tokenizer: Any, task: str) -> types.ModelInput:
@@ -84,17 +59,9 @@ def reward(text: str, wanted: str) -> float:
     return SequenceMatcher(None, text, wanted).ratio()
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--base-model", help="default: the first that the server supports")
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="folder or Hub name; default: the base model's name")
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    run_on_base_model(best_of_n, parser)

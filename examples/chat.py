@@ -7,28 +7,16 @@
 An empty line or the end of the input ends it. docs/openai.md has the same for the `openai` client.
 """
 
-import argparse
-import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from typing import Any
 
 import tinker
+from common import first_model, run, tokenizer_of
 from tinker import types
-from transformers import AutoTokenizer
 
 
-def main() -> int:
-    args = parse_args()
-    try:
-        with tinker.ServiceClient() as service:
-            chat(service, args)
-    except tinker.TinkerError as error:
-        print(f"The server could not do it: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def chat(service: tinker.ServiceClient, args: argparse.Namespace) -> None:
+def chat(service: tinker.ServiceClient, args: Namespace) -> bool:
     """Each turn is sent with all that was said before: the sampler finds it in its prefix cache."""
     sampling = open_model(service, args.model)
     tokenizer = tokenizer_of(sampling, args.tokenizer)
@@ -44,23 +32,14 @@ def chat(service: tinker.ServiceClient, args: argparse.Namespace) -> None:
         text = tokenizer.decode(answer.sequences[0].tokens, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
         print(f"model> {text}", flush=True)
+    return True
 
 
 def open_model(service: tinker.ServiceClient, model: str | None) -> tinker.SamplingClient:
     """A client of the checkpoint at a tinker:// path, or of a base model."""
     if model is not None and model.startswith("tinker://"):
         return service.create_sampling_client(model_path=model)
-    if model is None:
-        capabilities = tinker.RestClient().get_server_capabilities().result()
-        model = capabilities.supported_models[0].model_name
-    return service.create_sampling_client(base_model=model)
-
-
-def tokenizer_of(sampling: tinker.SamplingClient, place: str | None) -> Any:
-    """From a folder or the Hugging Face Hub; by the model's name if no place is given."""
-    if place is None:
-        return sampling.get_tokenizer()
-    return AutoTokenizer.from_pretrained(place)
+    return service.create_sampling_client(base_model=model or first_model())
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> types.ModelInput:
@@ -87,18 +66,12 @@ def read_line() -> str:
         return ""
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="base model or tinker:// path; default: the first model")
     parser.add_argument("--tokenizer", help="folder or Hub name; default: the base model's name")
     parser.add_argument("--say", action="append", default=[], help="a turn; instead of typing it")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    run(chat, parser)

@@ -1,25 +1,39 @@
-"""What the examples of training share: the server's model, a curve in the terminal, exit codes."""
+"""What the examples share: the model and its tokenizer, a curve in the terminal, exit codes."""
 
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tinker
 from rich.console import Console
+from transformers import AutoTokenizer
 
 console = Console()
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def run(example: Callable[[tinker.ServiceClient, Namespace], bool], parser: ArgumentParser) -> None:
-    """Exits with 0 if the example returned True, with 1 if not, with 2 if the server cannot."""
+Example = Callable[[tinker.ServiceClient, Namespace], bool]
+
+
+def run_on_base_model(example: Example, parser: ArgumentParser) -> None:
+    """As run, with the options --base-model and --seed."""
     parser.add_argument("--base-model", help="default: the first that the server supports")
     parser.add_argument("--seed", type=int, default=0)
+
+    def on_base_model(service: tinker.ServiceClient, args: Namespace) -> bool:
+        args.base_model = args.base_model or first_model()
+        return example(service, args)
+
+    run(on_base_model, parser)
+
+
+def run(example: Example, parser: ArgumentParser) -> None:
+    """Exits with 0 if the example returned True, with 1 if not, with 2 if the server cannot."""
     args = parser.parse_args()
     try:
         with tinker.ServiceClient() as service:
-            args.base_model = args.base_model or first_model()
             sys.exit(0 if example(service, args) else 1)
     except tinker.TinkerError as error:
         console.print(f"The server could not do it: {error}", style="red", markup=False)
@@ -29,6 +43,13 @@ def run(example: Callable[[tinker.ServiceClient, Namespace], bool], parser: Argu
 def first_model() -> str:
     models = tinker.RestClient().get_server_capabilities().result().supported_models
     return str(models[0].model_name)
+
+
+def tokenizer_of(sampling: tinker.SamplingClient, place: str | None) -> Any:
+    """From a folder or the Hugging Face Hub; by the model's name if no place is given."""
+    if place is None:
+        return sampling.get_tokenizer()
+    return AutoTokenizer.from_pretrained(place)
 
 
 def curve(name: str, values: Sequence[float]) -> None:

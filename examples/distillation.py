@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import tinker
-from common import curve, run
+from common import curve, run_on_base_model
 from supervised import make_datum, random_words
 from tinker import types
 
@@ -83,4 +83,4 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    run(distil, parser)
+    run_on_base_model(distil, parser)

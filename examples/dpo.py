@@ -13,7 +13,7 @@ from typing import Any
 
 import tinker
 import torch
-from common import curve, run
+from common import curve, run_on_base_model
 from tinker import types
 from torch.nn.functional import logsigmoid
 
@@ -75,4 +75,4 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    run(dpo, parser)
+    run_on_base_model(dpo, parser)

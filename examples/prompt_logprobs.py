@@ -7,16 +7,14 @@
 One text a line. Prints the perplexity of each text and of the whole.
 """
 
-import argparse
 import json
 import math
-import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Any
 
 import tinker
+from common import first_model, run, tokenizer_of
 from tinker import types
-from transformers import AutoTokenizer
 
 TEXTS = [
     "Question: What is two plus three?\nAnswer: five",
@@ -26,15 +24,9 @@ TEXTS = [
 ]
 
 
-def main() -> int:
-    args = parse_args()
+def prompt_logprobs(service: tinker.ServiceClient, args: Namespace) -> bool:
     texts = args.texts.read_text().splitlines() if args.texts else TEXTS
-    try:
-        with tinker.ServiceClient() as service:
-            scored = score(service, args, texts)
-    except tinker.TinkerError as error:
-        print(f"The server could not do it: {error}", file=sys.stderr)
-        return 2
+    scored = score(service, args, texts)
     for text, logprobs in zip(texts, scored, strict=True):
         print(f"perplexity {perplexity(logprobs):10.2f}  {text[:60]!r}")
     print(f"perplexity {perplexity([value for row in scored for value in row]):10.2f}  in all")
@@ -44,12 +36,10 @@ def main() -> int:
             for text, logprobs in zip(texts, scored, strict=True)
         ]
         args.json.write_text("".join(f"{row}\n" for row in rows))
-    return 0
+    return True
 
 
-def score(
-    service: tinker.ServiceClient, args: argparse.Namespace, texts: list[str]
-) -> list[list[float]]:
+def score(service: tinker.ServiceClient, args: Namespace, texts: list[str]) -> list[list[float]]:
     """Logprobs in nats of each text's tokens after the first, which nothing predicts."""
     sampling = service.create_sampling_client(base_model=args.base_model or first_model())
     tokenizer = tokenizer_of(sampling, args.tokenizer)
@@ -61,33 +51,15 @@ def score(
     return [[value for value in future.result() if value is not None] for future in futures]
 
 
-def first_model() -> str:
-    models = tinker.RestClient().get_server_capabilities().result().supported_models
-    return str(models[0].model_name)
-
-
-def tokenizer_of(sampling: tinker.SamplingClient, place: str | None) -> Any:
-    """From a folder or the Hugging Face Hub; by the model's name if no place is given."""
-    if place is None:
-        return sampling.get_tokenizer()
-    return AutoTokenizer.from_pretrained(place)
-
-
 def perplexity(logprobs: list[float]) -> float:
     """exp of the mean negative logprob; NaN of no tokens."""
     return math.exp(-sum(logprobs) / len(logprobs)) if logprobs else math.nan
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="?", type=Path, help="a file of one text a line")
     parser.add_argument("--base-model", help="default: the first that the server supports")
     parser.add_argument("--tokenizer", help="folder or Hub name; default: the base model's name")
     parser.add_argument("--json", type=Path, help="write texts and logprobs to this file")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    run(prompt_logprobs, parser)

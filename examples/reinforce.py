@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import tinker
-from common import curve, run
+from common import curve, run_on_base_model
 from tinker import types
 
 PROMPTS = ("Copy: silver lake\nAnswer:", "Spell: forest\nAnswer:", "The old", "Once a")
@@ -73,4 +73,4 @@ if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
-    run(reinforce, parser)
+    run_on_base_model(reinforce, parser)

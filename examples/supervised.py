@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import tinker
-from common import curve, run
+from common import curve, run_on_base_model
 from tinker import types
 
 SYLLABLES = ("ba", "co", "di", "fo", "ga", "hi", "lo", "mu", "ne", "po", "ri", "sa", "ta", "vu")
@@ -74,4 +74,4 @@ if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    run(supervised, parser)
+    run_on_base_model(supervised, parser)

@@ -155,7 +155,9 @@ class Recovery(Answer):
     """Of the stored state that it began with; -1 for none."""
     to_seq: int
     """The ops after from_seq up to here were executed again."""
-    outcome: Literal["exact", "lost"]
+    outcome: Literal["exact", "approximate", "lost"]
+    deviation: float
+    """The largest relative difference of a loss or gradient norm of an approximate one."""
     reason: str
     seconds: float
 

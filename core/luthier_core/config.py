@@ -6,6 +6,7 @@ Unknown keys, wrong types and values out of range are refused with one line that
 
 import dataclasses
 import json
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class ModelConfig:
     num_samplers: int = 1
     dtype: str = "auto"
     """float32 | bfloat16 | auto (bfloat16 on CUDA, float32 elsewhere)."""
+    device: str = "auto"
+    """cpu | cuda | auto (cuda where there is one)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,17 @@ class TrainerConfig:
 class SamplerConfig:
     """A sampler worker."""
 
+    engine: str = "torch"
+    """torch | vllm: ours, or a vLLM server that the worker starts and watches."""
+    vllm_python: str = ""
+    """The interpreter of the environment that has vLLM, which needs other versions of libraries
+    than we do; empty: our own."""
+    vllm_max_loras: int = 8
+    """Adapters that share one step of vLLM. It sets memory for rank 64 aside for each."""
+    vllm_lm_head: bool = True
+    """Take adapters on lm_head; vLLM has no logprobs of prompts then, so asking is refused."""
+    vllm_arguments: str = ""
+    """More arguments for vLLM's server, as in a shell: how it is spread over GPUs is its matter."""
     lease_s: float = 15.0
     lease_renew_s: float = 5.0
     num_threads: int = 1
@@ -391,6 +405,8 @@ def _check(config: Config) -> None:
     for model in config.models:
         if model.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"models.dtype: {model.dtype!r} is not auto, float32 or bfloat16")
+        if model.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"models.device: {model.device!r} is not auto, cpu or cuda")
     if config.trainer.execution not in ("deterministic", "fused"):
         raise ConfigError("trainer.execution: must be deterministic or fused")
     if config.trainer.nonfinite not in ("fail", "apply"):
@@ -401,6 +417,7 @@ def _check(config: Config) -> None:
         raise ConfigError("housekeeping.keep_last: must be 0 or more")
     if config.sampler.sample_logprobs not in ("raw", "tempered"):
         raise ConfigError("sampler.sample_logprobs: must be raw or tempered")
+    _check_sampler_engine(config.sampler)
     if config.sampler.max_running > config.sampler.max_step_tokens:
         raise ConfigError("sampler.max_running: must not be above sampler.max_step_tokens")
     if not 0 <= config.tracing.sample_ratio <= 1:
@@ -413,3 +430,18 @@ def _check(config: Config) -> None:
         raise ConfigError("gateway.key_cache_s: a revoked key may work for 60 s at most")
     if config.gateway.poll_hold_s > 40:
         raise ConfigError("gateway.poll_hold_s: the SDK gives up after 45 s, so at most 40")
+
+
+def _check_sampler_engine(sampler: SamplerConfig) -> None:
+    if sampler.engine not in ("torch", "vllm"):
+        raise ConfigError(f"sampler.engine: {sampler.engine!r} is not torch or vllm")
+    if sampler.engine == "vllm" and sampler.sample_logprobs != "raw":
+        raise ConfigError("sampler.sample_logprobs: must be raw with sampler.engine vllm")
+    if sampler.engine == "vllm" and sampler.num_kv_blocks:
+        raise ConfigError("sampler.num_kv_blocks: with sampler.engine vllm set kv_cache_bytes")
+    if sampler.vllm_max_loras < 1:
+        raise ConfigError("sampler.vllm_max_loras: must be 1 or more")
+    try:
+        shlex.split(sampler.vllm_arguments)
+    except ValueError as error:
+        raise ConfigError(f"sampler.vllm_arguments: {error}") from error

@@ -73,6 +73,10 @@ RECOVERY_SECONDS = Histogram(
     buckets=SECONDS,
 )
 REPLAYED_OPS = Counter("luthier_trainer_replayed_ops_total", "Ops executed again in a recovery.")
+APPROXIMATE_RECOVERIES = Counter(
+    "luthier_trainer_approximate_recoveries_total",
+    "Runs of fused execution that came back with other bits: see `recovered` of the run.",
+)
 REPLAY_MISMATCHES = Counter(
     "luthier_trainer_replay_mismatches_total", "Replays that left another state than before."
 )

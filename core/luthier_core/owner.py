@@ -7,6 +7,7 @@ The state of a run is a fold over its log. Ops up to `committed` are replayed: e
 without publishing, following the recorded outcome. Later ops are executed and committed.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ _REPLAYED = frozenset(
 """Kinds that change a run's state. A committed save or forward leaves an immutable artefact."""
 
 DIGEST_CHARS = 16
+
+_MARK = "~"
+"""Between a digest and the Measure of an op whose bits depended on the ops that it ran with."""
 
 
 class Action(Enum):
@@ -52,6 +56,24 @@ class FoldState:
     """forward_backward seqs that failed since the last optimizer step."""
     digest: str = ""
     """Over all ops so far and the state after each: equal digests are equal histories."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What an op came to, by which a replay is compared where bits need not agree."""
+
+    value: float = 0.0
+    floor: float = 0.0
+    """Values below it are compared as if they were that large: a sum can be near 0 by chance."""
+    limit: float = 0.0
+    """A relative difference above it is no rounding."""
+
+    def deviation(self, recorded: float) -> float:
+        """The relative difference from what was recorded; infinite if only one is a number."""
+        if self.value == recorded or (math.isnan(self.value) and math.isnan(recorded)):
+            return 0.0
+        difference = abs(self.value - recorded) / max(abs(self.value), abs(recorded), self.floor)
+        return difference if math.isfinite(difference) else math.inf
 
 
 class Diverged(Exception):
@@ -85,6 +107,8 @@ class Owner:
         self._missing = list(state.missing)
         self._digest = state.digest
         self._broken: str | None = None
+        self.deviation: float | None = None
+        """The largest of a replayed op; None while the state is what it was, bit by bit."""
 
     @property
     def cursor(self) -> int:
@@ -138,11 +162,12 @@ class Owner:
         self._step = self._replay_step(op) if op.seq <= self._replay_to else self._new_step(op)
         return self._step
 
-    def ended(self, outcome: Outcome, checksum: str = "") -> None:
+    def ended(self, outcome: Outcome, checksum: str = "", measure: Measure | None = None) -> str:
         """The step has been carried out with this outcome; the worker commits it if published.
 
-        `checksum` of the engine's state, if the op has changed it. Diverged if a replayed op ended
-        differently from its record.
+        What it returns is to be recorded with it. Of an op that has changed the engine's state:
+        `checksum` of that; `measure` instead if the bits depend on what else was executed; a replay
+        gives both. Diverged if it ended differently from its record.
         """
         step = self._step
         assert step is not None, "no step is under way"
@@ -151,12 +176,26 @@ class Owner:
         if not step.publish and outcome.failed != (op.seq in self._recorded.failed):
             raise Diverged(f"seq {op.seq} ({op.kind}) did not end as recorded")
         self._note(op, outcome)
+        recorded = "" if step.publish else self._recorded.digests.get(op.seq, "")
+        digest, _, value = recorded.partition(_MARK)
+        if value:
+            checksum = ""
         self._digest = digest_of(f"{self._digest} {op.digest} {checksum}".encode())[:DIGEST_CHARS]
         if self._broken is not None:
-            return  # there is no state that could differ
-        recorded = "" if step.publish else self._recorded.digests.get(op.seq, "")
-        if recorded not in ("", self._digest):
+            return self._digest  # there is no state that could differ
+        if digest not in ("", self._digest):
             raise Diverged(f"seq {op.seq} ({op.kind}) left another state than it did before")
+        if value and measure is not None:
+            self._compare(op, measure, float(value))
+        return f"{self._digest}{_MARK}{measure.value!r}" if measure else self._digest
+
+    def _compare(self, op: Op, measure: Measure, recorded: float) -> None:
+        deviation = measure.deviation(recorded)
+        self.deviation = max(self.deviation or 0.0, deviation)
+        if deviation > measure.limit:
+            raise Diverged(
+                f"seq {op.seq} ({op.kind}) came to {measure.value:g}, before to {recorded:g}"
+            )
 
     def quarantine(self, deaths: int) -> Step:
         """The step under way, failed instead of executed: it has killed its engine too often."""
@@ -178,6 +217,13 @@ class Owner:
         Its category is server.
         """
         self._broken = reason
+
+    def skip_to(self, seq: int) -> None:
+        """Of a broken run: go on at op `seq`; all before it are committed, and not replayed."""
+        assert self._broken is not None
+        assert self._step is None
+        self._queue.clear()
+        self._cursor = seq
 
     def _replay_step(self, op: Op) -> Step:
         if op.seq not in self._recorded.failed:

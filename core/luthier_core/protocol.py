@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from luthier_core.oplog import Admission, Attempt, RunHeader
 from luthier_core.ops import INLINE_LIMIT, Body, Gradient, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, FoldState, Owner, Step, gradient_after
+from luthier_core.owner import Action, FoldState, Measure, Owner, Step, gradient_after
 
 A = TypeVar("A")
 
@@ -48,6 +48,14 @@ _OUTSIDE_EFFECT = frozenset(
 
 class Left(Exception):
     """This worker does not own the run any more: drop its state, publish nothing more."""
+
+
+class LogTrimmed(Left):
+    """Ops that the owner needs are not in the log. Mostly the run is another's, who trimmed it."""
+
+    def __init__(self, cursor: int, goes_on_at: int) -> None:
+        super().__init__(f"seq {cursor} to {goes_on_at - 1} are missing from the log")
+        self.goes_on_at = goes_on_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +336,8 @@ class Executed:
     rest: Any = None
     checksum: str = ""
     """Of the engine's state, if the op has changed it."""
+    measure: Measure | None = None
+    """Of an op whose bits depend on what else was executed, and of every op that is replayed."""
     digest: str = ""
     """Of the run's history up to here; execute_next fills it in."""
 
@@ -393,10 +403,11 @@ def take_over(run_id: str, name: str) -> Steps[Tenure | None]:
 
 
 def feed(tenure: Tenure, ops: Iterable[Op]) -> None:
-    """Give the owner what its log says next; Left if that is lost: another owner has trimmed it."""
-    new = [op for op in ops if op.seq >= tenure.owner.cursor]
-    if new and new[0].seq != tenure.owner.cursor:
-        raise Left(f"{tenure.run_id}: the log goes on at {new[0].seq}")
+    """Give the owner what its log says next; LogTrimmed if that is lost."""
+    cursor = tenure.owner.cursor
+    new = [op for op in ops if op.seq >= cursor]
+    if new and new[0].seq != cursor:
+        raise LogTrimmed(cursor, new[0].seq)
     tenure.owner.feed(new)
 
 
@@ -421,8 +432,8 @@ def execute_next(tenure: Tenure) -> Steps[tuple[Step, Executed] | None]:
         executed = yield Execute(step)
     if step.outcome is not None:
         executed = Executed(step.outcome)
-    owner.ended(executed.outcome or _SUCCESS, executed.checksum)
-    return step, replace(executed, digest=owner.state.digest)
+    digest = owner.ended(executed.outcome or _SUCCESS, executed.checksum, executed.measure)
+    return step, replace(executed, digest=digest)
 
 
 def blame_next(tenure: Tenure) -> Steps[int]:

@@ -133,8 +133,11 @@ class RecoveryRecord(Record):
     """Of the state that it began with; -1 for none."""
     to_seq: int
     """The last op whose result was out: those between were executed again."""
-    outcome: Literal["exact", "lost"]
-    """exact: every digest of the state was as before. lost: it could not be rebuilt."""
+    outcome: Literal["exact", "approximate", "lost"]
+    """exact: every digest of the state was as before. approximate: in `fused` execution, losses
+    and gradient norms were, up to `deviation`. lost: it could not be rebuilt."""
+    deviation: float = 0.0
+    """The largest relative difference of a loss (per token) or gradient norm."""
     reason: str = ""
     seconds: float
     """From the take-over until new ops were executed."""

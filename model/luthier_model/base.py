@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
@@ -120,15 +120,19 @@ class BaseModel:
 
 
 def load_base_model(
-    name: str, path: str | Path, *, device: str = "cpu", dtype: str = "auto"
+    name: str, path: str | Path, *, device: str = "auto", dtype: str = "auto"
 ) -> BaseModel:
     """The model in the Hugging Face folder `path`, frozen, served to clients as `name`.
 
-    dtype is float32, bfloat16, auto (bfloat16 on CUDA, float32 elsewhere) or, to measure the others
-    against, float64. Only safetensors are read and no code of the folder is run. ConfigError says
-    in one line what is wrong with it.
+    device is cpu, cuda or auto: cuda where there is one. dtype is float32, bfloat16, auto (bfloat16
+    on CUDA, float32 elsewhere) or, to measure the others against, float64. Only safetensors are
+    read and no code of the folder is run. ConfigError says in one line what is wrong with it.
     """
     _check_folder(Path(path))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model {name}: there is no CUDA device here; set models.device to cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     transformers_logging.disable_progress_bar()
@@ -155,6 +159,31 @@ def load_base_model(
     model = BaseModel(_facts(name, str(path), module), module, routing)
     _check_logits(model)
     return model
+
+
+def describe_base_model(name: str, path: Path | str) -> tuple[ModelFacts, dict[str, LoraShape]]:
+    """The model's facts, and what adapters can be on, from its configuration: no weights are read.
+
+    ConfigError says in one line what is wrong with the folder.
+    """
+    _check_folder(Path(path))
+    try:
+        config = AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+            )
+        if (Path(path) / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {name}: {path} cannot be read: {first_line}") from error
+    routing = Routing()
+    _wrap_linears(module, routing)
+    model = BaseModel(_facts(name, str(path), module), module, routing)
+    return model.facts, model.lora_shapes
 
 
 def _check_folder(path: Path) -> None:

@@ -8,15 +8,16 @@ calls `.result()` and a coroutine awaits; the `_async` name is derived from it b
 
     get_session_async = value_of(get_session)    # async, returns the value
 
-`handle_of` makes the async form that returns the future, where it is to be kept (training); and
-`waited` makes a plain form that waits, where the documented API has no future (get_info).
+A client that is being made is awaited like a future, so `value_of` serves what creates one too.
+`handle_of` makes the async form that returns the future, where it is kept (training); `waited`
+makes a plain form that waits, where the documented API has no future (get_info).
 """
 
 import asyncio
 import functools
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from luthier.future import APIFuture
@@ -45,8 +46,8 @@ def operation(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, APIFut
     return plain
 
 
-def value_of(plain: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The async form that returns what the future brings; cancelling it cancels the operation."""
+def value_of(plain: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The async form that returns what the plain one brings; its cancellation is passed on."""
 
     @functools.wraps(plain)
     async def value(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -73,15 +73,14 @@ class APIFuture(Generic[T]):
         return self.result_async().__await__()
 
 
-class Opening:
+class Opening(Generic[T]):
     """A client that is being made: it may be used at once, or waited for like a future of itself.
 
-    What is asked of it before it is ready is sent when it is.
+    What is asked of it before it is ready is sent when it is. T is what names it on the server.
     """
 
-    def __init__(self, opening: APIFuture[None]) -> None:
+    def __init__(self, opening: APIFuture[T]) -> None:
         self._opening = opening
-        self._is_open = False
 
     def result(self, timeout: float | None = None) -> Self:
         """This client once it is ready, or the error that prevents it."""
@@ -100,11 +99,11 @@ class Opening:
     def __await__(self) -> Generator[Any, None, Self]:
         return self.result_async().__await__()
 
-    async def _opened(self) -> None:
-        """Returns once it is ready; raises what prevents it."""
-        if not self._is_open:
-            await asyncio.shield(asyncio.wrap_future(self._opening.future()))
-            self._is_open = True
+    async def _opened(self) -> T:
+        """What names it, once it is ready; raises what prevents it."""
+        if self._opening.done():
+            return self._opening.result()
+        return await asyncio.shield(asyncio.wrap_future(self._opening.future()))
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop) -> bool:

@@ -5,10 +5,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import orjson
+
+from luthier.optional import needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class MetricsLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         """config: the run's hyperparameters, for Weights & Biases and the file's first line."""
+        self._run = None if wandb is None else _start_wandb(wandb, config or {})
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = Path(path).open("ab", buffering=0)  # noqa: SIM115  # closed by close()
-        self._run = None if wandb is None else _start_wandb(wandb, config or {})
         if config:
             self._line({"config": dict(config), "time": time.time()})
 
@@ -64,12 +65,7 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
@@ -91,11 +87,7 @@ def _finite(value: Any) -> Any:
 
 
 def _start_wandb(wanted: WandbConfig, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError("WandbConfig needs wandb: pip install wandb") from None
-    return wandb.init(
+    return needed("wandb", "WandbConfig").init(
         project=wanted.project,
         name=wanted.name,
         group=wanted.group,

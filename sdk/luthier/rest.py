@@ -115,6 +115,17 @@ class RestClient:
 
     list_training_runs_async = value_of(list_training_runs)
 
+    @operation
+    async def get_run_metrics(
+        self, training_run_id: types.ModelID, after: int = -1, limit: int = 100
+    ) -> types.RunMetricsResponse:
+        """A page of what the requests of a run have reported, from the one after seq `after` on."""
+        query = {"after": after, "limit": limit}
+        path = f"training_runs/{training_run_id}/metrics"
+        return await self._get(types.RunMetricsResponse, path, query)
+
+    get_run_metrics_async = value_of(get_run_metrics)
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     @operation

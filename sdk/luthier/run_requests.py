@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -65,22 +65,19 @@ class RunRequests:
         self._last_call = next(self._calls)
         return self._last_call
 
-    async def json_result(
-        self, call: int, endpoint: str, request_type: str, request: dict[str, Any]
-    ) -> Response:
+    async def json_result(self, call: int, endpoint: str, fields: Mapping[str, Any]) -> Response:
         """Sends one JSON request when it is its turn, and waits for its result."""
 
         async def encode(model_id: str, seq: int) -> Outgoing:
-            numbered = {**request, "model_id": model_id, "seq_id": seq}
-            given = {name: value for name, value in numbered.items() if value is not None}
-            return Outgoing(endpoint, orjson.dumps(given))
+            request = json_request(endpoint, **fields, model_id=model_id, seq_id=seq)
+            return Outgoing(endpoint, orjson.dumps(request))
 
         async def start() -> "list[asyncio.Task[str]]":
             return await self.send([encode])
 
         sent = await self.in_turn(call, start)
         (request_id,) = await all_of(asyncio.shield(task) for task in sent)
-        return await self.result(request_id, request_type)
+        return await self.result(request_id, request_type(endpoint))
 
     async def in_turn(self, call: int, start: Callable[[], Awaitable[T]]) -> T:
         """What `start` returns, when all earlier calls have their numbers.
@@ -129,14 +126,10 @@ class RunRequests:
         if not task.cancelled():
             task.exception()  # a caller that has given up does not ask for it
 
-    async def result(
-        self, request_id: str, request_type: str, *, protobuf: bool = False
-    ) -> Response:
-        """The result of a request that has been accepted."""
+    async def result(self, request_id: str, kind: str, *, protobuf: bool = False) -> Response:
+        """The result of a request that has been accepted; kind: its request_type."""
         async with self._polls:
-            return await retrieve(
-                self._session.transport, request_id, request_type, protobuf=protobuf
-            )
+            return await retrieve(self._session.transport, request_id, kind, protobuf=protobuf)
 
     @contextlib.asynccontextmanager
     async def refusing_on_error(self) -> AsyncIterator[None]:
@@ -146,6 +139,17 @@ class RunRequests:
         except Exception as error:
             self._refused_until, self._refusal = self._last_call, error
             raise
+
+
+def json_request(endpoint: str, **fields: Any) -> dict[str, Any]:
+    """A request to an endpoint; what is None is left out."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return {"type": endpoint, **given}
+
+
+def request_type(endpoint: str) -> str:
+    """`save_weights` -> `SaveWeights`, as a poll names the kind of its request."""
+    return endpoint.title().replace("_", "")
 
 
 async def all_of(results: Iterable[Awaitable[T]]) -> list[T]:

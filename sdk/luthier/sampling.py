@@ -45,7 +45,7 @@ class SamplerIds:
     tokenizer_id: str | None = None
 
 
-class SamplingClient(Opening):
+class SamplingClient(Opening[SamplerIds]):
     """Samples from one set of weights. From ServiceClient.create_sampling_client, or a
     TrainingClient's save_weights_and_get_sampling_client.
 
@@ -59,7 +59,6 @@ class SamplingClient(Opening):
     ) -> None:
         self._session = session
         self._is_clone = is_clone
-        self._ids: SamplerIds | None = None
         self._clone = 0
         self._seqs = count()
         self._poller: CompletionPoller | None = None
@@ -68,7 +67,7 @@ class SamplingClient(Opening):
         # Last: it begins on another thread, at once.
         super().__init__(session.start(self._open(opening)))
 
-    async def _open(self, opening: APIFuture[SamplerIds]) -> None:
+    async def _open(self, opening: APIFuture[SamplerIds]) -> SamplerIds:
         ids = await asyncio.wrap_future(opening.future())
         config = await self._session.config()
         if self._is_clone:
@@ -76,7 +75,7 @@ class SamplingClient(Opening):
         self._seqs = count(self._clone * CLONE_SEQS)
         if config.sample_use_retrieve_futures:
             self._poller = CompletionPoller(self._session, ids.sampling_session_id, self._clone)
-        self._ids = ids
+        return ids
 
     async def _join(self, ids: SamplerIds, can_join: bool) -> int:
         """A number that no other handle of this sampler has."""
@@ -149,7 +148,8 @@ class SamplingClient(Opening):
 
     async def _sample(self, request: dict[str, Any]) -> types.SampleResponse:
         """Submits, waits and fetches; anew if the server has lost the request meanwhile."""
-        await self._opened()
+        ids = await self._opened()
+        request = {**request, "sampling_session_id": ids.sampling_session_id}
         for attempt in range(MAX_RESUBMISSIONS):
             try:
                 return await self._sample_once(request)
@@ -159,12 +159,7 @@ class SamplingClient(Opening):
         raise AssertionError("unreachable")
 
     async def _sample_once(self, request: dict[str, Any]) -> types.SampleResponse:
-        assert self._ids is not None
-        numbered = {
-            **request,
-            "sampling_session_id": self._ids.sampling_session_id,
-            "seq_id": next(self._seqs),
-        }
+        numbered = {**request, "seq_id": next(self._seqs)}
         with contextlib.nullcontext() if self._poller is None else self._poller.expecting():
             return await self._sampled(numbered)
 
@@ -250,24 +245,19 @@ class SamplingClient(Opening):
     @operation
     async def _base_model(self) -> str:
         """The name of the base model."""
-        await self._opened()
-        assert self._ids is not None
-        return self._ids.base_model
+        return (await self._opened()).base_model
 
     get_base_model = waited(_base_model)
     get_base_model_async = value_of(_base_model)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The base model's tokenizer; ImportError without transformers."""
-        self.result()
-        assert self._ids is not None
-        return tokenizer_of(self._ids.base_model, self._ids.tokenizer_id)
+        ids = self._opening.result()
+        return tokenizer_of(ids.base_model, ids.tokenizer_id)
 
     def get_sampler_handle(self) -> str:
         """A string that from_sampler_handle makes a client of, in any process; no credentials."""
-        self.result()
-        ids = self._ids
-        assert ids is not None
+        ids = self._opening.result()
         said = [
             self._session.settings.base_url,
             ids.session_id,
@@ -288,10 +278,9 @@ class SamplingClient(Opening):
         return open_clone(base_url, sampler, api_key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self.result()
         settings = self._session.settings
         key = settings.api_key if settings.given_api_key else None
-        return open_clone, (settings.base_url, self._ids, key)
+        return open_clone, (settings.base_url, self._opening.result(), key)
 
 
 def open_clone(base_url: str, ids: SamplerIds, api_key: str | None) -> SamplingClient:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 from luthier import _loop, types
@@ -10,6 +9,7 @@ from luthier._loop import operation, value_of, waited
 from luthier.future import APIFuture
 from luthier.polling import retrieve
 from luthier.rest import RestClient
+from luthier.run_requests import json_request, request_type
 from luthier.sampling import SamplerIds, SamplingClient
 from luthier.session import FinishReason, Session, reason_of
 from luthier.settings import read_settings
@@ -54,8 +54,8 @@ class ServiceClient:
         user_metadata: dict[str, str] | None = None,
         optimizer: types.OptimizerConfig | None = None,
     ) -> TrainingClient:
-        """A new training run. The client may be used at once; .result() waits until the run is
-        there, and raises what prevents it, such as an unknown base_model."""
+        """A new training run. The client may be used at once; .result() and the async form wait
+        until the run is there, and raise what prevents it, such as an unknown base_model."""
         lora = types.LoraConfig(
             rank=rank,
             seed=seed,
@@ -63,30 +63,15 @@ class ServiceClient:
             train_attn=train_attn,
             train_unembed=train_unembed,
         )
-        request = {
-            "type": "create_model",
-            "base_model": base_model,
-            "lora_config": lora.model_dump(exclude_none=True),
-            "user_metadata": user_metadata,
-            "optimizer_config": (optimizer or types.AdamOptimizerConfig()).model_dump(),
-        }
-        return self._training("create_model", "CreateModel", request)
-
-    async def create_lora_training_client_async(
-        self,
-        base_model: str,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
-        user_metadata: dict[str, str] | None = None,
-        optimizer: types.OptimizerConfig | None = None,
-    ) -> TrainingClient:
-        """Like the plain form, once the run is there."""
-        return await self.create_lora_training_client(
-            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        return self._training(
+            "create_model",
+            base_model=base_model,
+            lora_config=lora.model_dump(exclude_none=True),
+            user_metadata=user_metadata,
+            optimizer_config=(optimizer or types.AdamOptimizerConfig()).model_dump(),
         )
+
+    create_lora_training_client_async = value_of(create_lora_training_client)
 
     def create_training_client_from_state(
         self,
@@ -97,22 +82,17 @@ class ServiceClient:
         optimizer: types.OptimizerConfig | None = None,
     ) -> TrainingClient:
         """A new run from the weights of a saved state, with a new optimizer."""
-        return self._from_state(
-            path, base_model, user_metadata, weights_access_token, optimizer, with_optimizer=False
+        return self._training(
+            "load_weights",
+            path=path,
+            optimizer=False,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
+            optimizer_config=None if optimizer is None else optimizer.model_dump(),
         )
 
-    async def create_training_client_from_state_async(
-        self,
-        path: str,
-        base_model: str | None = None,
-        user_metadata: dict[str, str] | None = None,
-        weights_access_token: str | None = None,
-        optimizer: types.OptimizerConfig | None = None,
-    ) -> TrainingClient:
-        """Like the plain form, once the run is there."""
-        return await self.create_training_client_from_state(
-            path, base_model, user_metadata, weights_access_token, optimizer
-        )
+    create_training_client_from_state_async = value_of(create_training_client_from_state)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -122,65 +102,31 @@ class ServiceClient:
         weights_access_token: str | None = None,
     ) -> TrainingClient:
         """A new run that goes on exactly where the saved state was."""
-        return self._from_state(
-            path, base_model, user_metadata, weights_access_token, None, with_optimizer=True
+        return self._training(
+            "load_weights",
+            path=path,
+            optimizer=True,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
         )
 
-    async def create_training_client_from_state_with_optimizer_async(
-        self,
-        path: str,
-        base_model: str | None = None,
-        user_metadata: dict[str, str] | None = None,
-        weights_access_token: str | None = None,
-    ) -> TrainingClient:
-        """Like the plain form, once the run is there."""
-        return await self.create_training_client_from_state_with_optimizer(
-            path, base_model, user_metadata, weights_access_token
+    create_training_client_from_state_with_optimizer_async = value_of(
+        create_training_client_from_state_with_optimizer
+    )
+
+    def _training(self, endpoint: str, **fields: Any) -> TrainingClient:
+        return TrainingClient(self._session, self._session.start(self._open_run(endpoint, fields)))
+
+    async def _open_run(self, endpoint: str, fields: dict[str, Any]) -> RunIds:
+        transport, session_id = self._session.transport, await self._session.id()
+        seq = next(self._session.model_seqs)
+        request = json_request(endpoint, **fields, session_id=session_id, model_seq_id=seq)
+        accepted = await transport.call("POST", endpoint, request)
+        created = await retrieve(
+            transport, accepted.text_field("request_id"), request_type(endpoint)
         )
-
-    def _from_state(
-        self,
-        path: str,
-        base_model: str | None,
-        user_metadata: dict[str, str] | None,
-        token: str | None,
-        optimizer: types.OptimizerConfig | None,
-        *,
-        with_optimizer: bool,
-    ) -> TrainingClient:
-        request = {
-            "type": "load_weights",
-            "path": path,
-            "optimizer": with_optimizer,
-            "base_model": base_model,
-            "user_metadata": user_metadata,
-            "weights_access_token": token,
-            "optimizer_config": None if optimizer is None else optimizer.model_dump(),
-        }
-        return self._training("load_weights", "LoadWeights", request)
-
-    def _training(
-        self, endpoint: str, request_type: str, request: dict[str, Any]
-    ) -> TrainingClient:
-        opening = self._create_run(endpoint, request_type, request)
-        return TrainingClient(self._session, self._session.start(opening))
-
-    async def _create_run(
-        self, endpoint: str, request_type: str, request: dict[str, Any]
-    ) -> RunIds:
-        transport = self._session.transport
-        numbered = {
-            **request,
-            "session_id": await self._session.id(),
-            "model_seq_id": next(self._session.model_seqs),
-        }
-        given = {name: value for name, value in numbered.items() if value is not None}
-        accepted = await transport.call("POST", endpoint, given)
-        created = await retrieve(transport, accepted.text_field("request_id"), request_type)
-        model_id = (
-            created.json().get("model_id")
-            or f"{numbered['session_id']}:train:{numbered['model_seq_id']}"
-        )
+        model_id = created.json().get("model_id") or f"{session_id}:train:{seq}"
         info = await transport.call("POST", "get_info", {"model_id": model_id, "type": "get_info"})
         return RunIds(model_id, info.parsed(types.GetInfoResponse))
 
@@ -191,38 +137,23 @@ class ServiceClient:
     ) -> SamplingClient:
         """A client that samples from saved weights (`tinker://...`), or from a base model.
 
-        It may be used at once; .result() waits until it is ready. ValueError unless exactly one
-        of the two is given.
+        It may be used at once; .result() and the async form wait until it is ready. ValueError
+        unless exactly one of the two is given.
         """
-        if (model_path is None) == (base_model is None):
+        given = {"model_path": model_path, "base_model": base_model}
+        weights = {name: value for name, value in given.items() if value is not None}
+        if len(weights) != 1:
             raise ValueError("give either model_path or base_model")
-        opening = self._open_sampler(model_path, base_model)
-        return SamplingClient(self._session, self._session.start(opening))
+        return SamplingClient(self._session, self._session.start(self._open_sampler(weights)))
 
-    async def create_sampling_client_async(
-        self, model_path: str | None = None, base_model: str | None = None
-    ) -> SamplingClient:
-        """Like the plain form, once the client is ready."""
-        return await self.create_sampling_client(model_path, base_model)
+    create_sampling_client_async = value_of(create_sampling_client)
 
-    async def _open_sampler(self, model_path: str | None, base_model: str | None) -> SamplerIds:
-        transport = self._session.transport
+    async def _open_sampler(self, weights: dict[str, str]) -> SamplerIds:
+        sampler_id = await self._session.open_sampler(weights)
+        answer = await self._session.transport.call("GET", f"samplers/{sampler_id}")
+        told = answer.parsed(types.GetSamplerResponse)
         session_id = await self._session.id()
-        wanted = {"model_path": model_path} if model_path else {"base_model": base_model}
-        opened = await transport.call(
-            "POST",
-            "create_sampling_session",
-            {
-                "type": "create_sampling_session",
-                "session_id": session_id,
-                "sampling_session_seq_id": next(self._session.sampling_seqs),
-                **wanted,
-            },
-        )
-        sampler_id = opened.text_field("sampling_session_id")
-        answer = await transport.call("GET", f"samplers/{sampler_id}")
-        described = answer.parsed(types.GetSamplerResponse)
-        return SamplerIds(session_id, sampler_id, described.base_model, described.tokenizer_id)
+        return SamplerIds(session_id, sampler_id, told.base_model, told.tokenizer_id)
 
     def create_rest_client(self) -> RestClient:
         """A client for what the server keeps: runs, checkpoints, sessions, usage."""
@@ -261,22 +192,12 @@ class ServiceClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close(*reason_of(error)).result()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         # shield: a cancelled program still tells the server why it ends.
         await asyncio.shield(self.close(*reason_of(error)).coroutine())

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import TimeoutError as WaitTimeout
 from dataclasses import dataclass
 from itertools import count
@@ -159,6 +159,20 @@ class Session:
         if self._heart is None:
             heart = _beat(weakref.ref(self), self.transport, session_id, self._is_owned)
             self._heart = self.spawn(heart)
+
+    async def open_sampler(self, weights: Mapping[str, str]) -> str:
+        """The id of a new sampling session; weights: its model_path, or its base_model."""
+        opened = await self.transport.call(
+            "POST",
+            "create_sampling_session",
+            {
+                "type": "create_sampling_session",
+                "session_id": await self.id(),
+                "sampling_session_seq_id": next(self.sampling_seqs),
+                **weights,
+            },
+        )
+        return opened.text_field("sampling_session_id")
 
     # --- the end --------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import LuthierError
+from luthier.optional import needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,12 +34,8 @@ def load_tokenizer(tokenizer_id: str) -> "PreTrainedTokenizerBase":
 
     ImportError without transformers. No code of a model's repository is run.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ImportError("get_tokenizer needs transformers: pip install transformers") from None
     name, _, revision = tokenizer_id.partition(":")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name, revision=revision or None
-    )
+    tokenizer: PreTrainedTokenizerBase = needed(
+        "transformers", "get_tokenizer"
+    ).AutoTokenizer.from_pretrained(name, revision=revision or None)
     return tokenizer

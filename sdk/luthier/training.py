@@ -1,6 +1,5 @@
 """TrainingClient: forward, backward and optimizer steps of one training run, in call order."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +10,7 @@ from luthier import types, wire
 from luthier._loop import handle_of, operation, value_of, waited
 from luthier.custom_loss import CustomLossFn
 from luthier.future import APIFuture, Opening
+from luthier.optional import needed
 from luthier.passes import Passes
 from luthier.run_requests import RunRequests
 from luthier.sampling import SamplerIds, SamplingClient
@@ -31,7 +31,7 @@ class RunIds:
     info: types.GetInfoResponse
 
 
-class TrainingClient(Opening):
+class TrainingClient(Opening[RunIds]):
     """One training run. From ServiceClient.create_lora_training_client and its kin.
 
     Requests are executed in the order of the calls. Send the next before you wait for the last:
@@ -42,30 +42,18 @@ class TrainingClient(Opening):
     """
 
     def __init__(self, session: Session, opening: APIFuture[RunIds]) -> None:
+        super().__init__(opening)
         self._session = session
-        self._ids: RunIds | None = None
         self._requests = RunRequests(session, self._opened_id)
         self._passes = Passes(session, self._requests)
-        # Last: it begins on another thread, at once.
-        super().__init__(session.start(self._open(opening)))
-
-    async def _open(self, opening: APIFuture[RunIds]) -> None:
-        self._ids = await asyncio.wrap_future(opening.future())
 
     async def _opened_id(self) -> str:
-        await self._opened()
-        return self._run.model_id
+        return (await self._opened()).model_id
 
     @property
     def model_id(self) -> str:
         """`<session id>:train:<number>`, once the run is there; waits for that."""
-        self.result()
-        return self._run.model_id
-
-    @property
-    def _run(self) -> RunIds:
-        assert self._ids is not None
-        return self._ids
+        return self._opening.result().model_id
 
     # --- forward and backward --------------------------------------------------------------------
 
@@ -106,9 +94,10 @@ class TrainingClient(Opening):
 
         `loss_fn(data, logprobs)` gets one float32 torch tensor per datum, in the shape of its
         target_tokens, and returns a scalar tensor and metrics to report. It runs on a thread of
-        its own. Needs torch. If it raises, the result raises the same, and requests that were made
-        before that could be known are not sent.
+        its own. If it raises, the result raises the same, and requests that were made before that
+        could be known are not sent. ImportError without torch.
         """
+        needed("torch", "forward_backward_custom")
         call = self._requests.next_call()
         return self._session.start(self._passes.run_custom(call, list(data), loss_fn))
 
@@ -139,8 +128,7 @@ class TrainingClient(Opening):
         """Changes the weights by the gradient so far, and clears it. Default: AdamParams()."""
         params = optim_params or adam_params or types.AdamParams()
         name = "adam_params" if isinstance(params, types.AdamParams) else "optimizer_params"
-        request = {"type": "optim_step", name: params.model_dump()}
-        return self._request("optim_step", "OptimStep", request, types.OptimStepResponse)
+        return self._request("optim_step", types.OptimStepResponse, **{name: params.model_dump()})
 
     optim_step_async = handle_of(optim_step)
 
@@ -153,14 +141,14 @@ class TrainingClient(Opening):
     ) -> APIFuture[types.SaveWeightsResponse]:
         """Saves weights and optimizer state, to resume from; a name that exists is an error
         unless overwrite. ttl_seconds: 3600 or more, None keeps it."""
-        request = {
-            "type": "save_weights",
-            "path": name,
-            "ttl_seconds": ttl_seconds,
-            "overwrite": overwrite,
-            "user_metadata": user_metadata,
-        }
-        return self._request("save_weights", "SaveWeights", request, types.SaveWeightsResponse)
+        return self._request(
+            "save_weights",
+            types.SaveWeightsResponse,
+            path=name,
+            ttl_seconds=ttl_seconds,
+            overwrite=overwrite,
+            user_metadata=user_metadata,
+        )
 
     save_state_async = handle_of(save_state)
 
@@ -171,17 +159,12 @@ class TrainingClient(Opening):
         user_metadata: dict[str, str] | None = None,
     ) -> APIFuture[types.SaveWeightsForSamplerResponse]:
         """Saves weights to sample from, under a name and for as long as ttl_seconds."""
-        request = {
-            "type": "save_weights_for_sampler",
-            "path": name,
-            "ttl_seconds": ttl_seconds,
-            "user_metadata": user_metadata,
-        }
         return self._request(
             "save_weights_for_sampler",
-            "SaveWeightsForSampler",
-            request,
             types.SaveWeightsForSamplerResponse,
+            path=name,
+            ttl_seconds=ttl_seconds,
+            user_metadata=user_metadata,
         )
 
     save_weights_for_sampler_async = handle_of(save_weights_for_sampler)
@@ -193,17 +176,12 @@ class TrainingClient(Opening):
         age_encryption_recipients: list[str] | None = None,
     ) -> APIFuture[types.SaveWeightsExternalResponse]:
         """Saves files for download, in PEFT's form."""
-        request = {
-            "type": "save_weights_external",
-            "path": name,
-            "ttl_seconds": ttl_seconds,
-            "age_encryption_recipients": age_encryption_recipients,
-        }
         return self._request(
             "save_weights_external",
-            "SaveWeightsExternal",
-            request,
             types.SaveWeightsExternalResponse,
+            path=name,
+            ttl_seconds=ttl_seconds,
+            age_encryption_recipients=age_encryption_recipients,
         )
 
     save_weights_external_async = handle_of(save_weights_external)
@@ -227,13 +205,13 @@ class TrainingClient(Opening):
     def _load(
         self, path: str, token: str | None, *, optimizer: bool
     ) -> APIFuture[types.LoadWeightsResponse]:
-        request = {
-            "type": "load_weights",
-            "path": path,
-            "optimizer": optimizer,
-            "weights_access_token": token,
-        }
-        return self._request("load_weights", "LoadWeights", request, types.LoadWeightsResponse)
+        return self._request(
+            "load_weights",
+            types.LoadWeightsResponse,
+            path=path,
+            optimizer=optimizer,
+            weights_access_token=token,
+        )
 
     # --- sampling clients ------------------------------------------------------------------------
 
@@ -247,29 +225,20 @@ class TrainingClient(Opening):
         if name is not None:
             saved = self.save_weights_for_sampler(name)
             return SamplingClient(self._session, self._session.start(self._sampler_of(saved)))
-        request = {"type": "save_weights_for_sampler", "kind": kind}
-        opening = self._snapshot(self._requests.next_call(), request)
+        opening = self._snapshot(self._requests.next_call(), kind)
         return SamplingClient(self._session, self._session.start(opening))
 
-    async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, kind: types.SamplingClientKind = "snapshot"
-    ) -> SamplingClient:
-        """Like the plain form, once the client is ready."""
-        return await self.save_weights_and_get_sampling_client(name, kind)
+    save_weights_and_get_sampling_client_async = value_of(save_weights_and_get_sampling_client)
 
     def create_sampling_client(self, model_path: str) -> SamplingClient:
         """A client that samples with saved weights, such as those of save_weights_for_sampler."""
         return SamplingClient(self._session, self._session.start(self._sampler(model_path)))
 
-    async def create_sampling_client_async(self, model_path: str) -> SamplingClient:
-        """Like the plain form, once the client is ready."""
-        return await self.create_sampling_client(model_path)
+    create_sampling_client_async = value_of(create_sampling_client)
 
-    async def _snapshot(self, call: int, request: dict[str, Any]) -> SamplerIds:
-        request["sampling_session_seq_id"] = next(self._session.sampling_seqs)
-        response = await self._requests.json_result(
-            call, "save_weights_for_sampler", "SaveWeightsForSampler", request
-        )
+    async def _snapshot(self, call: int, kind: types.SamplingClientKind) -> SamplerIds:
+        fields = {"kind": kind, "sampling_session_seq_id": next(self._session.sampling_seqs)}
+        response = await self._requests.json_result(call, "save_weights_for_sampler", fields)
         return await self._sampler_ids(response.text_field("sampling_session_id"))
 
     async def _sampler_of(
@@ -278,35 +247,20 @@ class TrainingClient(Opening):
         return await self._sampler((await saved).path)
 
     async def _sampler(self, model_path: str) -> SamplerIds:
-        await self._opened()
-        response = await self._session.transport.call(
-            "POST",
-            "create_sampling_session",
-            {
-                "type": "create_sampling_session",
-                "session_id": await self._session.id(),
-                "sampling_session_seq_id": next(self._session.sampling_seqs),
-                "model_path": model_path,
-            },
-        )
-        return await self._sampler_ids(response.text_field("sampling_session_id"))
+        await self._opened()  # no sampler of a run that never came to be
+        return await self._sampler_ids(await self._session.open_sampler({"model_path": model_path}))
 
     async def _sampler_ids(self, sampling_session_id: str) -> SamplerIds:
-        data = self._run.info.model_data
-        return SamplerIds(
-            await self._session.id(),
-            sampling_session_id,
-            data.model_name or "",
-            data.tokenizer_id,
-        )
+        data = (await self._opened()).info.model_data
+        session_id = await self._session.id()
+        return SamplerIds(session_id, sampling_session_id, data.model_name or "", data.tokenizer_id)
 
     # --- what it is ------------------------------------------------------------------------------
 
     @operation
     async def _info(self) -> types.GetInfoResponse:
         """The run's base model, LoRA rank and tokenizer."""
-        await self._opened()
-        return self._run.info
+        return (await self._opened()).info
 
     get_info = waited(_info)
     get_info_async = value_of(_info)
@@ -318,14 +272,9 @@ class TrainingClient(Opening):
 
     # --- how requests go out ---------------------------------------------------------------------
 
-    def _request(
-        self, endpoint: str, request_type: str, request: dict[str, Any], result: type[M]
-    ) -> APIFuture[M]:
+    def _request(self, endpoint: str, result: type[M], **fields: Any) -> APIFuture[M]:
         call = self._requests.next_call()
-        return self._session.start(self._parsed(call, endpoint, request_type, request, result))
+        return self._session.start(self._parsed(call, endpoint, result, fields))
 
-    async def _parsed(
-        self, call: int, endpoint: str, request_type: str, request: dict[str, Any], result: type[M]
-    ) -> M:
-        response = await self._requests.json_result(call, endpoint, request_type, request)
-        return response.parsed(result)
+    async def _parsed(self, call: int, endpoint: str, result: type[M], fields: dict[str, Any]) -> M:
+        return (await self._requests.json_result(call, endpoint, fields)).parsed(result)

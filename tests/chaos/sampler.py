@@ -11,6 +11,7 @@ from luthier_core.proto import wire_pb2
 from luthier_core.service import WorkerParts, worker_main
 from luthier_sampler import worker
 from luthier_sampler.engine import Finished
+from luthier_sampler.engine_thread import EngineThread
 from luthier_sampler.sequence import SampleRequest
 
 TOUCH_S = 0.5
@@ -85,5 +86,5 @@ async def _work(parts: WorkerParts) -> None:
         lease=parts.lease,
         oplog=parts.oplog,
         blobs=parts.blobs,
-        engine=ToySampler(),  # type: ignore[arg-type]
+        engine=EngineThread(ToySampler()),  # type: ignore[arg-type]
     ).run(parts.stop)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from tests.contract.gateway_client import BASE_MODEL
+from tests.tiny_qwen3 import TWO_LAYERS, save_tiny_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from luthier_core import keys
 from luthier_core.auth import key_hmac
@@ -86,22 +86,14 @@ class GatewayStack:
 
 def save_tiny_model(folder: Path) -> None:
     """A random Qwen3 with a tokenizer of one printable character a token."""
-    torch.manual_seed(11)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=MAX_CONTEXT_TOKENS,
-            initializer_range=0.1,
-            eos_token_id=EOS,
-        )
+    save_tiny_qwen3(
+        folder,
+        seed=11,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=MAX_CONTEXT_TOKENS,
+        eos_token_id=EOS,
+        **TWO_LAYERS,
     )
-    model.save_pretrained(folder)
     vocab = {letter: index for index, letter in enumerate(LETTERS)} | {"<eos>": EOS}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,11 +1,9 @@
 """A run's weights do not depend on who else trains: no bit, or in shared passes by rounding."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tests.tiny_qwen3 import TWO_LAYERS, save_tiny_qwen3
 
 from luthier_core.losses import LOSSES
 from luthier_core.proto import wire_pb2
@@ -27,20 +25,13 @@ PLAIN, RATIO, WHOLE = "cross_entropy", "ppo", "gspo"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     torch.set_num_threads(1)
-    torch.manual_seed(20)
-    config = Qwen3Config(
+    folder = save_tiny_qwen3(
+        tmp_path_factory.mktemp("model"),
+        seed=20,
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
         max_position_embeddings=128,
-        initializer_range=0.1,
+        **{**TWO_LAYERS, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16},
     )
-    folder: Path = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
     return load_base_model("tiny", folder)
 
 

@@ -1,18 +1,24 @@
 """The commands that talk to a server: what they print, and their exit codes."""
 
 import json
+import re
+import socket
+import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from tests.acceptance.stack import Stack
 from tests.sdk.conftest import BASE_MODEL, KEYS
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import luthier
-from luthier.cli import app
+from luthier import types
+from luthier.cli import app, checkpoints, remote
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +27,9 @@ def environment(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_API_KEY", KEYS["ann"])
 
 
-def run(*arguments: str, code: int = 0) -> str:
-    """Standard output of a command that exits with `code`."""
-    ended = CliRunner().invoke(app, list(arguments))
+def run(*arguments: str, code: int = 0, typed: str = "") -> str:
+    """Standard output of a command that exits with 0, standard error of one with another code."""
+    ended = CliRunner().invoke(app, list(arguments), input=typed)
     assert ended.exit_code == code, ended.output
     return ended.stdout if code == 0 else ended.stderr
 
@@ -41,6 +47,7 @@ def test_runs_sessions_and_models_are_listed(training: luthier.TrainingClient) -
     assert run_json("run", "info", run_id)["lora_rank"] == 4
     assert session_id in run_json("session", "list", "--limit", "50")["sessions"]
     assert run_id in run_json("session", "info", session_id)["training_run_ids"]
+    assert BASE_MODEL in run("run", "info", run_id)
     assert BASE_MODEL in run("run", "list")
     assert BASE_MODEL in run("model", "list")
 
@@ -59,6 +66,7 @@ def test_checkpoints_are_listed_described_and_deleted(training: luthier.Training
     path = training.save_weights_for_sampler("listed").result().path
     listed = run_json("checkpoint", "list", "--run-id", training.model_id)["checkpoints"]
     assert [one["tinker_path"] for one in listed] == [path]
+    assert path in run("checkpoint", "list", "--run-id", training.model_id)  # on one line
     assert run_json("checkpoint", "info", path)["checkpoint_type"] == "sampler"
     assert run_json("checkpoint", "delete", path, "--yes")["done"] == "deleted"
     assert run_json("checkpoint", "list", "--run-id", training.model_id)["checkpoints"] == []
@@ -72,7 +80,8 @@ def test_what_is_not_there_is_one_line_and_exit_1() -> None:
 def test_an_unreachable_server_is_exit_3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.transport.FIRST_PATIENCE_S", 0.1)
     monkeypatch.setenv("TINKER_BASE_URL", "http://127.0.0.1:9")
-    assert run("model", "list", code=3).count("\n") == 1
+    for command in (["model", "list"], ["run", "watch", "a:train:0"], ["chat", "a", "-m", "b"]):
+        assert run(*command, code=3).count("\n") == 1
 
 
 def test_a_missing_key_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +98,24 @@ def test_a_loss_curve_is_drawn_from_a_metrics_file(tmp_path: Path) -> None:
     assert "first 30, now 1 at step 29, lowest 1" in drawn
     assert drawn.startswith("█")
     assert run_json("run", "watch", str(path))["points"][0] == [0, 30.0]
+
+
+def test_the_loss_curve_of_a_run_is_what_its_passes_reported(
+    training: luthier.TrainingClient,
+) -> None:
+    inputs = {"target_tokens": [6, 7], "weights": [1.0, 1.0]}
+    data = [types.Datum(types.ModelInput.from_ints([5, 6]), inputs)]
+    training.forward(data, "cross_entropy")
+    passes = []
+    for _ in range(3):
+        passes.append(training.forward_backward(data, "cross_entropy"))
+        training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    expected = [[seq, done.result().loss] for seq, done in zip((2, 4, 6), passes, strict=True)]
+    assert run_json("run", "watch", training.model_id)["points"] == expected
+    drawn = run("run", "watch", training.model_id, "--metric", "grad_norm", "--once")
+    assert "grad_norm: first" in drawn
+    assert "at step 7" in drawn
+    assert run("run", "watch", "nowhere.jsonl", code=2).count("\n") == 1
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -134,9 +161,63 @@ def test_a_checkpoint_is_published_expires_and_is_downloaded(
     assert "is missing" in run("checkpoint", "upload", str(folder.parent), code=1)
 
 
+@pytest.mark.parametrize("command", ["download", "upload"])
+def test_a_terminal_shows_how_much_of_a_checkpoint_is_there(
+    command: str,
+    training: luthier.TrainingClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = training.save_weights_for_sampler("shown").result().path
+    folder = str(tmp_path / "shown")
+    download = ["checkpoint", "download", path, "--out", folder]
+    if command == "upload":
+        run(*download)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    wanted = download if command == "download" else ["checkpoint", "upload", folder]
+    ended = CliRunner().invoke(app, wanted)
+    assert ended.exit_code == 0
+    assert re.search(r"(?P<all>\d[\d.]*)/(?P=all) (bytes|[kM]B)", ended.stderr)
+
+
+def test_a_download_that_is_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n123")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as server:
+        server.submit(answer, listener)
+        with pytest.raises(OSError, match="3 of 10 bytes"):
+            remote.fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("../up", tarfile.REGTYPE), ("/up", tarfile.REGTYPE), ("up", tarfile.SYMTYPE)],
+)
+def test_an_archive_is_unpacked_into_its_folder_only(
+    name: str, kind: bytes, tmp_path: Path
+) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/hostname"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(member)
+    with tarfile.open(tmp_path / "a.tar") as tar, pytest.raises(typer.Exit):
+        checkpoints._unpack(tar, tmp_path / "folder")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.tar"]
+
+
 def test_a_model_answers_in_the_terminal() -> None:
-    said = ["chat", BASE_MODEL, "--message", "English: donut", "--max-tokens", "5"]
-    assert run_json(*said, "--temperature", "0")["model"] == BASE_MODEL
+    said = ["chat", BASE_MODEL, "--max-tokens", "5"]
+    greedy = [*said, "--temperature", "0"]
+    answer = run_json(*greedy, "--message", "English: donut")["answer"]
+    typed = run(*greedy, typed="English: donut\nEnglish: jar\n")  # and the input is at its end
+    assert typed.startswith(f"you: {answer.splitlines()[0]}")
+    assert typed.count("you: ") == 3
+    assert "--message" in run(*said, "--json", code=2)
 
 
 def test_the_key_in_use_is_named_and_makes_others(

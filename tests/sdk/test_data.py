@@ -1,9 +1,13 @@
 """Helpers that need no server: data, tensors, metrics, chunks, back-pressure, the bar."""
 
 import asyncio
+import contextlib
 import io
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -107,6 +111,25 @@ def test_metrics_survive_as_lines_and_nan_is_null(tmp_path: Path) -> None:
         (1, 0.5),
         (2, None),
     ]
+
+
+def test_a_mock_of_wandb_is_told_the_config_the_metrics_and_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = Mock()  # the package is large, and sends what it is told
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wanted = metrics.WandbConfig("project", name="run", tags=["a"])
+    with metrics.MetricsLog(tmp_path / "m.jsonl", wandb=wanted, config={"rank": 4}) as log:
+        log.write({"loss": 0.5}, step=1)
+    told = {"project": "project", "name": "run", "group": None, "tags": ["a"]}
+    assert wandb.mock_calls == [
+        call.init(**told, config={"rank": 4}),
+        call.init().log({"loss": 0.5}, step=1),
+        call.init().finish(),
+    ]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="WandbConfig needs wandb: pip install wandb"):
+        metrics.MetricsLog(tmp_path / "n.jsonl", wandb=wanted)
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -279,6 +302,18 @@ def test_errors_travel_between_processes() -> None:
     assert copy.copy(luthier.NotFoundError("404: gone", 404)).status_code == 404
 
 
+@contextlib.asynccontextmanager
+async def polling(
+    retrieve_futures: Callable[[web.Request], Awaitable[web.Response]],
+) -> AsyncIterator[CompletionPoller]:
+    app = web.Application()
+    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
+    async with TestServer(app) as server:
+        session = Session(read_settings(str(server.make_url("")), "tml-any"))
+        yield CompletionPoller(session, "s:sample:0", 0)
+        await session.close("success")
+
+
 async def test_nobody_polls_for_a_sample_that_is_there_and_its_result_is_acknowledged() -> None:
     asked: list[dict[str, Any]] = []
 
@@ -287,17 +322,12 @@ async def test_nobody_polls_for_a_sample_that_is_there_and_its_result_is_acknowl
         completions = [{"state": "finished", "request_id": "one"}] if len(asked) == 1 else []
         return web.json_response({"completions": completions, "cursor": 1})
 
-    app = web.Application()
-    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
-    async with TestServer(app) as server:
-        session = Session(read_settings(str(server.make_url("")), "tml-any"))
-        poller = CompletionPoller(session, "s:sample:0", 0)
+    async with polling(retrieve_futures) as poller:
         with poller.expecting():
             await poller.wait("one")
             poller.retrieved("one")
         assert poller._poll is not None
         await poller._poll
-        await session.close("success")
     assert [one.get("timeout") for one in asked] == [None, 0.0]
     assert asked[1]["retrieved_request_ids"] == ["one"]
 
@@ -309,15 +339,9 @@ async def test_a_completion_that_is_reported_before_its_id_is_known_is_kept() ->
         completions = reports.pop(0) if reports else []
         return web.json_response({"completions": completions, "cursor": 2 - len(reports)})
 
-    app = web.Application()
-    app.router.add_post("/api/v1/retrieve_futures", retrieve_futures)
-    async with TestServer(app) as server:
-        session = Session(read_settings(str(server.make_url("")), "tml-any"))
-        poller = CompletionPoller(session, "s:sample:0", 0)
+    async with polling(retrieve_futures) as poller, asyncio.timeout(5):
         with poller.expecting():
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.05):  # somebody else's sample drives the polling
                     await poller.wait("other")
-            async with asyncio.timeout(5):
-                await poller.wait("early")
-        await session.close("success")
+            await poller.wait("early")

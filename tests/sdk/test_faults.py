@@ -160,7 +160,7 @@ import luthier
 from luthier import types
 service = luthier.ServiceClient()
 sampling = service.create_sampling_client(base_model="{BASE_MODEL}").result()
-print(sampling._ids.session_id, flush=True)
+print(sampling._opening.result().session_id, flush=True)
 params = types.SamplingParams(max_tokens=200, stop=[])
 futures = [sampling.sample(types.ModelInput.from_ints([5]), 8, params) for _ in range(50)]
 {statement}

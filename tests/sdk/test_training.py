@@ -1,6 +1,7 @@
 """Training through our own client."""
 
 import asyncio
+import sys
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_a_custom_loss_that_raises_stops_the_step_that_was_called_before_it_was_
     with pytest.raises(luthier.RequestFailedError, match="ZeroDivisionError"):
         update.result()
     assert training.forward(DATA, "cross_entropy").result().loss == before
+
+
+def test_a_custom_loss_without_torch_is_refused_before_anything_is_sent(
+    training: luthier.TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="forward_backward_custom needs torch: pip install"):
+        training.forward_backward_custom([], lambda data, logprobs: (logprobs[0].sum(), {}))
+    assert (training.optim_step().result().metrics or {})["step"] == 1
 
 
 def test_chunks_of_one_call_sum_to_what_one_request_gives(

@@ -4,6 +4,7 @@
 protocol: planted again, so that they stay found. Product code knows of neither.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,12 +24,11 @@ from luthier_core.protocol import (
     MAX_DEATHS,
     PROBATION,
     Begin,
+    CasHead,
     Effect,
     Execute,
     Executed,
-    PutSnapshot,
     Request,
-    SnapshotRef,
     Steps,
     Tenure,
     Trim,
@@ -164,10 +164,13 @@ class UnconditionalHead(ObjectStore):
 
 
 def trim_before_cas(tenure: Tenure, seq: int, copy: Any, state: FoldState) -> Steps[None]:
-    yield PutSnapshot(tenure.run_id, SnapshotRef(seq, tenure.epoch), copy, state)
-    if tenure.sound is not None:
-        tenure.check((yield Trim(tenure.run_id, tenure.epoch, tenure.sound.seq)))
-    yield from protocol.store_snapshot(tenure, seq, copy, state)
+    steps, answer = protocol.store_snapshot(tenure, seq, copy, state), None
+    with contextlib.suppress(StopIteration):
+        while True:
+            effect = steps.send(answer)
+            if isinstance(effect, CasHead) and tenure.sound is not None:
+                tenure.check((yield Trim(tenure.run_id, tenure.epoch, tenure.sound.seq)))
+            answer = yield effect
 
 
 def publish_on_replay(run_id: str, name: str) -> Steps[Tenure | None]:
@@ -234,7 +237,7 @@ PLANTED = {
     "no-epoch-check": Bug(Parts(model=NoEpochCheck), 8),
     "no-dedupe": Bug(Parts(model=NoDedupe), 0),
     "arrival-order": Bug(Parts(model=ArrivalOrder), 0),
-    "trim-before-cas": Bug(Parts(rules=Rules(store_snapshot=trim_before_cas)), 912),
+    "trim-before-cas": Bug(Parts(rules=Rules(store_snapshot=trim_before_cas)), 2544),
     "unconditional-head": Bug(Parts(store=UnconditionalHead), 4),
     "overwrite-on-replay": Bug(Parts(model=Overwrite, rules=Rules(take_over=publish_on_replay)), 0),
     "no-blame": Bug(Parts(rules=Rules(blames=False)), 3),

@@ -1,6 +1,5 @@
 """A process that dies at one of its calls to the object store or to Redis."""
 
-from types import TracebackType
 from typing import Any, Self
 
 BLOB_CALLS = frozenset(
@@ -64,10 +63,5 @@ class _DyingPipeline(Dying):
         await self._real.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._real.__aexit__(kind, error, traceback)
+    async def __aexit__(self, *raised: Any) -> None:
+        await self._real.__aexit__(*raised)

@@ -59,10 +59,18 @@ def test_a_place_that_is_missing_is_named(name: str):
         ({"models": [{"name": "tiny"}]}, ["models[0].path: required"]),
         ({"models": [{"name": "a", "path": "/a", "gpu": 1}]}, ["models[0].gpu: unknown key"]),
         ({"models": [{"name": "a", "path": "/a", "dtype": "int8"}]}, ["models.dtype: 'int8'"]),
+        ({"models": [{"name": "a", "path": "/a", "device": "tpu"}]}, ["models.device: 'tpu'"]),
         ({"models": [{"name": "a", "path": "/a"}] * 2}, ["models", "there twice", "'a'"]),
         ({"trainer": {"execution": "x"}}, ["trainer.execution", "deterministic or fused"]),
         ({"trainer": {"nonfinite": "x"}}, ["trainer.nonfinite", "fail or apply"]),
         ({"sampler": {"sample_logprobs": "x"}}, ["sampler.sample_logprobs", "raw or tempered"]),
+        ({"sampler": {"engine": "tgi"}}, ["sampler.engine", "'tgi'", "torch or vllm"]),
+        (
+            {"sampler": {"engine": "vllm", "sample_logprobs": "tempered"}},
+            ["sampler.sample_logprobs", "must be raw"],
+        ),
+        ({"sampler": {"vllm_max_loras": 0}}, ["sampler.vllm_max_loras", "1 or more"]),
+        ({"sampler": {"vllm_arguments": "'"}}, ["sampler.vllm_arguments", "No closing quotation"]),
         ({"sampler": {"max_step_tokens": 1}}, ["sampler.max_step_tokens", "max_running"]),
         ({"trainer": {"max_runs": 1.5}}, ["trainer.max_runs: expected int", "1.5"]),
         ({"s3_secret_key": "x"}, ["s3_secret_key", "AWS_SECRET_ACCESS_KEY"]),
@@ -110,9 +118,10 @@ def configs(draw: st.DrawFn) -> Config:
         int: st.integers(-(2**63), 2**63 - 1),
         float: st.floats(allow_nan=False, max_value=40),
     }
-    ruled = {"port", "dtype", "sample_logprobs", "execution", "nonfinite"}
+    ruled = {"port", "dtype", "device", "sample_logprobs", "execution", "nonfinite"}
     ruled |= {"max_running", "max_step_tokens"}
     ruled |= {"s3_access_key", "s3_secret_key", "tenant_requests_at_once", "key_cache_s", "runner"}
+    ruled |= {"engine", "vllm_max_loras", "vllm_arguments"}
     ruled |= {"keep_last", "link_access_key", "link_secret_key"}
     ruled |= {"sample_ratio"}
 

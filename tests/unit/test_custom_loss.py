@@ -3,16 +3,15 @@
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.tiny_qwen3 import save_tiny_qwen3
 from tests.unit.test_trainer_engine import STEP, datum, float32, int64, logprobs_of, request, run_op
 from tinker.lib.public_interfaces.custom_loss import LossHandle, encode_graph, trace_loss
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core.errors import BadRequest, InvalidField, Unsupported
 from luthier_core.loss_graph import MAX_NODES, graph_of_id, loss_id_of, parse_loss_graph
@@ -37,20 +36,7 @@ LIMITS = ModelLimits(
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    torch.manual_seed(3)
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=32,
-        initializer_range=0.1,
-    )
-    folder: Path = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    folder = save_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=3, vocab_size=VOCAB_SIZE)
     return Engine(load_base_model("tiny", folder), logprob_chunk_tokens=8, num_threads=1)
 
 

@@ -1,10 +1,12 @@
 """The owner of a run: what is executed, replayed, refused; without any I/O."""
 
+import math
+
 import pytest
 
 from luthier_core.oplog import Recorded
 from luthier_core.ops import Body, Kind, Op, Outcome, Refusal
-from luthier_core.owner import Action, Diverged, FoldState, Owner
+from luthier_core.owner import Action, Diverged, FoldState, Measure, Owner
 
 OK = Outcome(state="completed")
 FAILED = Outcome.failure("broken", "server")
@@ -161,6 +163,21 @@ def test_a_replay_that_leaves_another_state_is_noticed_at_its_first_op():
     other.feed(log(FB, STEP))
     with pytest.raises(Diverged, match="seq 1"):
         history(other, {**states, 1: "B"})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "value", "deviation"),
+    [(2.0, 2.0, 0.0), (2.0, 2.5, 0.2), (0.0, 0.5, 0.5), (math.nan, math.nan, 0.0)],
+)
+def test_a_deviation_is_relative_but_for_values_below_the_floor(
+    recorded: float, value: float, deviation: float
+):
+    assert Measure(value, floor=1.0).deviation(recorded) == pytest.approx(deviation)
+
+
+def test_a_number_instead_of_none_deviates_without_bound():
+    assert Measure(math.nan).deviation(1.0) == math.inf
+    assert Measure(1.0).deviation(math.inf) == math.inf
 
 
 def test_a_replay_from_a_snapshot_goes_on_with_its_digest():

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tiny_qwen3 import TWO_LAYERS, save_tiny_qwen3
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_model.attention import PackedAttention
 from luthier_model.base import load_base_model
@@ -29,19 +29,8 @@ def test_a_packed_layer_computes_what_the_plain_one_does(num_rows, bias):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_packed_model_gives_the_logits_it_gave_before(tmp_path: Path, tied: bool):
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = Qwen3Config(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=tied,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    save_tiny_qwen3(tmp_path, seed=0, vocab_size=50, tie_word_embeddings=tied, **TWO_LAYERS)
     model, tokens = load_base_model("tiny", tmp_path), torch.arange(9)
 
     @torch.inference_mode()

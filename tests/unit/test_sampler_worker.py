@@ -23,6 +23,7 @@ from luthier_model.base import BaseModel, load_base_model
 from luthier_model.lora import LoraSpec, init_adapter
 from luthier_model.peft_io import adapter_files
 from luthier_sampler.engine import Engine, EngineStats, Finished
+from luthier_sampler.engine_thread import EngineThread
 from luthier_sampler.worker import Worker
 
 MODEL, TENANT, SESSION = "tiny", "ann", f"{'a' * 32}:sample:0"
@@ -83,7 +84,7 @@ async def engine(oplog: Oplog, model: BaseModel, blobs: DiskBlobs) -> AsyncItera
         lease=lease,
         oplog=oplog,
         blobs=blobs,
-        engine=engine,
+        engine=EngineThread(engine),
     )
     stop = asyncio.Event()
     running = asyncio.create_task(worker.run(stop))

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tests.tiny_qwen3 import TWO_LAYERS, save_tiny_qwen3
 
 from luthier_core.errors import BadRequest, InvalidField, NotFound
 from luthier_core.proto import wire_pb2
@@ -27,20 +26,13 @@ STEP = AdamParams(learning_rate=1e-2)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    torch.manual_seed(7)
-    config = Qwen3Config(
+    folder = save_tiny_qwen3(
+        tmp_path_factory.mktemp("model"),
+        seed=7,
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
         max_position_embeddings=64,
-        initializer_range=0.1,
+        **TWO_LAYERS,
     )
-    folder: Path = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
     return load_base_model("tiny", folder)
 
 

@@ -2,15 +2,14 @@
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.tiny_qwen3 import save_tiny_qwen3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core.proto import wire_pb2
 from luthier_model.base import BaseModel, load_base_model
@@ -52,19 +51,14 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    folder = save_tiny_qwen3(
+        tmp_path_factory.mktemp("model"),
+        seed=0,
         vocab_size=VOCAB_SIZE,
-        hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
         max_position_embeddings=NUM_TOKENS,
     )
-    folder: Path = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
     return load_base_model("tiny", folder)
 
 

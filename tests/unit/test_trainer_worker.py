@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from tests.tiny_qwen3 import save_tiny_qwen3
 from tests.unit.trainer_client import FB, LEARNING_RATE, MODEL, TENANT, Client
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core import blobs as blobs_module
 from luthier_core import keys
@@ -41,7 +40,7 @@ from luthier_trainer import worker
 from luthier_trainer.adapters import RunState
 from luthier_trainer.engine import Engine
 from luthier_trainer.engine_client import ThreadEngine
-from luthier_trainer.execution import Executor, RunContext
+from luthier_trainer.execution import MAX_DEVIATION, Executor, RunContext
 from luthier_trainer.optim import AdamParams
 from luthier_trainer.snapshots import Snapshots, Spent
 from luthier_trainer.stored_snapshots import StoredSnapshots
@@ -54,20 +53,7 @@ A, B = f"{'a' * 32}:train:0", f"{'b' * 32}:train:0"
 @pytest.fixture(scope="module")
 def new_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     """Makes an engine on a model of its own: two workers share nothing but the log."""
-    torch.manual_seed(5)
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=32,
-        initializer_range=0.1,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    folder = save_tiny_qwen3(tmp_path_factory.mktemp("model"), seed=5, vocab_size=VOCAB_SIZE)
 
     def make(device_runs: int = 64) -> Engine:
         return Engine(
@@ -308,10 +294,10 @@ async def test_runs_do_not_change_each_others_bits(rig: Rig):
         assert trainer.engine.run_digest(run_id) == rig.reference(run_id, *ops, seed=seed)
 
 
-async def test_in_fused_execution_runs_share_passes_and_a_replay_is_accepted(
+async def test_in_fused_execution_runs_share_passes_and_a_replay_is_accepted_as_approximate(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    run_ids = [f"{number:032x}:train:0" for number in range(4)]
+    run_ids = [A, B, *(f"{number:032x}:train:0" for number in range(2))]
     shared: list[int] = []
     whole = Engine.forward_backward_many
 
@@ -334,7 +320,49 @@ async def test_in_fused_execution_runs_share_passes_and_a_replay_is_accepted(
     for run_id in run_ids[:2]:
         await rig.client.forward_backward(run_id, gradient(1))
         await rig.client.completed(run_id)
-    assert second.epoch_of(run_ids[0]) > 1
+    assert second.epoch_of(A) > 1
+    event = await recovery(rig)
+    assert event.outcome == "approximate"
+    assert event.deviation < MAX_DEVIATION["float32"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [("fused", "deterministic", "approximate"), ("deterministic", "fused", "exact")],
+)
+async def test_a_replay_compares_what_was_recorded_in_either_execution(
+    rig: Rig, before: str, after: str, outcome: str
+):
+    first = await rig.start("t0", execution=before)
+    await rig.client.create(A)
+    await steps(rig, first, range(2))
+    await first.die()
+    second = await rig.start("t1", execution=after)
+    await steps(rig, second, [2])
+    await second.die()
+    await rig.start("t2", execution=after)
+    await rig.client.completed(A, await rig.client.step(A))
+    assert (await until_told(rig, 2))[0].outcome == outcome
+
+
+async def test_a_replay_in_fused_execution_that_comes_to_another_loss_fails_the_run(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0", execution="fused")
+    await rig.client.create(A)
+    await steps(rig, first, range(2))
+    await first.die()
+    whole = Engine.optim_step
+
+    def enlarged(engine: Engine, run_id: str, params: AdamParams) -> Any:
+        return whole(engine, run_id, params.model_copy(update={"learning_rate": 0.5}))
+
+    monkeypatch.setattr(Engine, "optim_step", enlarged)
+    await rig.start("t1", execution="fused")
+    category, message = await rig.client.failed(A, await rig.client.step(A))
+    assert category == "server"
+    assert "came to" in message
+    assert (await recovery(rig)).outcome == "lost"
 
 
 async def test_a_payload_in_the_store_is_fetched_and_a_large_result_is_put_there(rig: Rig):
@@ -603,6 +631,26 @@ async def test_a_run_whose_replay_went_wrong_leaves_its_last_snapshot_as_a_check
     assert await read_files(rig.blobs, manifest) == expected
 
 
+async def test_a_run_whose_log_lacks_what_a_replay_needs_fails_and_leaves_its_snapshot(
+    rig: Rig, oplog: Oplog
+):
+    first = await rig.start("t0", snapshot_max_ops=3)
+    await rig.client.create(A)
+    await steps(rig, first, range(1), stored_at=[2])
+    await steps(rig, first, [1], stored_at=())
+    await first.die()
+    await oplog.redis.xtrim(keys.run_log(A), minid="5-0", approximate=False)
+    seq = await rig.client.step(A)
+    await rig.start("t1")
+    category, message = await rig.client.failed(A, seq)
+    assert category == "server"
+    assert message.endswith(
+        "seq 3 to 4 are missing from the log; "
+        f"its state after seq 2 is tinker://{A}/weights/recovery-2"
+    )
+    assert (await recovery(rig)).outcome == "lost"
+
+
 async def recoveries(rig: Rig) -> list[RecoveryRecord]:
     """The history of run A."""
     prefix = keys.run_recoveries(TENANT, A)
@@ -611,12 +659,17 @@ async def recoveries(rig: Rig) -> list[RecoveryRecord]:
 
 
 async def recovery(rig: Rig) -> RecoveryRecord:
-    """The only event in the history of run A, once it is there: it is written in the background."""
-    async with asyncio.timeout(30):
-        while not (found := await recoveries(rig)):
-            await asyncio.sleep(0)
-    (event,) = found
+    """The only event in the history of run A, once it is there."""
+    (event,) = await until_told(rig, 1)
     return event
+
+
+async def until_told(rig: Rig, num_events: int) -> list[RecoveryRecord]:
+    """The history of run A once it has so many events: they are written in the background."""
+    async with asyncio.timeout(30):
+        while len(found := await recoveries(rig)) < num_events:
+            await asyncio.sleep(0)
+    return found
 
 
 async def test_a_recovery_is_written_into_the_history_of_the_run(rig: Rig):

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tests.tiny_qwen3 import save_tiny_qwen3
 
 from luthier_core.errors import BadRequest, InvalidField, Unreadable, Unsupported
 from luthier_core.proto import wire_pb2
@@ -458,19 +457,12 @@ def test_bytes_that_are_no_request_are_unreadable(body: bytes):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    torch.manual_seed(7)
-    config = Qwen3Config(
+    folder = save_tiny_qwen3(
+        tmp_path_factory.mktemp("model"),
+        seed=7,
         vocab_size=LIMITS.vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
         max_position_embeddings=LIMITS.max_context_tokens,
     )
-    folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
     engine = Engine(load_base_model("tiny", folder), logprob_chunk_tokens=8, num_threads=1)
     engine.create("r", LoraSpec(rank=1, seed=1))
     return engine

@@ -80,6 +80,9 @@ def up(
     ] = "",
     trainers: Annotated[int, typer.Option(min=1, help="Trainers per model.")] = 1,
     samplers: Annotated[int, typer.Option(min=1, help="Samplers per model.")] = 1,
+    sampler_engine: Annotated[
+        str, typer.Option(metavar="torch|vllm", help="What samplers generate with.")
+    ] = "torch",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,7 +121,9 @@ def up(
                 s3_url=options.check_s3_url(s3) if s3 else "",
                 num_trainers=trainers,
                 num_samplers=samplers,
-                settings=options.parse_settings(set_ or ()),
+                settings=options.parse_settings(
+                    (f"sampler.engine={sampler_engine}", *(set_ or ()))
+                ),
                 command=run,
             ),
             os.environ,

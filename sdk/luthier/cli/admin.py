@@ -15,6 +15,7 @@ import typer
 from luthier.cli.remote import (
     REFUSED,
     UNREACHABLE,
+    WRONG_USE,
     JsonOption,
     fail,
     show_json,
@@ -335,7 +336,7 @@ def limits(texts: Sequence[str] | None) -> dict[str, float]:
         try:
             found[name] = json.loads(number)
         except ValueError:
-            fail(f"--limit {text!r}: expected NAME=NUMBER", REFUSED)
+            fail(f"--limit {text!r}: expected NAME=NUMBER", WRONG_USE)
     return found
 
 

@@ -1,5 +1,6 @@
 """luthier checkpoint: list, describe, publish, expire, delete, download and upload."""
 
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -9,6 +10,7 @@ import typer
 
 from luthier.cli.remote import (
     REFUSED,
+    WRONG_USE,
     JsonOption,
     LimitOption,
     PathArgument,
@@ -19,6 +21,7 @@ from luthier.cli.remote import (
     show_json,
     show_table,
     size_text,
+    transfer_bar,
 )
 from luthier.rest import RestClient
 from luthier.types import Checkpoint, ParsedCheckpointTinkerPath
@@ -115,7 +118,7 @@ def download(
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
         folder = out or Path(parsed.checkpoint_id.rpartition("/")[2])
         if folder.exists():
-            fail(f"{folder} exists already", 2)
+            fail(f"{folder} exists already", WRONG_USE)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Into place in one step: a folder that is there is complete.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as part:
@@ -140,12 +143,7 @@ def upload(
     as_json: JsonOption = False,
 ) -> None:
     """Make a checkpoint of an adapter that was made elsewhere."""
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    with server() as rest, bar:
+    with server() as rest, transfer_bar() as bar:
         task = bar.add_task(folder.name)
 
         def show(num_sent: int, num_bytes: int) -> None:
@@ -162,18 +160,33 @@ def _fetch_archive(rest: RestClient, tinker_path: str, folder: Path) -> None:
     tar_path = folder.with_suffix(".tar")
     fetch(archive.url, tar_path)
     with tarfile.open(tar_path) as tar:
-        tar.extractall(folder, filter="data")  # refuses paths outside of the folder
+        _unpack(tar, folder)
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """The regular files of an archive; Python 3.11.2 has no `extractall` that stays in a folder."""
+    for member in tar:
+        source = tar.extractfile(member) if member.isreg() else None
+        if source is None:
+            fail(f"the server's archive has something that is no file: {member.name!r}", REFUSED)
+        with source, _target(folder, member.name).open("wb") as file:
+            shutil.copyfileobj(source, file)
 
 
 def _fetch_files(rest: RestClient, tinker_path: str, folder: Path) -> None:
     urls = rest.get_external_weights_urls(tinker_path).result().urls
     for name, url in sorted(urls.items()):
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            fail(f"the server names a file outside of the folder: {name!r}", REFUSED)
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fetch(url, target)
+        fetch(url, _target(folder, name))
+
+
+def _target(folder: Path, name: str) -> Path:
+    """Where a file goes that the server calls `name`; its folder is there."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        fail(f"the server names a file outside of the folder: {name!r}", REFUSED)
+    target = folder / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _find(rest: RestClient, tinker_path: str) -> Checkpoint:

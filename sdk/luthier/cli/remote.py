@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
@@ -17,7 +17,12 @@ from luthier.errors import APIConnectionError, LuthierError
 from luthier.progress import printable
 from luthier.rest import RestClient
 
-REFUSED, UNREACHABLE = 1, 3
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+REFUSED, WRONG_USE, UNREACHABLE = 1, 2, 3
+
+WIDE = 1000
 PIECE_BYTES = 1 << 20
 DOWNLOAD_TIMEOUT_S = 60.0
 
@@ -27,41 +32,27 @@ PathArgument = Annotated[str, typer.Argument(metavar="TINKER_PATH", help="tinker
 
 
 @contextlib.contextmanager
-def server() -> Iterator[RestClient]:
-    """The server of TINKER_BASE_URL; what it refuses is one line and an exit code."""
+def told_errors() -> Iterator[None]:
+    """What a server, the network or a file refuses is one line and an exit code."""
     try:
-        yield RestClient()
+        yield
     except APIConnectionError as error:
         fail(str(error), UNREACHABLE)
-    except (LuthierError, ValueError) as error:
+    except (LuthierError, ImportError, OSError, ValueError) as error:
         fail(str(error), REFUSED)
+
+
+@contextlib.contextmanager
+def server() -> Iterator[RestClient]:
+    """The server of TINKER_BASE_URL."""
+    with told_errors():
+        yield RestClient()
 
 
 def fail(reason: str, code: int) -> NoReturn:
     """One line on standard error."""
     typer.echo(f"luthier: {printable(' '.join(reason.split()))}", err=True)
     raise typer.Exit(code)
-
-
-def fetch(url: str, target: Path) -> None:
-    """A signed URL into a file, with a bar; it gets no key."""
-    import urllib.request
-
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    with (
-        bar,
-        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
-        target.open("wb") as file,
-    ):
-        length = source.headers.get("Content-Length")
-        task = bar.add_task(target.name, total=int(length) if length else None)
-        while piece := source.read(PIECE_BYTES):
-            file.write(piece)
-            bar.advance(task, len(piece))
 
 
 def show_json(value: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
@@ -86,12 +77,42 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(text_of(cell))) for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a line a row, for grep and its like
+        console.width = WIDE
+    console.print(table)
 
 
 def show_fields(value: BaseModel) -> None:
     """One thing, a line per field."""
     show_table(("", ""), list(value.model_dump().items()))
+
+
+def transfer_bar() -> "Progress":
+    """Bytes and speed of what is on its way; on a terminal only."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def fetch(url: str, target: Path) -> None:
+    """A signed URL into a file, with a bar; it gets no key."""
+    import urllib.request
+
+    with (
+        transfer_bar() as bar,
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
+        target.open("wb") as file,
+    ):
+        length = source.headers.get("Content-Length")
+        task = bar.add_task(target.name, total=int(length) if length else None)
+        while piece := source.read(PIECE_BYTES):
+            file.write(piece)
+            bar.advance(task, len(piece))
+        if length and file.tell() != int(length):  # urllib takes a cut connection for the end
+            raise OSError(f"{target.name}: {file.tell()} of {length} bytes came; try again")
 
 
 def text_of(cell: object) -> str:

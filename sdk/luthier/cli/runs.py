@@ -1,12 +1,15 @@
-"""luthier run: training runs, and the loss curve of one that writes its metrics to a file."""
+"""luthier run: training runs, and the curve of a metric, from the server or from a file."""
 
+import contextlib
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from luthier.cli.remote import (
+    WRONG_USE,
     JsonOption,
     LimitOption,
     fail,
@@ -20,6 +23,9 @@ from luthier.metrics import read_metrics
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
 BARS = " ▁▂▃▄▅▆▇█"
 REDRAW_S = 1.0
+PAGE = 1000
+Point = tuple[int, float]
+"""(step of a file or seq of a run, value)"""
 
 
 @app.command("list")
@@ -68,7 +74,7 @@ def info(run_id: str, as_json: JsonOption = False) -> None:
     if as_json:
         show_json(run)
         return
-    show_fields(run.model_copy(update={"recovered": len(run.recovered or ())}))
+    show_fields(run.model_copy(update={"recovered": None}))
     if run.recovered:
         show_table(
             ("recovered", "cause", "from seq", "to seq", "outcome", "seconds", "on"),
@@ -84,48 +90,78 @@ def info(run_id: str, as_json: JsonOption = False) -> None:
 
 @app.command()
 def watch(
-    path: Annotated[Path, typer.Argument(help="A file that luthier.MetricsLog writes.")],
-    metric: Annotated[str, typer.Option(help="Which metric.")] = "loss",
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_FILE", help="A run, or a file that luthier.MetricsLog writes."
+        ),
+    ],
+    metric: Annotated[str, typer.Option(help="Which one; `loss` is `loss:sum` too.")] = "loss",
     once: Annotated[bool, typer.Option("--once", help="Draw it once.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The curve of a metric, drawn again as the file grows; Ctrl-C ends it."""
-    if not path.exists():
-        fail(f"{path}: no such file", 2)
+    """The curve of a metric, drawn again as it grows; Ctrl-C ends it."""
+    if Path(source).exists():
+        points = _points_of_file(Path(source), metric)
+    elif ":" in source:
+        points = _points_of_run(source, metric)
+    else:
+        fail(f"{source}: no such file, and no training run", WRONG_USE)
     if as_json:
-        show_json({"metric": metric, "points": _points(path, metric)})
+        show_json({"metric": metric, "points": next(points)})
         return
     from rich.console import Console
     from rich.live import Live
+    from rich.text import Text
 
     console = Console()
     if once:
-        console.print(_curve(_points(path, metric), metric, console.width), highlight=False)
+        console.print(_curve(next(points), metric, console.width), highlight=False)
         return
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                curve = _curve(_points(path, metric), metric, console.width)
-                live.update(curve, refresh=True)
-                time.sleep(REDRAW_S)
-    except KeyboardInterrupt:
-        pass
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        for now in points:
+            live.update(Text(_curve(now, metric, console.width)), refresh=True)
+            time.sleep(REDRAW_S)
 
 
-def _points(path: Path, metric: str) -> list[list[Any]]:
-    """[step, value] of every line that has the metric."""
-    return [
-        [line["step"], line[metric]]
-        for line in read_metrics(path)
-        if isinstance(line.get(metric), int | float)
-    ]
+def _points_of_file(path: Path, metric: str) -> Iterator[list[Point]]:
+    """All points that there are, each time anew."""
+    while True:
+        yield [
+            (line["step"], value)
+            for line in read_metrics(path)
+            if (value := _value(line, metric)) is not None
+        ]
 
 
-def _curve(points: list[list[Any]], metric: str, width: int) -> str:
+def _points_of_run(run_id: str, metric: str) -> Iterator[list[Point]]:
+    """As _points_of_file. Passes that only score are no part of the curve of training."""
+    points: list[Point] = []
+    after = -1
+    with server() as rest:
+        while True:
+            page = rest.get_run_metrics(run_id, after, PAGE).result()
+            points += [
+                (entry.seq, value)
+                for entry in page.entries
+                if entry.kind != "forward" and (value := _value(entry.metrics, metric)) is not None
+            ]
+            after = page.last_seq
+            if len(page.entries) < PAGE:
+                yield points
+
+
+def _value(metrics: Mapping[str, Any], metric: str) -> float | None:
+    """Of the name, or of one with the way in which it was reduced behind it."""
+    named = (value for name, value in metrics.items() if metric in (name, name.partition(":")[0]))
+    return next((float(value) for value in named if isinstance(value, int | float)), None)
+
+
+def _curve(points: Sequence[Point], metric: str, width: int) -> str:
     """One line of bars over the steps, and where it began, is, and was lowest."""
     if not points:
         return f"{metric}: no values yet"
-    values = [float(value) for _, value in points]
+    values = [value for _, value in points]
     low, high = min(values), max(values)
     num = max(min(width - 2, len(values)), 1)
     buckets = [values[i * len(values) // num : (i + 1) * len(values) // num] for i in range(num)]

@@ -8,6 +8,7 @@ import typer
 
 from luthier import types
 from luthier.cli.remote import (
+    WRONG_USE,
     JsonOption,
     LimitOption,
     fail,
@@ -16,8 +17,8 @@ from luthier.cli.remote import (
     show_fields,
     show_json,
     show_table,
+    told_errors,
 )
-from luthier.errors import LuthierError
 from luthier.progress import printable
 from luthier.sampling import SamplingClient
 from luthier.service import ServiceClient
@@ -116,28 +117,34 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to a model in the terminal; an empty line ends it."""
+    """Talk to a model in the terminal; an empty line, or the end of the input, ends it."""
+    if as_json and message is None:
+        fail("--json goes with --message", WRONG_USE)
     params = types.SamplingParams(temperature=temperature, max_tokens=max_tokens)
     is_path = model.startswith("tinker://")
+    with told_errors(), ServiceClient() as service:
+        sampling = service.create_sampling_client(
+            model_path=model if is_path else None, base_model=None if is_path else model
+        ).result()
+        if message is not None:
+            answer = _answer(sampling, [{"role": "user", "content": message}], params)
+            if as_json:
+                show_json({"model": model, "answer": answer})
+            else:
+                typer.echo(_terminal(answer))
+            return
+        said: list[dict[str, str]] = []
+        while line := _read_line():
+            said.append({"role": "user", "content": line})
+            said.append({"role": "assistant", "content": _answer(sampling, said, params)})
+            typer.echo(_terminal(said[-1]["content"]))
+
+
+def _read_line() -> str:
     try:
-        with ServiceClient() as service:
-            sampling = service.create_sampling_client(
-                model_path=model if is_path else None, base_model=None if is_path else model
-            ).result()
-            if message is not None:
-                answer = _answer(sampling, [{"role": "user", "content": message}], params)
-                if as_json:
-                    show_json({"model": model, "answer": answer})
-                else:
-                    typer.echo(_terminal(answer))
-                return
-            said: list[dict[str, str]] = []
-            while line := typer.prompt("you", default="", show_default=False):
-                said.append({"role": "user", "content": line})
-                said.append({"role": "assistant", "content": _answer(sampling, said, params)})
-                typer.echo(_terminal(said[-1]["content"]))
-    except (LuthierError, ImportError, OSError) as error:
-        fail(str(error), 1)
+        return input("you: ")
+    except EOFError:
+        return ""
 
 
 def _answer(

@@ -127,7 +127,7 @@ class ExternalWeightsUrlsResponse(ResponseBase):
 
 
 class Recovery(ResponseBase):
-    """The run had lost its trainer, and was rebuilt: exactly, or its state was lost."""
+    """The run had lost its trainer, and was rebuilt: outcome is exact, approximate or lost."""
 
     at: datetime
     cause: str
@@ -135,6 +135,8 @@ class Recovery(ResponseBase):
     from_seq: int
     to_seq: int
     outcome: str
+    deviation: float = 0.0
+    """Of an approximate one: the largest relative difference of a loss or gradient norm."""
     reason: str = ""
     seconds: float
 

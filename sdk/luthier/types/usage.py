@@ -25,6 +25,27 @@ class AuditLogResponse(ResponseBase):
     entries: list[AuditLogEntry]
 
 
+class OpMetrics(ResponseBase):
+    """What one request of a run has reported; losses in nats.
+
+    seq: its number in the run; state: `completed`, `failed` (error says why), or `expired`; kind:
+    its endpoint, with `forward` apart from `forward_backward`.
+    """
+
+    seq: int
+    state: str
+    kind: str | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+    error: str | None = None
+
+
+class RunMetricsResponse(ResponseBase):
+    """A page of a run's requests in their order; the next one is after last_seq."""
+
+    entries: list[OpMetrics]
+    last_seq: int
+
+
 class TrainingBillingEvent(ResponseBase):
     """Tokens trained on."""
 

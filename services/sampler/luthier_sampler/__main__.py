@@ -1,4 +1,4 @@
-"""Load the base model, take the lease, sample until told to stop."""
+"""Load the base model, or start vLLM with it, take the lease, sample until told to stop."""
 
 import os
 import sys
@@ -12,7 +12,9 @@ from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import load_base_model
 from luthier_model.packed_linear import pack_linears
 from luthier_sampler.engine import Engine
+from luthier_sampler.engine_thread import EngineThread, SamplerEngine
 from luthier_sampler.observing import EngineObserver
+from luthier_sampler.vllm_engine import start_vllm_engine
 from luthier_sampler.worker import Worker
 
 
@@ -21,23 +23,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _work(parts: WorkerParts) -> None:
-    settings = parts.config.sampler
-    engine = await parts.load(lambda: _load(parts.model, settings))
-    parts.ops.before_scrape.append(EngineObserver(engine, settings).refresh)
     worker = Worker(
         base_model=parts.model.name,
-        config=settings,
+        config=parts.config.sampler,
         lease=parts.lease,
         oplog=parts.oplog,
         blobs=parts.blobs,
-        engine=engine,
+        engine=await _engine(parts),
     )
     await worker.run(parts.stop)
 
 
+async def _engine(parts: WorkerParts) -> SamplerEngine:
+    wanted, settings = parts.model, parts.config.sampler
+    if settings.engine == "vllm":
+        return await parts.prepare(start_vllm_engine(wanted, settings, os.environ))
+    engine = await parts.load(lambda: _load(wanted, settings))
+    parts.ops.before_scrape.append(EngineObserver(engine, settings).refresh)
+    return EngineThread(engine)
+
+
 def _load(wanted: ModelConfig, settings: SamplerConfig) -> Engine:
     torch.set_num_threads(settings.num_threads)
-    model = load_base_model(wanted.name, wanted.path, dtype=wanted.dtype)
+    model = load_base_model(wanted.name, wanted.path, device=wanted.device, dtype=wanted.dtype)
     pack_linears(model)
     tokenizer = AutoTokenizer.from_pretrained(wanted.path, local_files_only=True)
     return Engine(model, tokenizer, settings)

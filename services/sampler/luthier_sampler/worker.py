@@ -9,11 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 from luthier_core import keys, tracing
 from luthier_core.blobs import Blobs, outlasting_outage
@@ -23,15 +20,15 @@ from luthier_core.errors import LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.hints import Hints
 from luthier_core.lifecycle import WorkerLease
-from luthier_core.oplog import REDIS_ERRORS, Oplog, Published
+from luthier_core.oplog import REDIS_ERRORS, Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Outcome, SamplingJob
 from luthier_core.types import Sample
-from luthier_sampler.engine import Engine, Finished
+from luthier_sampler.engine import Finished
+from luthier_sampler.engine_thread import SamplerEngine
 from luthier_sampler.jobs import request_of, usage_of
 from luthier_sampler.observing import note_finished
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 BLOCK_MS = 1000
 FOLLOW_S = 2.0
@@ -59,7 +56,7 @@ class Worker:
         lease: WorkerLease,
         oplog: Oplog,
         blobs: Blobs,
-        engine: Engine,
+        engine: SamplerEngine,
     ) -> None:
         self._base_model = base_model
         self._config = config
@@ -67,24 +64,25 @@ class Worker:
         self._oplog = oplog
         self._blobs = blobs
         self._engine = engine
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._jobs: dict[str, SamplingJob] = {}
         self._began: dict[str, float] = {}
         """Request -> when it was claimed, in seconds since the epoch."""
         self._tasks: set[asyncio.Task[None]] = set()
         """One per job that is being admitted or settled."""
-        self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._published = asyncio.Event()
-        self._inflight: dict[str, Published] = {}
-        """Run -> the in-flight weights that its requests here run with; the engine thread's."""
         self._hints = Hints(oplog.redis, self._on_hint)
         self._partials: asyncio.Queue[tuple[str, str]] = asyncio.Queue(MAX_UNSENT_PARTIALS)
-        self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """Of the versions that are being loaded; others go by themselves."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop`, then finish what is running, for DRAIN_S at most."""
+        try:
+            await self._work_until(stop)
+        finally:
+            await self._engine.close()
+        await self._lease.release()
+
+    async def _work_until(self, stop: asyncio.Event) -> None:
         await self._oplog.open_jobs(self._base_model)
         async with asyncio.TaskGroup() as group:
             lost = group.create_task(self._lease.keep(self._config.lease_renew_s))
@@ -105,8 +103,6 @@ class Worker:
             await self._drain()
             for task in (stepping, stopped, lost, listening, telling, following, *self._tasks):
                 task.cancel()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        await self._lease.release()
 
     # --- claiming ---------------------------------------------------------------------------------
 
@@ -175,7 +171,7 @@ class Worker:
             request = request_of(job, Sample.model_validate_json(await self._body_of(job)))
             if job.inflight_run and (newest := await self._oplog.published(job.inflight_run)):
                 request = replace(request, adapter=newest.manifest_key)
-            await self._with_adapter(request.adapter, self._engine.add, request)
+            await self._engine.add(request, self._files_of)
             if job.inflight_run:
                 # The others may have moved on while this request was on its way.
                 await self._follow(job.inflight_run)
@@ -184,26 +180,6 @@ class Worker:
         except Exception:
             log.exception("job %s", job.request_id)
             await self._settle(job, Outcome.failure("an internal error of the sampler", "server"))
-        else:
-            self._work.set()
-
-    async def _with_adapter(self, key: str, call: Callable[..., None], *args: Any) -> None:
-        """call(*args) on the engine's thread, where the adapter is loaded when it begins."""
-
-        def attempt(files: dict[str, bytes] | None) -> bool:
-            # In one go with the call, so that the adapter cannot be evicted in between.
-            if files is not None:
-                self._engine.add_adapter(key, files)
-            elif key and not self._engine.has_adapter(key):
-                return False
-            call(*args)
-            return True
-
-        # One load for all who wait for the same adapter.
-        async with self._adapter_locks.setdefault(key, asyncio.Lock()):
-            if not await self._on_engine(attempt, None):
-                files = await outlasting_outage(lambda: read_files(self._blobs, key))
-                await self._on_engine(attempt, files)
 
     # --- in-flight weights ------------------------------------------------------------------------
 
@@ -215,7 +191,7 @@ class Worker:
                     await self._published.wait()
             self._published.clear()
             runs = {job.inflight_run for job in self._jobs.values()} - {""}
-            await self._on_engine(self._forget, runs)
+            await self._engine.forget_runs(runs)
             for run_id in runs:
                 try:
                     await self._follow(run_id)
@@ -225,17 +201,7 @@ class Worker:
     async def _follow(self, run_id: str) -> None:
         """All requests here that follow the run's in-flight weights run with the newest."""
         if newest := await self._oplog.published(run_id):
-            await self._with_adapter(newest.manifest_key, self._move, run_id, newest)
-
-    def _move(self, run_id: str, newest: Published) -> None:
-        current = self._inflight.get(run_id)
-        if current is None or current <= newest:
-            self._engine.move(run_id, newest.manifest_key)
-            self._inflight[run_id] = newest
-
-    def _forget(self, in_use: set[str]) -> None:
-        for run_id in self._inflight.keys() - in_use:
-            del self._inflight[run_id]
+            await self._engine.move(run_id, newest, self._files_of)
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -249,25 +215,18 @@ class Worker:
         """A hint: whoever has this request gives its blocks back. Its outcome is stored already."""
         if self._jobs.pop(request_id, None) is not None:
             self._began.pop(request_id, None)
-            self._thread.submit(self._engine.cancel, request_id)
+            self._engine.cancel(request_id)
             self._room.set()
 
     async def _step_for_ever(self, group: asyncio.TaskGroup) -> None:
         while True:
-            await self._work.wait()
-            self._work.clear()
-            while self._engine.has_work:
-                await failpoint("sm.gen")
-                finished, partials = await self._on_engine(self._step)
-                for item in finished:
-                    note_finished(item)
-                    self._spawn(group, self._finish(item))
-                with contextlib.suppress(asyncio.QueueFull):
-                    for partial in partials.items():
-                        self._partials.put_nowait(partial)
-
-    def _step(self) -> tuple[list[Finished], dict[str, str]]:
-        return self._engine.step(), self._engine.partials()
+            finished, partials = await self._engine.step()
+            for item in finished:
+                note_finished(item)
+                self._spawn(group, self._finish(item))
+            with contextlib.suppress(asyncio.QueueFull):
+                for partial in partials.items():
+                    self._partials.put_nowait(partial)
 
     async def _tell_for_ever(self) -> None:
         """Publish what running samples have so far. Hints: what is lost comes with the outcome."""
@@ -325,8 +284,8 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _on_engine(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+    async def _files_of(self, key: str) -> dict[str, bytes]:
+        return await outlasting_outage(lambda: read_files(self._blobs, key))
 
     async def _body_of(self, job: SamplingJob) -> bytes:
         if job.body.inline is not None:

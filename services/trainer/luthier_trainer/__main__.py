@@ -30,6 +30,7 @@ async def _work(parts: WorkerParts) -> None:
             {
                 "name": wanted.name,
                 "path": wanted.path,
+                "device": wanted.device,
                 "dtype": wanted.dtype,
                 "logprob_chunk_tokens": settings.logprob_chunk_tokens,
                 "num_threads": settings.num_threads,
@@ -39,7 +40,12 @@ async def _work(parts: WorkerParts) -> None:
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.
         environ={
-            name: os.environ[name] for name in os.environ if not name.startswith(("AWS_", "REDIS_"))
+            **{
+                name: os.environ[name]
+                for name in os.environ
+                if not name.startswith(("AWS_", "REDIS_"))
+            },
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic
         },
         op_timeout_s=settings.op_timeout_s,
     )

@@ -203,7 +203,7 @@ class RunEffects:
             rest = await self._within_memory(step)
             if step.publish:
                 await failpoint("tr.mid", step.op.kind)
-            return Executed(rest=rest, checksum=await self._checksum(step))
+            return await self._executed(step, rest)
         except LuthierError as error:
             return Executed(Outcome.failure(error.message, error.category))
         except (EngineDied, Left):
@@ -254,11 +254,17 @@ class RunEffects:
         )
         self.tenure.check(status)
 
-    async def _checksum(self, step: Step) -> str:
-        # In shared passes a state's bits depend on the neighbours, and a replay has others.
-        if not changes_state(step) or self._executor.fused:
-            return ""
-        return await self._executor.engine.checksum(self._context.run_id)
+    async def _executed(self, step: Step, rest: Rest) -> Executed:
+        """With what a replay of it is to be compared by, or is compared by now."""
+        checksum, measure = "", None
+        if changes_state(step):
+            # In shared passes a state's bits depend on the neighbours, and a replay has others.
+            # What it replays may have been executed in the other mode.
+            if not step.publish or not self._executor.fused:
+                checksum = await self._executor.engine.checksum(self._context.run_id)
+            if not step.publish or self._executor.fused:
+                measure = self._context.measure
+        return Executed(rest=rest, checksum=checksum, measure=measure)
 
     def _timed(self, seq: int, outcome: Outcome) -> Outcome:
         """The outcome with what the run's history tells of where and when; nothing if refused."""

@@ -89,7 +89,9 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
     from luthier_model.lora import LoraSpec, shapes_by_switch
     from luthier_trainer.engine import Engine
 
-    model = load_base_model(hello["name"], hello["path"], dtype=hello["dtype"])
+    model = load_base_model(
+        hello["name"], hello["path"], device=hello["device"], dtype=hello["dtype"]
+    )
     engine = Engine(
         model,
         logprob_chunk_tokens=hello["logprob_chunk_tokens"],
@@ -105,6 +107,8 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
         },
         "fingerprint": {
             "torch": torch.__version__,
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "machine": platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "num_threads": str(hello["num_threads"]),

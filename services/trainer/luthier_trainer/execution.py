@@ -15,6 +15,7 @@ from luthier_core.checkpoints import TinkerPath, read_files, save_checkpoint, sa
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import Oplog
 from luthier_core.ops import INLINE_LIMIT, Body, Kind, Op, Outcome
+from luthier_core.owner import Measure
 from luthier_core.proto import wire_pb2
 from luthier_core.records import CheckpointKind, CheckpointRecord, RunRecord, SamplerRecord
 from luthier_core.types import (
@@ -37,6 +38,9 @@ saves for the sampler at every step must not pay them at every step."""
 RECOVERY_SEQS = 2**40
 """From here on no op has a seq: manifests of recovery checkpoints cannot be taken for an op's."""
 
+MAX_DEVIATION = {"float32": 1e-3, "bfloat16": 0.05}
+"""Of a loss or gradient norm of an op that is replayed alone, having shared its passes before."""
+
 Finish = Callable[[], Awaitable[Outcome]]
 """The rest of an op that no longer needs the engine: upload, then the outcome."""
 
@@ -55,6 +59,8 @@ class RunContext:
     """seq -> how often its micro-batch is halved, where the engine had no memory for the whole."""
     alone: bool = False
     """Its ops share no engine call: it is rebuilt, short of memory, or may have killed the last."""
+    measure: Measure = Measure()  # noqa: RUF009  (frozen)
+    """Of the op that was executed last, where it may be compared: in `fused` and in a replay."""
     gap_due: float = -math.inf
     """When `logprob_gap` is measured again, on time.monotonic's clock."""
 
@@ -88,6 +94,7 @@ class Executor:
 
         LuthierError if the op fails and the state is as it was before.
         """
+        run.measure = Measure()
         return await self._handlers[op.kind](run, op, cycle)
 
     async def save_recovery(self, run: RunContext, committed: int) -> TinkerPath | None:
@@ -102,6 +109,11 @@ class Executor:
         path = TinkerPath(run.run_id, "weights", f"recovery-{committed}")
         await self._save(run, RECOVERY_SEQS + committed, "weights", path.name, files)
         return path
+
+    @property
+    def _max_deviation(self) -> float:
+        dtype = self.engine.fingerprint.get("dtype", "")
+        return MAX_DEVIATION.get(dtype, MAX_DEVIATION["float32"])
 
     async def _create_model(self, run: RunContext, op: Op, cycle: int) -> Finish:
         body = json.loads(await self._payload(op))
@@ -123,10 +135,13 @@ class Executor:
             output = await self.engine.forward_backward(
                 run.run_id, request, backward=backward, clock_cycle=cycle, halvings=halvings
             )
+        metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
+        per_token = metrics["loss:sum"] / max(metrics["num_tokens:sum"], 1.0)
+        # A policy's loss is near 0 by chance: its terms are of the size of their advantages, 1.
+        run.measure = Measure(per_token, floor=1.0, limit=self._max_deviation)
 
         async def finish() -> Outcome:
             body = await self._result_body(run, op, output)
-            metrics = wire_pb2.ForwardBackwardOutput.FromString(output).metrics
             note_forward(op.kind, metrics)
             return Outcome.completed(body, "protobuf", metrics=_metrics(op.kind, metrics))
 
@@ -138,6 +153,7 @@ class Executor:
             metrics = await self._steps.ask((run.run_id, params))
         else:
             metrics = await self.engine.optim_step(run.run_id, params)
+        run.measure = Measure(metrics.get("grad_norm", 0.0), limit=self._max_deviation)
         # JSON has no NaN: of a step that was made with a gradient that is not finite.
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         metrics["clock_cycle"] = float(cycle)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Literal
 
 from luthier_core.protocol import Tenure
 from luthier_core.records import RecoveryRecord
@@ -33,6 +34,10 @@ class Rebuild:
 
     def event(self, worker: str, reason: str = "") -> RecoveryRecord:
         """What has become of it; `reason`: why the state could not be rebuilt."""
+        owner = self._tenure.owner
+        came_back: Literal["exact", "approximate"] = "exact"
+        if owner.deviation is not None:
+            came_back = "approximate"
         return RecoveryRecord(
             epoch=self._tenure.epoch,
             at=datetime.now(UTC),
@@ -40,7 +45,8 @@ class Rebuild:
             worker=worker,
             from_seq=self.from_seq,
             to_seq=self.to_seq,
-            outcome="lost" if reason or self._tenure.owner.broken else "exact",
+            outcome="lost" if reason or owner.broken else came_back,
+            deviation=owner.deviation or 0.0,
             reason=reason,
             seconds=round(self._clock() - self._began, 3),
         )

@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import logging
 
-from luthier_core import keys
+from luthier_core import keys, metrics
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.errors import LuthierError
 from luthier_core.oplog import REDIS_ERRORS, RunHeader
-from luthier_core.protocol import Tenure
+from luthier_core.protocol import Left, LogTrimmed, Tenure, drive, recheck
 from luthier_core.records import RecoveryRecord
 from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.execution import Executor, RunContext
@@ -55,9 +55,12 @@ class Recoveries:
             return
         run.rebuild = None
         event = rebuild.event(self._worker, reason)
+        if event.outcome == "approximate":
+            metrics.APPROXIMATE_RECOVERIES.inc()
         log.info(
-            "%s is back after: %s; rebuilt from seq %d to %d in %.3f s",
+            "%s is back after: %s; rebuilt from seq %d to %d in %.3f s: %s",
             *(run.tenure.run_id, event.cause, event.from_seq, event.to_seq, event.seconds),
+            event.outcome,
         )
         # The store may be away, and nobody waits for this.
         noting = asyncio.create_task(self._write(run.context, event))
@@ -95,6 +98,24 @@ class Recoveries:
             f"the run's state could not be rebuilt after a restart: {difference}{saved}"
         )
         self.note_if_ended(run, difference)
+
+    async def give_up_replay(self, run: OwnedRun, gap: LogTrimmed) -> bool:
+        """The log has not what a replay needs: give the run up, and fail what comes after the gap.
+
+        False if the run must be left instead: it is another's, or an op is lost that is not
+        committed. Call it while no cycle is under way.
+        """
+        tenure = run.tenure
+        log.error("%s: %s", tenure.run_id, gap)
+        try:
+            await drive(recheck(tenure.run_id, tenure), run.effects.perform)
+        except (Left, LuthierError):
+            return False
+        if gap.goes_on_at > tenure.committed + 1:
+            return False
+        await self.give_up(run, str(gap))
+        run.owner.skip_to(gap.goes_on_at)
+        return True
 
     def end(self) -> None:
         """Write nothing more."""

@@ -24,6 +24,7 @@ from luthier_core.moves import Moves
 from luthier_core.oplog import READ_AHEAD, REDIS_ERRORS, Oplog, RunHeader
 from luthier_core.protocol import (
     Left,
+    LogTrimmed,
     drive,
     feed,
     gap_is_overdue,
@@ -220,9 +221,11 @@ class Worker:
                 continue
             try:
                 feed(fed.tenure, ops)
-            except Left as error:
-                log.warning("leaving a run: %s", error)
-                await self._forget(fed)
+            except LogTrimmed as gap:
+                async with self._cycles.lock:
+                    if not await self._recoveries.give_up_replay(fed, gap):
+                        await self._forget(fed)
+                self._hinted.add(run_id)
                 continue
             fed.may_have_more = len(ops) == READ_AHEAD
         self._cycles.ready.set()
