@@ -7,6 +7,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import redis.asyncio as redis
+from redis.exceptions import NoPermissionError
 from tests.deploy.pods import Cluster, running_cluster
 
 pytestmark = [
@@ -25,6 +27,7 @@ async def test_every_part_of_the_demo_starts_passes_its_probes_and_drains():
                 for kind in ("startup", "readiness", "liveness"):
                     assert await pod.probe(kind), f"{kind} of {pod.name}"
             await _operator_is_known(cluster)
+            await _no_part_may_command_redis(cluster)
             # Redis last: the others say goodbye to it.
             pods = sorted(cluster.pods, key=lambda pod: pod.name.startswith("redis"))
             for group in (pods[:-1], pods[-1:]):
@@ -44,3 +47,21 @@ async def _operator_is_known(cluster: Cluster) -> None:
         async with http.get(f"{url}/admin/queues") as answer:
             assert answer.status == 200, await answer.text()
             assert (await answer.json())["models"][0]["base_model"] == "luthier/demo"
+
+
+async def _no_part_may_command_redis(cluster: Cluster) -> None:
+    for pod in (pod for pod in cluster.pods if pod.main.is_ours):
+        login = cluster.environ(pod.main, pod)
+        client = redis.Redis.from_url(
+            cluster.config().redis_url,
+            username=login["REDIS_USERNAME"],
+            password=login["REDIS_PASSWORD"],
+        )
+        forbidden = ["CONFIG GET dir", "KEYS *", "FLUSHALL", "SHUTDOWN", "ACL LIST", "MONITOR"]
+        if login["REDIS_USERNAME"] == "luthier":
+            forbidden += ["EVAL x 0", "SCRIPT FLUSH", "FUNCTION DELETE luthier1"]
+        async with client:
+            assert await client.ping()
+            for command in forbidden:
+                with pytest.raises(NoPermissionError):
+                    await client.execute_command(*command.split())
