@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -50,18 +51,23 @@ async def _operator_is_known(cluster: Cluster) -> None:
 
 
 async def _no_part_may_command_redis(cluster: Cluster) -> None:
+    async with _redis(cluster, "default", cluster.secrets["redis-admin-password"]) as operator:
+        assert await operator.acl_log() == [], "a part is denied what it needs"
     for pod in (pod for pod in cluster.pods if pod.main.is_ours):
         login = cluster.environ(pod.main, pod)
-        client = redis.Redis.from_url(
-            cluster.config().redis_url,
-            username=login["REDIS_USERNAME"],
-            password=login["REDIS_PASSWORD"],
-        )
         forbidden = ["CONFIG GET dir", "KEYS *", "FLUSHALL", "SHUTDOWN", "ACL LIST", "MONITOR"]
         if login["REDIS_USERNAME"] == "luthier":
             forbidden += ["EVAL x 0", "SCRIPT FLUSH", "FUNCTION DELETE luthier1"]
-        async with client:
-            assert await client.ping()
+        async with _redis(cluster, login["REDIS_USERNAME"], login["REDIS_PASSWORD"]) as client:
             for command in forbidden:
                 with pytest.raises(NoPermissionError):
                     await client.execute_command(*command.split())
+
+
+def _redis(cluster: Cluster, username: str, password: str) -> redis.Redis:
+    address = urlsplit(cluster.config().redis_url)
+    assert address.hostname is not None
+    assert address.port is not None
+    return redis.Redis(
+        host=address.hostname, port=address.port, username=username, password=password
+    )
