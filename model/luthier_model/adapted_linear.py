@@ -85,7 +85,7 @@ class _OneByOne(torch.autograd.Function):
         inner = []
         for (rows, scale), a, b in zip(places, factors[::2], factors[1::2], strict=True):
             inner_TR = product(wide_TD[rows], a).mul_(scale)
-            out_TE[rows] += product(inner_TR, b)
+            out_TE[rows].add_(product(inner_TR, b))  # += would also copy the rows onto themselves
             inner.append(inner_TR)
         ctx.places = places
         ctx.save_for_backward(x_TD, weight_ED, *factors, *inner)
@@ -107,7 +107,7 @@ class _OneByOne(torch.autograd.Function):
             grads.append(product(grad_TR.T, wide_TD[rows].T))
             grads.append(product(wide_TE[rows].T, inner_TR.T))
             if grad_TD is not None:
-                grad_TD[rows] += product(grad_TR, a.T)
+                grad_TD[rows].add_(product(grad_TR, a.T))
         return (_narrowed(grad_TD, x_TD.dtype), None, None, None, *grads)
 
 
@@ -173,4 +173,4 @@ def _padded(x_TD: Tensor, places: Places) -> Tensor:
 
 def _add_rows(out_TE: Tensor, delta_NLE: Tensor, places: Places) -> None:
     for (rows, _), delta_LE in zip(places, delta_NLE, strict=True):
-        out_TE[rows] += delta_LE[: rows.stop - rows.start]
+        out_TE[rows].add_(delta_LE[: rows.stop - rows.start])

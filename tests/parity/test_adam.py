@@ -17,16 +17,20 @@ STEPS = [
 ]
 
 
-def test_steps_from_identical_gradients_are_bit_equal_to_torch_per_tensor_adamw() -> None:
+@pytest.mark.parametrize(("fused", "limit"), [(True, 0.0), (False, 1e-8)])
+def test_steps_from_identical_gradients_are_those_of_torch_adamw_per_tensor(
+    fused: bool, limit: float
+) -> None:
+    """Bit-equal to its one-pass form; its plain form rounds otherwise, by an ulp of a weight."""
     run, parameters = _twins()
-    reference = torch.optim.AdamW(parameters)
+    reference = torch.optim.AdamW(parameters, fused=fused)
     for params in STEPS:
         _give_both_the_same_gradient(run, parameters)
         run.optimizer.step(params)
         _step(reference, params)
         worst = _worst_deviation(run, parameters)
         print(f"\nAdamW, {params}: max|Δ| = {worst:.1e}")
-        assert worst == 0.0
+        assert worst <= limit
 
 
 def test_clipped_steps_equal_torch_clip_grad_norm() -> None:
