@@ -84,7 +84,11 @@ test-s3: $(READY)                       ## stores and the life of checkpoints: o
 		tests/contract/test_blobs.py tests/unit/test_checkpoints.py tests/unit/test_registry*.py
 
 malicious: $(READY)                     ## malicious inputs by class, and the suite without each guard
-	$(BIN)/python -m pytest -s --bombs 210 tests/malicious tests/contract/test_tenant_matrix.py
+	$(BIN)/python -m pytest -s --bombs 210 --cancellations 100000 --slow-connections 5000 \
+		tests/malicious tests/contract/test_tenant_matrix.py tests/contract/test_connect.py \
+		tests/contract/test_secrets.py tests/contract/test_http_slow.py \
+		tests/contract/test_http_smuggling.py tests/contract/test_http_downloads.py \
+		tests/contract/test_http_uploads.py tests/unit/test_registry_identity.py
 
 test-vllm: $(READY) $(VLLM_READY)       ## the vllm engine on a real vLLM, compared with the torch engine
 	LUTHIER_TEST_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/vllm

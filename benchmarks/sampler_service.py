@@ -29,7 +29,7 @@ NUM_QUEUED, PROMPT_TOKENS, NEW_TOKENS = 512, 32, 64
 NUM_SINGLE, SINGLE_TOKENS = 100, 16
 """As many tokens as the stub answers with."""
 PAUSE_S = 0.02
-"""Until the SDK has acknowledged what it got."""
+"""Before each lone request, the engine's too: the caches of one that never rests stay warm."""
 ANSWER_S = 600.0
 ALLOWANCE_MS = 10.0
 

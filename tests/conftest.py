@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stores", default="", help=f"object stores to test on: {', '.join(KINDS)}")
     parser.addoption("--races", type=int, default=10, help="races of conditional writes per store")
     parser.addoption("--bombs", type=int, default=28, help="bodies that become too much when read")
+    parser.addoption("--cancellations", type=int, default=1000, help="of calls to Redis")
+    parser.addoption("--slow-connections", type=int, default=300, help="that send nothing more")
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,8 @@ class GatewayConfig:
     """A result larger than this is announced by its size first, to clients that allow it."""
     max_open_polls: int = 20_000
     """Open retrieve_future requests of one gateway; beyond it 429."""
+    idle_connection_s: float = 75.0
+    """A connection on which no whole request head comes is closed after this."""
     tenant_requests_at_once: int = 16
     """Requests of one tenant that a gateway works on; polls are not counted. Half of its Redis
     connections: a flood from one tenant leaves the others room."""
@@ -173,7 +175,7 @@ class HousekeepingConfig:
 
     runner: str = "registry"
     """registry: on a timer of its own; celery: by workers and a beat that are started beside it."""
-    broker_url: str = ""
+    broker_url: str = field(default="", repr=False)
     """Redis of Celery and of rate counters; empty: the next database of redis_url."""
     usage_s: float = 30.0
     """Usage is counted, and metrics are kept, this often; limits on tokens hold to within it."""

@@ -160,6 +160,8 @@ CHANGING = "changing"
 
 GENERATION = "sys:gen"
 """Which Redis this is; see generation.py."""
+LISTED_SINCE = "sys:listed"
+"""The server process under which the lists were last compared with the object store."""
 GENERATION_OBJECT = "sys/gen"
 
 # --- Redis: indexes for listing (rebuildable from the bucket) -------------------------------------

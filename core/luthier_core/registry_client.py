@@ -75,11 +75,11 @@ class RegistryClient:
 
     async def get_key(self, key_hmac: str) -> Identity:
         """Whose key this is and what it may do; NotFound if nobody's, or no longer."""
-        return await self._record(Identity, "GET", f"/keys/{_part(key_hmac)}")
+        return await self._record(Identity, "GET", f"/keys/{path_part(key_hmac)}")
 
     async def revoke_key(self, key_hmac: str) -> None:
         """End the key for good; NotFound if it is nobody's."""
-        await self._call("DELETE", f"/keys/{_part(key_hmac)}")
+        await self._call("DELETE", f"/keys/{path_part(key_hmac)}")
 
     # --- sessions ---------------------------------------------------------------------------------
 
@@ -106,11 +106,13 @@ class RegistryClient:
         return await self._record(SessionRecord, "POST", "/sessions", tenant, body)
 
     async def get_session(self, tenant: str, session_id: str) -> SessionRecord:
-        return await self._record(SessionRecord, "GET", f"/sessions/{_part(session_id)}", tenant)
+        return await self._record(
+            SessionRecord, "GET", f"/sessions/{path_part(session_id)}", tenant
+        )
 
     async def describe_session(self, tenant: str, session_id: str) -> dict[str, Any]:
         """training_run_ids, sampler_ids, user_metadata, display_name (wire protocol 8.2)."""
-        session = await self._object("GET", f"/sessions/{_part(session_id)}", tenant)
+        session = await self._object("GET", f"/sessions/{path_part(session_id)}", tenant)
         wanted = ("training_run_ids", "sampler_ids", "user_metadata", "display_name")
         return {name: session[name] for name in wanted}
 
@@ -119,13 +121,13 @@ class RegistryClient:
 
     async def heartbeat(self, tenant: str, session_id: str) -> SessionRecord:
         """Note that the client is alive; the record says whether the session is."""
-        path = f"/sessions/{_part(session_id)}/heartbeat"
+        path = f"/sessions/{path_part(session_id)}/heartbeat"
         return await self._record(SessionRecord, "POST", path, tenant)
 
     async def finish_session(
         self, tenant: str, session_id: str, *, reason: str, detail: str | None = None
     ) -> SessionRecord:
-        path = f"/sessions/{_part(session_id)}/finish"
+        path = f"/sessions/{path_part(session_id)}/finish"
         body = {"reason": reason, "detail": detail}
         return await self._record(SessionRecord, "POST", path, tenant, body)
 
@@ -136,7 +138,7 @@ class RegistryClient:
         return key
 
     async def set_project(self, tenant: str, session_id: str, project_id: str) -> None:
-        path = f"/sessions/{_part(session_id)}/project"
+        path = f"/sessions/{path_part(session_id)}/project"
         await self._call("PUT", path, tenant, {"project_id": project_id})
 
     async def search_sessions(self, tenant: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +183,9 @@ class RegistryClient:
         self, tenant: str, run_id: str, *, accessible: bool = False
     ) -> dict[str, Any]:
         """The TrainingRun object of wire protocol 8.1; `accessible`: of any run that is public."""
-        return await self._object("GET", f"/runs/{_part(run_id)}?accessible={accessible:d}", tenant)
+        return await self._object(
+            "GET", f"/runs/{path_part(run_id)}?accessible={accessible:d}", tenant
+        )
 
     async def list_runs(
         self, tenant: str, *, limit: int, offset: int, project_id: str | None = None
@@ -191,7 +195,7 @@ class RegistryClient:
 
     async def list_run_checkpoints(self, tenant: str, run_id: str) -> dict[str, Any]:
         """All of them; of another tenant's run those that are published."""
-        return await self._object("GET", f"/runs/{_part(run_id)}/checkpoints", tenant)
+        return await self._object("GET", f"/runs/{path_part(run_id)}/checkpoints", tenant)
 
     async def list_checkpoints(
         self, tenant: str, *, limit: int, offset: int, external: bool = True
@@ -249,11 +253,11 @@ class RegistryClient:
 
     async def keep_last(self, tenant: str, run_id: str) -> dict[str, Any]:
         """How many checkpoints of each kind the run keeps; 0: all."""
-        return await self._object("GET", f"/runs/{_part(run_id)}/keep_last", tenant)
+        return await self._object("GET", f"/runs/{path_part(run_id)}/keep_last", tenant)
 
     async def set_keep_last(self, tenant: str, run_id: str, keep_last: int | None) -> None:
         """None: what the configuration says."""
-        path = f"/runs/{_part(run_id)}/keep_last"
+        path = f"/runs/{path_part(run_id)}/keep_last"
         await self._call("PUT", path, tenant, {"keep_last": keep_last})
 
     # --- uploads ----------------------------------------------------------------------------------
@@ -264,14 +268,14 @@ class RegistryClient:
 
     async def upload(self, tenant: str, upload_id: str) -> tuple[UploadRecord, list[str]]:
         """What was announced; and the paths of its checkpoints once it has come."""
-        answer = await self._object("GET", f"/uploads/{_part(upload_id)}", tenant)
+        answer = await self._object("GET", f"/uploads/{path_part(upload_id)}", tenant)
         return UploadRecord.model_validate(answer["upload"]), answer["paths"]
 
     async def adopt_upload(
         self, tenant: str, upload_id: str, switches: Mapping[str, bool]
     ) -> list[str]:
         """The paths of the checkpoints that its files, which are stored, now are."""
-        path = f"/uploads/{_part(upload_id)}/adopt"
+        path = f"/uploads/{path_part(upload_id)}/adopt"
         answer = await self._object("POST", path, tenant, switches)
         paths: list[str] = answer["paths"]
         return paths
@@ -296,7 +300,7 @@ class RegistryClient:
         return await self._record(SamplerRecord, "POST", "/samplers", tenant, body)
 
     async def get_sampler(self, tenant: str, sampling_session_id: str) -> SamplerRecord:
-        path = f"/samplers/{_part(sampling_session_id)}"
+        path = f"/samplers/{path_part(sampling_session_id)}"
         return await self._record(SamplerRecord, "GET", path, tenant)
 
     async def admin(
@@ -368,7 +372,7 @@ def _error(status: int, body: bytes) -> LuthierError:
 _MAX_NAME_CHARS = 256
 
 
-def _part(text: str) -> str:
+def path_part(text: str) -> str:
     """One part of a path, whatever a client put into it.
 
     NotFound for what would walk the path, and for what is too long to be a name: the registry could
@@ -380,7 +384,7 @@ def _part(text: str) -> str:
 
 
 def _checkpoint(run_id: str, kind: str, name: str) -> str:
-    return f"/runs/{_part(run_id)}/checkpoints/{_part(kind)}/{_part(name)}"
+    return f"/runs/{path_part(run_id)}/checkpoints/{path_part(kind)}/{path_part(name)}"
 
 
 def _page(limit: int, offset: int) -> str:

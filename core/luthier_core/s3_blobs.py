@@ -159,12 +159,9 @@ class S3Blobs:
                 raise
 
         headers = {"Content-Length": str(num_bytes)}
-        try:
-            await self._send("PUT", check_key(key), {200}, data=body, headers=headers)
-        except Unavailable:
-            if failures:
-                raise failures[-1] from None
-            raise
+        await self._send(
+            "PUT", check_key(key), {200}, data=body, headers=headers, failures=failures
+        )
 
     async def size(self, key: str) -> int | None:
         info = await self.head(key)
@@ -236,8 +233,12 @@ class S3Blobs:
         *,
         data: bytes | Pieces | None = None,
         headers: Mapping[str, str] | None = None,
+        failures: Sequence[Exception] = (),
     ) -> _Reply:
-        """One request with retries; Unavailable once they are used up or the answer is no."""
+        """One request with retries; Unavailable once they are used up or the answer is no.
+
+        What `data` raises it adds to `failures`: that is raised, and nothing is tried again.
+        """
         problem = ""
         num_sent = 0
 
@@ -267,6 +268,8 @@ class S3Blobs:
                         break
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 problem = repr(error)
+            if failures:
+                raise failures[-1]
         log.error("object store: %s %s %s", method, key, problem)
         raise Unavailable("the object store does not answer as it should")
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from luthier_core import tracing
 from luthier_core.blobs import Blobs, open_blobs
 from luthier_core.config import Config, ModelConfig, load_config
-from luthier_core.errors import ConfigError
+from luthier_core.errors import ConfigError, Unavailable
 from luthier_core.generation import Generation
 from luthier_core.lifecycle import WorkerLease, run_service, service_lifetime
 from luthier_core.oplog import Oplog, connect
@@ -26,6 +27,8 @@ T = TypeVar("T")
 Environ = Mapping[str, str]
 
 CONFIRM_S = 1.0
+STORE_START_S = 60.0
+"""So long a worker that starts waits for an object store that does not answer."""
 EXIT_REFUSED = 2
 """The configuration or the machine does not allow a start; one line on standard error says why."""
 
@@ -39,9 +42,9 @@ def service_main(
 ) -> int:
     """Run a service that needs its configuration only; the exit code."""
     arguments = service_parser(role).parse_args(argv)
-    setup_logging(arguments.name)
 
     async def run() -> int:
+        setup_logging(arguments.name, environ.get("LUTHIER_LOG_LEVEL", "info"))
         config, ops = load_config(arguments.config, environ), Ops(role)
         tracing.start(role, arguments.name, config.tracing)
         async with serve_ops(arguments.ops, ops):
@@ -85,9 +88,9 @@ def worker_main(
 ) -> int:
     """Run a worker of one base model; the exit code is 1 if another took its name."""
     arguments = worker_parser(role).parse_args(argv)
-    setup_logging(arguments.name)
 
     async def run() -> int:
+        setup_logging(arguments.name, environ.get("LUTHIER_LOG_LEVEL", "info"))
         config = load_config(arguments.config, environ)
         model = config.model(arguments.model)
         tracing.start(role, arguments.name, config.tracing)
@@ -115,7 +118,7 @@ async def _open_worker(
         await check_server(client, allow_volatile=config.allow_volatile_redis)
         oplog = Oplog(client)
         blobs = await stack.enter_async_context(open_blobs(config))
-        await check_store(blobs, config)
+        await _check_store(blobs, config, stop)
         await _confirmed(Generation(client, blobs), stop)
         await oplog.load_library()
         lease = WorkerLease(oplog, name, role=role, base_model=model.name, lease_s=settings.lease_s)
@@ -130,10 +133,31 @@ async def _worker_readiness(lease: WorkerLease) -> str:
 
 async def _confirmed(generation: Generation, stop: asyncio.Event) -> None:
     """Returns once this Redis is the one that the store knows, or at a stop."""
-    while not (stop.is_set() or await generation.is_confirmed()):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CONFIRM_S):
-                await stop.wait()
+    while not stop.is_set():
+        with contextlib.suppress(Unavailable):
+            if await generation.is_confirmed():
+                return
+        await _pause(stop)
+
+
+async def _check_store(blobs: Blobs, config: Config, stop: asyncio.Event) -> None:
+    """check_store once the store answers, unless there is a stop. ConfigError if it never does."""
+    give_up_at = time.monotonic() + STORE_START_S
+    while not stop.is_set():
+        try:
+            return await check_store(blobs, config)
+        except Unavailable:
+            if time.monotonic() > give_up_at:
+                raise ConfigError(
+                    f"store_url {config.store_url}: no answer for {STORE_START_S:g} s"
+                ) from None
+        await _pause(stop)
+
+
+async def _pause(stop: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CONFIRM_S):
+            await stop.wait()
 
 
 def service_parser(role: str) -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ def request_span(name: str, traceparent: str) -> Iterator[None]:
         return
     from opentelemetry.trace import SpanKind
 
-    with _tracer.start_as_current_span(name, context=_context(traceparent), kind=SpanKind.SERVER):
+    with _span(name, traceparent, kind=SpanKind.SERVER):
         yield
 
 
@@ -57,8 +57,27 @@ def work_span(name: str, carrier: str, **attributes: str | int) -> Iterator[None
     if _tracer is None or not carrier:
         yield
         return
-    with _tracer.start_as_current_span(name, context=_context(carrier), attributes=attributes):
+    with _span(name, carrier, attributes=attributes):
         yield
+
+
+@contextlib.contextmanager
+def _span(name: str, parent: str, **options: Any) -> Iterator[None]:
+    """A span around the block; of an error it has the class: what it says may be a user's text."""
+    from opentelemetry.trace import StatusCode
+
+    with _tracer.start_as_current_span(
+        name,
+        context=_context(parent),
+        record_exception=False,
+        set_status_on_exception=False,
+        **options,
+    ) as span:
+        try:
+            yield
+        except Exception as error:
+            span.set_status(StatusCode.ERROR, type(error).__name__)
+            raise
 
 
 def carried() -> str:

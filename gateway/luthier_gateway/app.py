@@ -142,7 +142,10 @@ def build_app(config: Config) -> web.Application:
     app = web.Application(
         middlewares=[observing.observe, hold_failed_polls, answer_errors, authenticate],
         client_max_size=config.gateway.max_body_bytes,
-        handler_args={"auto_decompress": False},  # web_io does it, within tighter limits
+        handler_args={
+            "auto_decompress": False,  # web_io does it, within tighter limits
+            "keepalive_timeout": config.gateway.idle_connection_s,
+        },
     )
     app.add_routes(routes())
     access.check_rules(route for route in routes() if needs_key(route.path))

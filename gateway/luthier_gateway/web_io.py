@@ -15,6 +15,7 @@ from luthier_core.errors import (
     Unreadable,
     Unsupported,
 )
+from luthier_core.redaction import redact
 from luthier_gateway.decompress import ENCODINGS, PIECE_BYTES, Decompressor
 
 PROTOBUF = "application/x-protobuf"
@@ -26,6 +27,8 @@ HEAD_BYTES = 64 * 1024
 TAIL_BYTES = 4 * 1024
 """And this much of its end, where SDKs that send JSON write them."""
 MAX_COMPRESSED_BYTES = 16 * 1024 * 1024
+BODY_S = 300.0
+"""A body may take this long to come."""
 MAX_DRAIN = 4
 """An over-size body is read on to its end, up to this many times its limit."""
 
@@ -48,8 +51,16 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     """The decompressed body.
 
     OversizeBody beyond max_bytes, or beyond MAX_COMPRESSED_BYTES as it came; Unreadable if it is
-    damaged on the way.
+    damaged on the way, or too long on it.
     """
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await _read_body(request, max_bytes)
+    except TimeoutError:
+        raise Unreadable(f"the body took longer than {BODY_S:g} s to come") from None
+
+
+async def _read_body(request: web.Request, max_bytes: int) -> bytes:
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", *ENCODINGS):
         raise Unsupported(f"Content-Encoding: {encoding[:50]!r}; send one of {list(ENCODINGS)}")
@@ -143,7 +154,7 @@ def json_response(value: dict[str, Any], status: int = 200) -> web.Response:
 def error_response(error: LuthierError) -> web.Response:
     """`{"detail": sentence}`: never an empty body, which the SDK takes for a broken connection."""
     response = json_response(
-        {"detail": error.message, "category": error.category}, status=error.status
+        {"detail": redact(error.message), "category": error.category}, status=error.status
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)

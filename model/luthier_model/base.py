@@ -6,6 +6,7 @@ Dimensions: T packed tokens, D hidden size, M rows whose logits are wanted, V vo
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAtte
 from luthier_model.experts import MultiLoRAExperts, is_fused_experts
 from luthier_model.lora import TARGETS, LoraShape, MultiLoRALinear, Routing, Segment
 
+_CODE = {".py", ".pyc", ".so"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -129,6 +131,7 @@ def load_base_model(
     read and no code of the folder is run. ConfigError says in one line what is wrong with it.
     """
     _check_folder(Path(path))
+    _check_shards(Path(path))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -146,7 +149,7 @@ def load_base_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"model {name}: {path} cannot be loaded: {first_line}") from error
     # transformers would only warn, and go on with random numbers in their place.
@@ -167,6 +170,7 @@ def describe_base_model(name: str, path: Path | str) -> tuple[ModelFacts, dict[s
     ConfigError says in one line what is wrong with the folder.
     """
     _check_folder(Path(path))
+    _check_shards(Path(path))
     try:
         config = AutoConfig.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
@@ -187,12 +191,38 @@ def describe_base_model(name: str, path: Path | str) -> tuple[ModelFacts, dict[s
 
 
 def _check_folder(path: Path) -> None:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a model folder: config.json: {error}") from error
-    if not isinstance(config, dict) or "auto_map" in config:
-        raise ConfigError(f"{path}: config.json asks to run code of its own (auto_map): refused")
+    """Refuse code: transformers has run some even when it was told not to (reliability S8)."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is not a model folder: config.json is missing")
+    if (path / "adapter_config.json").exists():  # it names the folder that would be loaded instead
+        raise ConfigError(f"{path} is an adapter, not a model: adapter_config.json is there")
+    for file in path.glob("*config.json"):
+        try:
+            config = json.loads(file.read_text(), object_hook=_without_code)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not a model folder: {file.name}: {error}") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{path} is not a model folder: {file.name} is no object")
+    if code := next((file for file in path.rglob("*") if file.suffix in _CODE), None):
+        raise ConfigError(f"{path}: {code.relative_to(path)} is code of its own: refused")
+
+
+def _check_shards(path: Path) -> None:
+    """Of several files each is read by its ending: another than this one is unpickled (S6)."""
+    for index in path.glob("*.index.json"):
+        try:
+            shards = json.loads(index.read_text())["weight_map"].values()
+            wrong = next((s for s in shards if not re.fullmatch(r"[\w.-]+\.safetensors", s)), None)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a model folder: {index.name}: {error!r}") from error
+        if wrong is not None:
+            raise ConfigError(f"{path}: {index.name}: {wrong!r} is no safetensors file beside it")
+
+
+def _without_code(part: dict[str, Any]) -> dict[str, Any]:
+    if "auto_map" in part:
+        raise ValueError("asks to run code of its own (auto_map): refused")
+    return part
 
 
 def _wrap_linears(module: nn.Module, routing: Routing) -> None:

@@ -105,11 +105,18 @@ def save_tiny_model(folder: Path) -> None:
 
 @contextlib.contextmanager
 def running_gateway_stack(
-    folder: Path, *, max_body_bytes: int = MAX_BODY_BYTES, otlp_endpoint: str = ""
+    folder: Path,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    otlp_endpoint: str = "",
+    store_url: str = "",
 ) -> Iterator[GatewayStack]:
-    """All parts, ready; `folder` must have a short path, for the sockets in it."""
+    """All parts, ready; `folder` must have a short path, for the sockets in it.
+
+    On a store in S3 the environment must have its keys; else the store is in `folder`.
+    """
     with running_valkey() as redis_url:
-        config = configure(folder, redis_url, max_body_bytes, otlp_endpoint)
+        config = configure(folder, redis_url, max_body_bytes, otlp_endpoint, store_url=store_url)
         with running_services(folder, config) as stack:
             yield stack
 
@@ -127,7 +134,7 @@ def another_sampler(stack: GatewayStack, name: str) -> Iterator[subprocess.Popen
 @contextlib.contextmanager
 def running_services(folder: Path, config: Config) -> Iterator[GatewayStack]:
     """Every part on a Redis that is there, ready; `folder` holds the configuration."""
-    ops = {role: f"127.0.0.1:{_free_port()}" for role in ROLES}
+    ops = {role: f"127.0.0.1:{free_port()}" for role in ROLES}
     stack = GatewayStack(
         config,
         f"http://127.0.0.1:{config.gateway.port}",
@@ -152,6 +159,7 @@ def configure(
     otlp_endpoint: str = "",
     *,
     store_keys: bool = True,
+    store_url: str = "",
 ) -> Config:
     """Writes the configuration, the secret, the model and the records of the API keys."""
     save_tiny_model(folder / "model")
@@ -159,12 +167,14 @@ def configure(
     (folder / "secret").write_text(secret.hex())
     config = Config(
         redis_url=redis_url,
-        store_url=f"file://{folder}/objects",
+        store_url=store_url or f"file://{folder}/objects",
+        s3_access_key=os.environ.get("AWS_ACCESS_KEY_ID", ""),
+        s3_secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY", ""),
         registry_url=f"unix://{folder}/registry.sock",
         secret_file=str(folder / "secret"),
         models=(ModelConfig(name=BASE_MODEL, path=str(folder / "model"), dtype="float32"),),
         gateway=GatewayConfig(
-            port=_free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
+            port=free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),
         limits=LIMITS,
         sampler=SamplerConfig(claim_idle_s=CLAIM_IDLE_S),
@@ -239,7 +249,7 @@ def _last_words(folder: Path, role: str) -> str:
     return (folder / f"{role}.log").read_text(errors="replace")[-2000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

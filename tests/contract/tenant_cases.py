@@ -7,9 +7,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from tests.contract.gateway_client import BASE_MODEL
+from tests.contract import adapter_uploads
+from tests.contract.gateway_client import BASE_MODEL, Api
 
 PARAMETER = re.compile(r"\{(\w+)(?::[^}]*)?\}")
 
@@ -244,6 +246,44 @@ def substitutions(method: str, path: str, ids: Mapping[str, str]) -> Iterator[Re
         for other, value in ids.items():
             if other not in (name, "kind", "today", "job"):
                 yield request(method, path, {**ids, name: value})
+
+
+async def one_of_each(owner: Api, org: str, text: str) -> dict[str, str]:
+    """One id of every sort, of things of `org` that are there; where there is text, it is this."""
+    session = await owner.session(user_metadata={"note": text}, project_id="blue")
+    run = await owner.run(session, user_metadata={"note": text})
+    await owner.result(await run.step())
+    await owner.result(await run.send("save_weights", path="x"))
+    sampled = await owner.result(await run.send("save_weights_for_sampler", path="s"))
+    sampler = await owner.sampler(session)
+    sample = await sampler.send()
+    await owner.samples(sample)
+    for path, body in (
+        ("users", {"user_id": "kim", "email": f"{text}@ann.example"}),
+        ("projects", {"project_id": "blue", "name": text}),
+    ):
+        assert (await owner.post(f"admin/orgs/{org}/{path}", body)).status == 200
+    key = (await owner.post(f"admin/orgs/{org}/keys", {"name": text})).json()
+    uploaded = (await adapter_uploads.GOOD.send(owner)).json()
+    return {
+        "session_id": session,
+        "run_id": run.run_id,
+        "sampler_id": sampler.session_id,
+        "request_id": f"{run.run_id}:1",
+        "sample_id": sample,
+        "tinker_path": f"tinker://{run.run_id}/weights/x",
+        "model": sampled["path"],
+        "kind": "weights",
+        "name": "x",
+        "org": org,
+        "user": "kim",
+        "project_id": "blue",
+        "key_id": key["key_id"],
+        "upload_id": uploaded["tinker_path"].removeprefix("tinker://").partition(":")[0],
+        "job": "usage",
+        "trainer": "trainer",
+        "today": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def _template(case: Case) -> str:

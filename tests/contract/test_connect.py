@@ -1,8 +1,13 @@
 """The Redis client that every service uses."""
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
+import tempfile
+from collections import Counter
+from functools import partial
 
 import pytest
 from redis import asyncio as redis
@@ -40,6 +45,56 @@ async def test_a_reply_that_comes_too_late_is_nobody_elses(
         await client.client_pause(300)
         assert await asyncio.gather(client.get("x"), client.get("y")) == [b"of x", b"of y"]
         assert await asyncio.gather(client.get("y"), client.get("x")) == [b"of y", b"of x"]
+
+
+async def test_a_cancelled_call_leaves_its_reply_to_nobody(
+    pytestconfig: pytest.Config,
+) -> None:
+    """Each value is of one tenant; between client and server replies wait a little (S3)."""
+    wanted, rng = pytestconfig.getoption("cancellations"), random.Random(3)
+    seen: Counter[str] = Counter()
+
+    async def call(client: redis.Redis) -> None:
+        while seen["cancelled"] < wanted:
+            tenant = f"tenant-{rng.randrange(1000)}"
+            task = asyncio.create_task(client.get(tenant))
+            for _ in range(rng.randrange(40)):
+                await asyncio.sleep(0)
+            if rng.random() < 0.8:
+                task.cancel()
+            await asyncio.wait({task})
+            kind = "cancelled" if task.cancelled() else "answered"
+            seen[kind if task.cancelled() or task.result() == tenant.encode() else "wrong"] += 1
+
+    with running_valkey() as url, tempfile.TemporaryDirectory(prefix="lu-px-") as folder:
+        async with connect(url) as direct:
+            await direct.mset({f"tenant-{n}": f"tenant-{n}" for n in range(1000)})
+        server = await asyncio.start_unix_server(
+            partial(_delaying, url.removeprefix("unix://"), rng), f"{folder}/s"
+        )
+        async with server, connect(f"unix://{folder}/s") as client:
+            await asyncio.gather(*(call(client) for _ in range(MAX_CONNECTIONS)))
+    assert not seen["wrong"]
+    assert seen["answered"] > wanted / 20
+    print(f"S3: {seen['cancelled']} cancelled, {seen['answered']} answered, 0 wrong")
+
+
+async def _delaying(
+    target: str, rng: random.Random, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Passes bytes both ways, those of the server after a random moment."""
+    server_reader, server_writer = await asyncio.open_unix_connection(target)
+
+    async def pump(
+        source: asyncio.StreamReader, sink: asyncio.StreamWriter, delay_s: float
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65536):
+                await asyncio.sleep(rng.random() * delay_s)
+                sink.write(data)
+        sink.close()
+
+    await asyncio.gather(pump(reader, server_writer, 0), pump(server_reader, writer, 0.002))
 
 
 async def test_a_call_under_way_gives_up_with_the_server_after_the_tries_of_one_call(

@@ -2,8 +2,10 @@
 
 import io
 import json
+import random
 import tarfile
 import time
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -166,39 +168,62 @@ async def test_a_link_can_be_read_in_ranges(links: dict[str, str]):
 
 
 async def test_a_link_opens_nothing_else_and_nothing_after_its_time(
-    links: dict[str, str], gateway_stack: GatewayStack
+    api: Api,
+    links: dict[str, str],
+    gateway_stack: GatewayStack,
+    second_gateway: Callable[..., Any],
 ):
+    """Reliability S10: 100 tries in 10 classes, and no byte of an object."""
+    rng = random.Random(10)
     url, other = links.values()
     parts = urlsplit(url)
     query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    expires, signature = int(query["expires"]), query["signature"]
     root = Path(gateway_stack.config.store_url.removeprefix("file://"))
-    past = DiskBlobs(root, "", gateway_stack.config.secret(), clock=lambda: 1000.0)
     base = f"{parts.scheme}://{parts.netloc}"
-    key = unquote(parts.path).removeprefix("/api/v1/files/")
-    wrong = [
-        base + parts.path,
-        f"{base}{parts.path}?expires={int(query['expires']) + 1}&signature={query['signature']}",
-        f"{base}{parts.path}?expires=x&signature={query['signature']}",
-        f"{base}{parts.path}?expires={'9' * 20}&signature={query['signature']}",
-        f"{base}{parts.path}?expires={query['expires']}&signature={'0' * 64}",
-        f"{base}{urlsplit(other).path}?{parts.query}",
-        f"{base}/api/v1/files/keys/x.json?{parts.query}",
-        f"{base}/api/v1/files/../secret?{parts.query}",
-        f"{base}/api/v1/files/%2e%2e/secret?{parts.query}",
-        base + past.signed_url(key, 60),
-    ]
+    path, key = parts.path, unquote(parts.path).removeprefix("/api/v1/files/")
+    deleted = await save(await api.run())
+    gone = (await archive(api, url_of(deleted, "/archive"))).headers["Location"]
+    assert (await api.call("DELETE", url_of(deleted))).status == 200
+    rotated = (await second_gateway(link_secret_key="another")).url
+
+    def signed(secret: bytes, now: float) -> str:
+        return base + DiskBlobs(root, "", secret, clock=lambda: now).signed_url(key, 60)
+
+    def at(time: object, sign: str) -> str:
+        return f"{base}{path}?expires={time}&signature={sign}"
+
+    def of(other_path: str) -> str:
+        return f"{base}{other_path}?{parts.query}"
+
+    outside = ["../secret", "%2e%2e/secret", "t/%2e%2e/../secret", "keys/x.json"]
+    secret, now = gateway_stack.config.secret(), time.time()
+    classes: dict[str, Callable[[], str]] = {
+        "expired": lambda: signed(secret, now - rng.uniform(61, 1e6)),
+        "another time": lambda: at(expires + rng.randint(1, 10**6), signature),
+        "no time": lambda: at(rng.choice(["", "x", "-1", "9" * 20]), signature),
+        "another signature": lambda: at(expires, rng.randbytes(32).hex()),
+        "half a signature": lambda: at(expires, signature[: rng.randrange(64)]),
+        "another secret": lambda: signed(rng.randbytes(32), now),
+        "another object": lambda: of(urlsplit(other).path),
+        "out of the folder": lambda: of(f"/api/v1/files/{rng.choice(outside)}"),
+        "another method": lambda: url,
+        "deleted or rotated": lambda: rng.choice([gone, rotated + url.removeprefix(base)]),
+    }
     details = set()
-    for attempt in wrong:
-        answer = await fetch(attempt)
-        assert answer.status in (401, 403, 404), attempt
-        assert b"lora" not in answer.body
-        if answer.status == 403:
-            details.add(answer.detail)
-    assert len(details) == 1
     async with aiohttp.ClientSession() as http:
-        for method in ("HEAD", "PUT", "DELETE", "POST"):
-            async with http.request(method, url) as response:
-                assert response.status == 405, method
+        for name, make in classes.items():
+            methods = ["HEAD", "PUT", "DELETE", "POST"] if name == "another method" else ["GET"]
+            for _ in range(10):
+                attempt, headers = make(), rng.choice([{}, {"Range": "bytes=0-9"}])
+                async with http.request(rng.choice(methods), attempt, headers=headers) as response:
+                    body = await response.read()
+                assert response.status in (401, 403, 404, 405), (name, attempt)
+                assert not body or body.startswith(b'{"detail"'), (name, attempt)
+                if response.status == 403:
+                    details.add(body)
+    assert len(details) == 1
+    print(f"S10: {10 * len(classes)} tries in {len(classes)} classes, 0 bytes")
 
 
 async def test_a_link_to_a_deleted_object_tells_nothing(api: Api):

@@ -1,17 +1,43 @@
 """Adapters made elsewhere over HTTP: adopted as checkpoints, or refused with nothing stored."""
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.contract.adapter_uploads import CONFIG, GOOD, HOSTILE, MODULE, RANK, hostile, weights
 from tests.contract.gateway_client import Api, Run, datum, logprobs_of
-from tests.contract.gateway_stack import GatewayStack
+from tests.contract.gateway_stack import GatewayStack, running_gateway_stack
+from tests.stores.rgw import ACCESS_KEY, SECRET_KEY
 
 from luthier_core import keys
 from luthier_core.blobs import open_blobs
 
 NUM_HOSTILE = 140
 MIN_SHARE = 0.05
+
+
+@pytest.fixture(scope="module")
+def s3_stack(s3_endpoint: str) -> Iterator[GatewayStack]:
+    with (
+        pytest.MonkeyPatch.context() as environ,
+        tempfile.TemporaryDirectory(prefix="lu-up-") as folder,
+    ):
+        environ.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        environ.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        store_url = f"s3+http://{s3_endpoint}/luthier"
+        with running_gateway_stack(Path(folder), store_url=store_url) as stack:
+            yield stack
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def gateway_stack(request: pytest.FixtureRequest, gateway_stack: GatewayStack) -> GatewayStack:
+    """On S3 too: a store that has got every byte may keep what is then refused."""
+    if request.param == "disk":
+        return gateway_stack
+    stack: GatewayStack = request.getfixturevalue("s3_stack")
+    return stack
 
 
 async def uploaded(api: Api) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.contract.gateway_client import Api
+from tests.contract.gateway_client import BASE_MODEL, Api, Run
 from tests.contract.gateway_stack import GatewayStack
 
 from luthier_core import keys
 from luthier_core.auth import key_hmac, key_id
 from luthier_core.blobs import open_blobs
+from luthier_core.config import PriceConfig
 from luthier_core.records import ApiKeyRecord, Limits, OrgRecord
 
 DAY = timedelta(days=1)
@@ -51,6 +52,15 @@ async def run_job(api: Api, name: str) -> None:
     answer = await api.post(f"admin/jobs/{name}")
     assert answer.status == 200, answer
     assert "error" not in answer.json()
+
+
+async def refusal(run: Run) -> str:
+    """The message with which training fails, once its tenant's use is known."""
+    for _ in range(1000):  # what is known of it is a second old at most
+        outcome = (await run.api.outcome(await run.forward_backward())).json_or_none()
+        if outcome is not None:
+            return str(outcome["error"])
+    raise AssertionError("nothing is refused")
 
 
 def today() -> str:
@@ -181,18 +191,30 @@ async def test_beyond_the_tokens_of_a_day_training_fails_with_the_reason_and_sam
     await api.training_output(await run.forward_backward())
     await sampler.sample()
     await run_job(api, "usage")
-    message = ""
-    for _ in range(1000):  # what is known of a tenant's use is a second old at most
-        outcome = (await api.outcome(await run.forward_backward())).json_or_none()
-        if outcome is not None:
-            message = outcome["error"]
-            break
-    assert "the limit is 3" in message
+    assert "the limit is 3" in await refusal(run)
     refused = await sampler.post()
     assert refused.status == 429
     assert "the limit is 1" in refused.detail
     # The run goes on: nothing waits for the seq that was refused.
     await api.result(await run.send("save_weights", path="after"))
+
+
+@pytest.mark.parametrize("of_key", [False, True])
+async def test_beyond_the_money_of_a_month_training_and_sampling_are_refused(
+    member: Member, second_gateway: Callable[..., Any], http: aiohttp.ClientSession, of_key: bool
+):
+    a_dollar = dict.fromkeys(("train", "prefill", "cached", "sample"), 1e6)  # each token
+    prices = (PriceConfig(model=BASE_MODEL, **a_dollar),)
+    first = await member({"usd_per_month": 2.5}, of_key=of_key)
+    gateway = await second_gateway(prices=prices)
+    api = Api(http, gateway.url, f"tml-{first.org}")  # type: ignore[attr-defined]
+    session = await api.session()
+    run, sampler = await api.run(session), await api.sampler(session)
+    await api.training_output(await run.forward_backward())
+    await run_job(api, "usage")
+    assert "USD were spent this month (UTC); the limit is 2.5" in await refusal(run)
+    refused = await sampler.post()
+    assert (refused.status, "the limit is 2.5" in refused.detail) == (429, True)
 
 
 async def test_beyond_the_stored_bytes_a_save_fails_with_the_reason(member: Member):

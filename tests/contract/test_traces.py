@@ -14,6 +14,7 @@ from tests.contract.gateway_stack import KEYS, GatewayStack, running_gateway_sta
 
 import luthier
 from luthier import types
+from luthier_core import tracing
 
 pytest.importorskip("opentelemetry.sdk.trace", reason="the extra `tracing` is not installed")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
@@ -27,6 +28,7 @@ class Collector(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.spans: list[tuple[str, str, str]] = []
         """(trace id, service, name)"""
+        self.bodies: list[bytes] = []
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -52,6 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
+        self.server.bodies.append(body)
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
             service = next(
                 a.value.string_value
@@ -142,3 +145,20 @@ def _until_has(collector: Collector, trace_id: str, wanted: set[tuple[str, str]]
     while not wanted <= collector.names(trace_id):
         assert time.monotonic() < deadline, wanted - collector.names(trace_id)
         time.sleep(0.05)  # spans are sent once a second
+
+
+def test_a_span_tells_the_class_of_an_error_and_not_its_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    provider, kept = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(kept))
+    monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("luthier"))
+    with pytest.raises(ValueError, match="prompt"), tracing.request_span("POST /x", ""):
+        raise ValueError("a user's prompt")
+    (span,) = kept.get_finished_spans()
+    assert span.status.description == "ValueError"
+    assert "prompt" not in span.to_json()

@@ -1,4 +1,4 @@
-"""What is malicious is refused, class by class; every guard is needed (reliability S4 to S7)."""
+"""What is malicious is refused, class by class; every guard is needed (reliability S4 to S8)."""
 
 from dataclasses import replace
 
@@ -6,11 +6,14 @@ import pytest
 from tests.malicious.bombs import BOMBS
 from tests.malicious.datums import DATUMS
 from tests.malicious.harness import Family
+from tests.malicious.model_folders import MODEL_FOLDERS
 from tests.malicious.names import NAMES
 from tests.malicious.payloads import PAYLOADS
 from tests.malicious.tensor_files import FILES
 
-FAMILIES = {family.name: family for family in (BOMBS, DATUMS, NAMES, PAYLOADS, FILES)}
+FAMILIES = {
+    family.name: family for family in (BOMBS, DATUMS, NAMES, PAYLOADS, FILES, MODEL_FOLDERS)
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -67,7 +67,9 @@ class FaultyProxy:
             ) as answer,
         ):
             body = await answer.read()
-            kept = {k: v for k, v in answer.headers.items() if k.lower() not in HOP_BY_HOP}
+            # The length of what a HEAD is about is all there is of it.
+            dropped = HOP_BY_HOP - ({"content-length"} if request.method == "HEAD" else set())
+            kept = {k: v for k, v in answer.headers.items() if k.lower() not in dropped}
             return web.Response(status=answer.status, body=body, headers=kept)
 
     def _hang_up(self, request: web.Request) -> web.Response:
@@ -80,9 +82,9 @@ SOON = {"Retry-After": "0.05"}
 
 
 @contextlib.contextmanager
-def running_proxy(target: str, faults: Sequence[str]) -> Iterator[FaultyProxy]:
-    """A proxy on a thread of its own."""
-    proxy, ready = FaultyProxy(target, faults), threading.Event()
+def running_proxy(proxy: FaultyProxy) -> Iterator[FaultyProxy]:
+    """The proxy on a thread of its own."""
+    ready = threading.Event()
     stop: list[Callable[[], object]] = []
 
     async def serve() -> None:

@@ -235,3 +235,39 @@ def test_the_key_in_use_is_named_and_makes_others(
 def test_usage_is_shown_by_model(training: luthier.TrainingClient) -> None:
     assert "data" in run_json("usage")
     assert "kind" in run("usage", "--days", "1")
+
+
+def test_an_operator_administers_a_deployment(
+    training: luthier.TrainingClient, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_ADMIN_KEY", (stack.data / "admin-key").read_text().strip())
+    limited = ("--limit", "usd_per_month=5", "--limit", "requests_per_s=100")
+    assert run_json("admin", "org", "create", "acme", *limited)["limits"]["usd_per_month"] == 5
+    assert "acme" in run("admin", "org", "list")
+    lifted = run_json("admin", "org", "set", "acme", "--no-limits")["limits"]
+    assert set(lifted.values()) == {None}
+    assert "NAME=NUMBER" in run("admin", "org", "set", "acme", "--limit", "x", code=1)
+    run("admin", "project", "create", "acme", "blue")
+    assert "blue" in run("admin", "project", "list", "acme")
+    run("admin", "user", "create", "acme", "kim", "kim@acme.example")
+    assert "kim" in run("admin", "user", "list", "acme")
+    wanted = ("--scope", "read", "--project", "blue", "--user", "kim", "--days", "1")
+    key = run_json("admin", "key", "create", "acme", *wanted)
+    assert key["key"].startswith("tml-")
+    monkeypatch.setenv("TINKER_API_KEY", key["key"])
+    assert run_json("run", "list")["training_runs"] == []
+    run("admin", "key", "revoke", "acme", key["key_id"])
+    assert run("run", "list", code=1).startswith("luthier: 401")
+    assert key["key_id"] in run("admin", "key", "list", "acme")
+    assert run_json("admin", "user", "delete", "acme", "kim")["num_revoked_keys"] == 0
+    inputs = {"target_tokens": [2, 3, 4], "weights": [1.0, 1.0, 1.0]}
+    datum = luthier.types.Datum(luthier.types.ModelInput.from_ints([1, 2, 3]), inputs)
+    training.forward_backward([datum], "cross_entropy").result()
+    assert "error" not in run_json("admin", "jobs", "--run", "usage")
+    assert "sweep" in run("admin", "jobs")
+    assert run("admin", "usage", "ann", "--by", "run", "--csv").startswith("run,")
+    assert {"models"} <= run_json("admin", "queues").keys()
+    assert "no other trainer" in run("admin", "move-run", training.model_id, code=1)
+    assert "the only trainer" in run("admin", "drain", "trainer-0", code=1)
+    run("admin", "rebuild-index")
+    assert run_json("admin", "audit-check", "acme")["intact"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.acceptance.stack import ANSWER_S, Stack, wait_until
 from tests.sdk.conftest import BASE_MODEL, KEYS
-from tests.sdk.faulty_proxy import FAULTS, running_proxy
+from tests.sdk.faulty_proxy import FAULTS, FaultyProxy, running_proxy
 
 import luthier
 from luthier import types
@@ -53,7 +53,7 @@ def test_a_bad_network_changes_nothing_but_the_time(
     monkeypatch.setattr("luthier.polling.WORDLESS_BACKOFF_S", 0.02)
     expected = train_and_sample(service)
     with (
-        running_proxy(stack.url, FAULTS[network]) as proxy,
+        running_proxy(FaultyProxy(stack.url, FAULTS[network])) as proxy,
         luthier.ServiceClient(base_url=proxy.url, api_key=KEYS["ann"]) as behind,
     ):
         assert train_and_sample(behind) == expected

@@ -25,6 +25,12 @@ async def saved(stack: Stack, **changes: Any) -> tuple[RunRecord, CheckpointReco
     return run, await stack.save(run, **{"files": FILES, **changes})
 
 
+async def damage(stack: Stack, checkpoint: CheckpointRecord, name: str) -> None:
+    """Other bytes of the same length in one of its files."""
+    file = (await read_manifest(stack.blobs, checkpoint.manifest_key)).files[name]
+    await stack.blobs.put(file.key, bytes(file.num_bytes))
+
+
 async def listed(stack: Stack, run: RunRecord, tenant: str = "ann") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]]
     rows = (await stack.client.list_run_checkpoints(tenant, run.run_id))["checkpoints"]
@@ -157,9 +163,7 @@ async def test_an_archive_holds_the_peft_files_and_is_made_once(stack: Stack) ->
 
 async def test_files_that_have_changed_make_no_archive(stack: Stack) -> None:
     run, checkpoint = await saved(stack)
-    manifest = await read_manifest(stack.blobs, checkpoint.manifest_key)
-    file = manifest.files["adapter_model.safetensors"]
-    await stack.blobs.put(file.key, bytes(file.num_bytes))
+    await damage(stack, checkpoint, "adapter_model.safetensors")
     with pytest.raises(CheckpointDamaged, match="sha256"):
         await stack.client.archive("ann", run.run_id, "weights", "x")
     assert [i.key async for i in stack.blobs.list(keys.archive("ann", "")[:-4])] == []
@@ -248,6 +252,15 @@ async def test_another_tenants_weights_are_copied_with_its_files_or_not_at_all(
     copy = await stack.client.resolve("bob", path)
     assert await read_files(stack.blobs, copy.manifest_key) == FILES
     assert copy.size_bytes == sum(map(len, FILES.values()))
+
+
+async def test_a_copy_of_a_file_that_has_changed_stores_nothing(stack: Stack) -> None:
+    _, checkpoint = await saved(stack)
+    await damage(stack, checkpoint, "optimizer.safetensors")
+    with pytest.raises(CheckpointDamaged, match="sha256"):
+        await copied(stack, checkpoint.tinker_path, "bob", access_tenant="ann")
+    stored = [info.key async for info in stack.blobs.list("t/bob/")]
+    assert not [key for key in stored if key.endswith("optimizer.safetensors") or "/man/" in key]
 
 
 async def test_a_run_begins_from_weights_that_another_tenant_allows_to_read(stack: Stack) -> None:

@@ -5,6 +5,7 @@ from tests.unit.test_registry_housekeeping import committed, has_org, job, table
 
 from luthier_core import keys
 from luthier_core.generation import Generation
+from luthier_core.listing import Listing
 from luthier_core.oplog import Oplog
 from luthier_core.protocol import Head, SnapshotRef
 
@@ -52,6 +53,23 @@ async def test_lists_and_sums_are_the_same_after_redis_was_wiped(stack: Stack) -
     assert await job(stack, "generation") == {"rebuilt": 0}
     await job(stack, "usage")
     assert await lists(stack, run.run_id) == before
+
+
+async def test_rows_that_a_restarted_redis_has_lost_are_listed_again(stack: Stack) -> None:
+    await has_org(stack)
+    run = await stack.run()
+    await job(stack, "generation")
+    await stack.save(run, name="lost", seq=1)
+    listed = await lists(stack, run.run_id)
+    # As after a rollback: another process, and what was written last is gone.
+    await stack.valkey.set(keys.LISTED_SINCE, "the process before")
+    await Listing(stack.valkey, "ann").remove_checkpoint(run.run_id, "weights", "lost")
+    assert await lists(stack, run.run_id) != listed
+    header = await stack.valkey.hgetall(keys.run_header(run.run_id))
+    assert (await job(stack, "generation"))["rebuilt"] > 0
+    assert await lists(stack, run.run_id) == listed
+    assert await stack.valkey.hgetall(keys.run_header(run.run_id)) == header
+    assert await job(stack, "generation") == {"rebuilt": 0}
 
 
 async def test_a_run_goes_on_from_its_snapshot_and_its_old_owner_is_fenced(stack: Stack) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from luthier_core.errors import LuthierError, NotFound, TooManyRequests, Unauthorized
+from luthier_core.redaction import redact
 from luthier_gateway.web_io import json_response
 
 _FIELD = re.compile(r"([a-z_]+)[.:=\[]")
@@ -23,7 +24,7 @@ def error_object(error: LuthierError) -> dict[str, Any]:
     field = None if is_ours else _FIELD.match(error.detail)
     return {
         "error": {
-            "message": error.message,
+            "message": redact(error.message),
             "type": "server_error" if is_ours else "invalid_request_error",
             # Every detail about a field begins with its name.
             "param": field[1] if field else None,

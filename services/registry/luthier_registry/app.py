@@ -28,9 +28,9 @@ from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, connect
 from luthier_core.registry_client import MAX_BODY_BYTES
 from luthier_core.usage import Prices
-from luthier_registry import admin_calls, checkpoint_calls, usage_calls
+from luthier_registry import admin_calls, checkpoint_calls, move_calls, usage_calls
 from luthier_registry.audit import Audit
-from luthier_registry.audited import TENANT_OF_EVENT, record_event
+from luthier_registry.audited import record_event
 from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
@@ -60,9 +60,11 @@ from luthier_registry.web_io import (
     IDENTITIES,
     JOBS,
     OBSERVER,
+    OPLOG,
     RETENTION,
     SESSIONS,
     STORE,
+    TENANT_OF_EVENT,
     TRACES,
     UPLOADS,
     USAGE,
@@ -114,6 +116,7 @@ def build_app(
             *checkpoint_calls.routes(),
             *admin_calls.routes(),
             *usage_calls.routes(),
+            *move_calls.routes(),
             web.post("/samplers", create_sampler),
             web.get("/samplers/{sampler}", get_sampler),
         ]
@@ -149,7 +152,8 @@ def build_app(
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
             app[TRACES] = Traces(blobs, client, sessions, app[USAGE], builds, clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
-            app[OBSERVER] = Observer(Oplog(client), jobs, config.model_names, clock=now)
+            oplog = app[OPLOG] = Oplog(client)
+            app[OBSERVER] = Observer(oplog, jobs, config.model_names, clock=now)
             async with contextlib.AsyncExitStack() as running:
                 if keeps_house and config.housekeeping.runner == "registry":
                     keeping = asyncio.create_task(jobs.keep_running())

@@ -7,14 +7,13 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from luthier_core.errors import LuthierError
+from luthier_core.redaction import redact
 from luthier_core.registry_client import TENANT_HEADER
-from luthier_registry import admin_calls, checkpoint_calls
-from luthier_registry.web_io import AUDIT, DETAILS, actor_of, tenant_of
+from luthier_registry import admin_calls, checkpoint_calls, move_calls, usage_calls
+from luthier_registry.web_io import AUDIT, DETAILS, TENANT_OF_EVENT, actor_of, tenant_of
 
 log = logging.getLogger(__name__)
 
-TENANT_OF_EVENT = web.RequestKey("tenant_of_event", str)
-"""Set by a handler whose request does not name the tenant."""
 EVENTS: dict[str, str] = {
     checkpoint_calls.publish.__name__: "checkpoints.publish",
     checkpoint_calls.unpublish.__name__: "checkpoints.unpublish",
@@ -34,6 +33,10 @@ EVENTS: dict[str, str] = {
     admin_calls.delete_user.__name__: "teams.delete_user",
     admin_calls.create_key.__name__: "organizations.create_key",
     admin_calls.revoke_key_of.__name__: "organizations.revoke_key",
+    usage_calls.run_job.__name__: "organizations.run_job",
+    move_calls.move_run.__name__: "organizations.move_run",
+    move_calls.drain.__name__: "organizations.drain",
+    move_calls.undrain.__name__: "organizations.undrain",
 }
 """Name of the handler -> event."""
 
@@ -55,7 +58,12 @@ async def record_event(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 async def _append(request: web.Request, event: str, outcome: str) -> None:
-    parts = {name: value[:300] for name, value in request.match_info.items() if name != "key"}
+    parts = {
+        # A key may have been put where a name was wanted.
+        name: redact(value[:300])
+        for name, value in request.match_info.items()
+        if name != "key"
+    }
     details: dict[str, Any] = {**parts, **request.get(DETAILS, {})}
     tenant = _whose_log(request, details, outcome)
     if tenant is None:

@@ -23,7 +23,7 @@ SETTLE_S = 60.0
 ARCHIVES_S = 1.0
 """Who asks for an archive waits so long at most before it is begun."""
 GENERATION_S = 1.0
-"""A wiped Redis is noticed within this."""
+"""A Redis that was wiped or restarted is noticed within this."""
 
 
 def build_jobs(
@@ -38,7 +38,7 @@ def build_jobs(
     return Jobs(
         client,
         {
-            "generation": Job(GENERATION_S, rebuild.run_if_wiped),
+            "generation": Job(GENERATION_S, rebuild.run_if_restarted),
             "rebuild-index": Job(None, rebuild.run),
             "archives": Job(ARCHIVES_S, Archives(blobs, client, clock=clock).run),
             "lists": Job(SETTLE_S, lists.settle),

@@ -48,21 +48,36 @@ class Rebuild:
         self._generation = Generation(client, blobs)
         self._rows = Lists(blobs, client, clock=clock)
 
-    async def run_if_wiped(self) -> dict[str, int]:
-        """Rebuild, unless this Redis is the one that the store knows."""
-        if await self._generation.is_confirmed():
+    async def run_if_restarted(self) -> dict[str, int]:
+        """Rebuild all, unless this Redis is the one that the store knows; its lists if it started.
+
+        A Redis that comes back from a crash or a failover may lack the newest rows. Its headers may
+        be behind as well, but those the owners of the runs put right.
+        """
+        if not await self._generation.is_confirmed():
+            return await self.run()
+        server = await self._server()
+        if await self._redis.get(keys.LISTED_SINCE) == server:
             return {"rebuilt": 0}
-        return await self.run()
+        num_records = sum([await self._lists(tenant) for tenant in await tenants(self._blobs)])
+        await self._redis.set(keys.LISTED_SINCE, server)
+        return {"rebuilt": num_records}
 
     async def run(self) -> dict[str, int]:
         """Rebuild, and let the gateways go on."""
+        server = await self._server()
         await self._facts_of_models()
         num_records = 0
         for tenant in await tenants(self._blobs):
-            num_records += await self._lists(tenant)
+            num_records += await self._lists(tenant, headers=True)
         await self._counting.count_samples_again()
+        await self._redis.set(keys.LISTED_SINCE, server)
         await self._generation.renew()
         return {"rebuilt": num_records}
+
+    async def _server(self) -> bytes:
+        """The id of the server process: another after each restart or failover."""
+        return str((await self._redis.info("server"))["run_id"]).encode()
 
     async def _facts_of_models(self) -> None:
         for name in self._config.model_names:
@@ -70,19 +85,20 @@ class Rebuild:
                 facts = await self._blobs.get(keys.model_facts_object(name))
                 await self._redis.set(keys.model_facts(name), facts, nx=True)
 
-    async def _lists(self, tenant: str) -> int:
-        """Rows of sessions, runs, checkpoints and sampling sessions; headers. How many records."""
+    async def _lists(self, tenant: str, *, headers: bool = False) -> int:
+        """Rows of sessions, runs, checkpoints and sampling sessions -> how many records."""
         listing, num_records = Listing(self._redis, tenant), 0
         async for info in self._blobs.list(f"t/{tenant}/sessions/"):
             session = SessionRecord.from_bytes(await self._blobs.get(info.key))
             await listing.add_session(session)
-            await self._session_header(session)
+            if headers:
+                await self._session_header(session)
             num_records += 1
         async for info in self._blobs.list(f"t/{tenant}/runs/"):
             if info.key.endswith("/run.json"):
                 run = RunRecord.from_bytes(await self._blobs.get(info.key))
                 await listing.add_run(run)
-                if run.trainable:
+                if headers and run.trainable:
                     await self._run_header(run)
                 num_records += 1
         rows_without_record = set(await listing.ids("checkpoints"))

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from luthier_core.checkpoints import PATH_KINDS, TinkerPath, check_name
 from luthier_core.errors import InvalidField, NotFound
+from luthier_core.oplog import Oplog
 from luthier_core.records import Record
 from luthier_core.registry_client import ACTOR_HEADER, PROJECT_HEADER, TENANT_HEADER
 from luthier_registry.audit import Audit
@@ -35,8 +36,11 @@ TRACES = web.AppKey("traces", Traces)
 USAGE = web.AppKey("usage", Usage)
 JOBS = web.AppKey("jobs", Jobs)
 OBSERVER = web.AppKey("observer", Observer)
+OPLOG = web.AppKey("oplog", Oplog)
 DETAILS = web.RequestKey("details", dict[str, Any])
 """What a handler adds to the audit entry of its call."""
+TENANT_OF_EVENT = web.RequestKey("tenant_of_event", str)
+"""Set by a handler whose request does not name the tenant."""
 MAX_PAGE = 1000
 
 

@@ -48,12 +48,12 @@ class SamplerEngine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Stepped:
-    """What a step gave, and the step after it where there is work for one."""
+class _News:
+    """What the steps since the last news gave, and the news after it where there is work left."""
 
     finished: list[Finished]
     partials: dict[str, str]
-    following: "Future[_Stepped] | None"
+    following: "Future[_News] | None"
 
 
 class EngineThread:
@@ -63,8 +63,8 @@ class EngineThread:
         self._engine = engine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._work = asyncio.Event()
-        self._next: Future[_Stepped] | None = None
-        """The step whose results are to be told next; None while there is nothing to do."""
+        self._next: Future[_News] | None = None
+        """What step() tells next; None while there is nothing to do."""
         self._inflight: dict[str, Published] = {}
         """Run -> the in-flight weights that its requests here run with; the thread's."""
         self._adapter_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -79,9 +79,9 @@ class EngineThread:
             self._work.clear()
             await self._work.wait()
         await failpoint("sm.gen")
-        stepped = await asyncio.wrap_future(self._next or self._thread.submit(self._step))
-        self._next = stepped.following
-        return stepped.finished, stepped.partials
+        news = await asyncio.wrap_future(self._next or self._begin_steps())
+        self._next = news.following
+        return news.finished, news.partials
 
     def cancel(self, request_id: str) -> None:
         self._thread.submit(self._engine.cancel, request_id)
@@ -94,6 +94,11 @@ class EngineThread:
 
     async def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _begin_steps(self) -> Future[_News]:
+        news: Future[_News] = Future()
+        self._thread.submit(self._step, news)
+        return news
 
     async def _call(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
@@ -121,11 +126,19 @@ class EngineThread:
 
     # --- on the thread ----------------------------------------------------------------------------
 
-    def _step(self) -> _Stepped:
-        finished, partials = self._engine.step(), self._engine.partials()
-        # From here, as the loop may be busy; behind the calls that wait for the thread.
-        following = self._thread.submit(self._step) if self._engine.has_work else None
-        return _Stepped(finished, partials, following)
+    def _step(self, news: Future[_News]) -> None:
+        """One step, and on to the next without the loop, which may be busy and is not woken for
+        nothing; but behind the calls that wait for the thread."""
+        try:
+            finished, partials = self._engine.step(), self._engine.partials()
+        except BaseException as error:
+            news.set_exception(error)
+            return
+        has_work = self._engine.has_work
+        if has_work and not finished and not partials:
+            self._thread.submit(self._step, news)
+        else:
+            news.set_result(_News(finished, partials, self._begin_steps() if has_work else None))
 
     def _move(self, run_id: str, newest: Published) -> None:
         current = self._inflight.get(run_id)

@@ -16,6 +16,8 @@ from luthier_trainer.worker import Worker
 
 CYCLES_PER_START = 10**9
 """Clock cycles set aside for one start, so that their numbers grow over restarts."""
+_SECRETS = ("AWS_", "REDIS_", "LUTHIER_LINK_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""How the names of variables begin that the engine's process does not get."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +42,7 @@ async def _work(parts: WorkerParts) -> None:
         ),
         # No secrets: it works for every tenant, and needs neither store nor Redis.
         environ={
-            **{
-                name: os.environ[name]
-                for name in os.environ
-                if not name.startswith(("AWS_", "REDIS_"))
-            },
+            **{name: os.environ[name] for name in os.environ if not name.startswith(_SECRETS)},
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS is not deterministic
         },
         op_timeout_s=settings.op_timeout_s,
