@@ -16,13 +16,15 @@ make() { [ -s "$folder/$1" ] || printf '%s\n' "$2" > "$folder/$1"; }
 
 make server-secret "$(random_hex 32)"
 make operator-key "luthier-operator-$(random_hex 32)"
-make redis-password "$(random_hex 32)"
+for user in admin- housekeeping- ""; do
+  make "redis-${user}password" "$(random_hex 32)"
+done
 make s3-access-key "luthier-$(random_hex 8)"
 make s3-secret-key "$(random_hex 32)"
 
 if [ "${2:-}" = kubectl ]; then
   arguments=""
-  for name in server-secret operator-key redis-password s3-access-key s3-secret-key; do
+  for name in server-secret operator-key redis-admin-password redis-housekeeping-password redis-password s3-access-key s3-secret-key; do
     # A trailing newline would become part of a password.
     printf %s "$(cat "$folder/$name")" > "$folder/.$name"
     arguments="$arguments --from-file=$name=$folder/.$name"

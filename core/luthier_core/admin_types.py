@@ -133,7 +133,8 @@ class StoredCheckpoints(AdminAnswer):
 class RunMetrics(AdminAnswer):
     run_id: str
     entries: list[dict[str, Any]]
-    """seq, state, kind and metrics; of a failure the error."""
+    """seq, state, kind and metrics; of a failure the error; of what was executed also worker,
+    admitted_ms, begun_ms and ended_ms, since the epoch."""
     last_seq: int
     """Ask on with `after` = this."""
 

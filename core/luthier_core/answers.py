@@ -187,6 +187,12 @@ class ArchiveUrl(Answer):
     expires: AwareDatetime
 
 
+class TraceExport(Answer):
+    status: Literal["pending", "ready"]
+    url: str | None = None
+    """Of a file for ui.perfetto.dev, once it is ready."""
+
+
 class ExternalWeightsUrls(Answer):
     """File name -> link."""
 

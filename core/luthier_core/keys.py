@@ -310,6 +310,21 @@ def sample_result(tenant: str, sampling_session_id: str, seq: int | str) -> str:
     return f"t/{tenant}/samples/{sampling_session_id}/{seq}.res"
 
 
+def sample_histories(tenant: str, sampling_session_id: str) -> str:
+    """Prefix of the objects that tell of every sample that a sampling session has finished."""
+    return f"t/{tenant}/samples/{sampling_session_id}/history/"
+
+
+def sample_history(tenant: str, sampling_session_id: str, first_entry: str) -> str:
+    """What of a samples_segment is of this sampling session."""
+    return f"{sample_histories(tenant, sampling_session_id)}{first_entry}.json"
+
+
+def session_trace(tenant: str, session_id: str, hour: str) -> str:
+    """The timeline of a session, as it was when somebody asked last in this hour."""
+    return f"t/{tenant}/archives/{session_id}-{hour}.pftrace"
+
+
 def api_key_record(key_hmac: str) -> str:
     """Tenant and scopes of one API key, named by the HMAC of the key under the server secret."""
     return f"keys/{key_hmac}.json"

@@ -256,6 +256,7 @@ class Oplog:
         header: Mapping[str, str] | None = None,
     ) -> Admission:
         """Dedupe by (run, seq) and append, or park above a gap. `header` creates the run (op 0)."""
+        now_ms = self._now_ms()
         reply = await self._call(
             "admit",
             [
@@ -273,9 +274,9 @@ class Oplog:
                 limits.max_pending_ops,
                 limits.max_pending_bytes,
                 limits.max_parked_bytes,
-                self._now_ms(),
+                now_ms,
                 json.dumps(header) if header else "",
-                *_flat(op.fields()),
+                *_flat({**op.fields(), "at": str(now_ms)}),
             ],
         )
         return Admission(reply[0].decode(), reply[1].decode())

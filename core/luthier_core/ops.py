@@ -6,7 +6,7 @@ travel in the entry; larger ones lie in the object store and the entry carries k
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Literal, Self, cast
@@ -101,9 +101,11 @@ class Op:
     """The loss of any gradient up to this seq was known to the client when this op was admitted."""
     trace: str = ""
     """What tracing.carried gave for the request."""
+    admitted_ms: int = field(default=0, compare=False)
+    """When it was admitted or parked, in ms since the epoch; 0 before."""
 
     def fields(self) -> dict[str, str | bytes]:
-        """Fields of the stream entry, without `told`: the admit function stamps that."""
+        """Fields of the stream entry, but for what stands in it only once it is admitted."""
         traced = {"trace": self.trace} if self.trace else {}
         return {"kind": self.kind.value, "digest": self.digest, **self.body.fields(), **traced}
 
@@ -118,6 +120,7 @@ class Op:
             body=Body.from_fields(fields),
             told=int(fields.get(b"told", b"-1")),
             trace=fields.get(b"trace", b"").decode(),
+            admitted_ms=int(fields.get(b"at", b"0")),
         )
 
 
@@ -150,9 +153,9 @@ class Outcome:
     """What the bytes of the body are; the message of a failure is text."""
     category: Category = "unknown"
     metrics: str = ""
-    """JSON of an OpMetrics: what is kept of a training op when its outcome no longer is."""
+    """JSON of what is kept of a training op when its outcome no longer is."""
     usage: str = ""
-    """Of a sample: its session, prompt tokens, those of them from the cache, generated tokens."""
+    """Of a sample: a SampleUse."""
 
     @property
     def failed(self) -> bool:

@@ -131,6 +131,12 @@ class RegistryClient:
         body = {"reason": reason, "detail": detail}
         return await self._record(SessionRecord, "POST", path, tenant, body)
 
+    async def trace(self, tenant: str, session_id: str) -> str | None:
+        """Object key of the session's timeline; None while it is being made."""
+        answer = await self._object("POST", f"/sessions/{_part(session_id)}/trace", tenant)
+        key: str | None = answer["key"]
+        return key
+
     async def set_project(self, tenant: str, session_id: str, project_id: str) -> None:
         path = f"/sessions/{path_part(session_id)}/project"
         await self._call("PUT", path, tenant, {"project_id": project_id})

@@ -1,7 +1,7 @@
 """What has been used: kinds and amounts, how they are counted in Redis, and what they cost."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from typing import Self
 
@@ -30,6 +30,35 @@ class Use:
     def field(self) -> str:
         """Of the hash that it is counted in."""
         return f"{self.subject}|{self.kind}|{self.base_model}"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleUse:
+    """What one sample has used, and when and where: `str` of it is an Outcome.usage."""
+
+    sampling_session_id: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of the prompt."""
+    num_sampled_tokens: int
+    seq: str = ""
+    """Empty, as all that follows, in what was written before there was more than the tokens."""
+    queued_ms: int = 0
+    begun_ms: int = 0
+    """In ms since the epoch."""
+    worker: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        session, prompt, cached, sampled, *more = text.split(" ", 7)
+        seq, queued, begun, worker = more or ("", "0", "0", "")
+        return cls(
+            *(session, int(prompt), int(cached), int(sampled)),
+            *(seq, int(queued), int(begun), worker),
+        )
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in astuple(self))
 
 
 def read_uses(counted: Mapping[bytes, bytes]) -> list[Use]:

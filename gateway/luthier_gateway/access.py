@@ -84,7 +84,7 @@ NEEDS_ONE_OF: dict[Handler, frozenset[str]] = {
     rest.list_sessions: READ,
     rest.search_sessions: READ,
     rest.get_session: READ,
-    rest.refuse_trace_export: READ,
+    rest.export_trace: READ,
     rest.get_audit: READ | ADMIN,
     usage.usage_events: READ | ADMIN,
     usage.stored_checkpoints: READ | ADMIN,

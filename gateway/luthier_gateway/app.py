@@ -123,7 +123,7 @@ def _bookkeeping_routes() -> list[web.RouteDef]:
         web.post(f"{API}/sessions/search", rest.search_sessions),
         web.get(f"{API}/sessions/{{session_id}}", rest.get_session),
         web.put(f"{API}/sessions/{{session_id}}/project", rest.set_session_project),
-        web.get(f"{API}/sessions/{{session_id}}/trace_export", rest.refuse_trace_export),
+        web.get(f"{API}/sessions/{{session_id}}/trace_export", rest.export_trace),
         web.get(f"{API}/auth/apikey/me", rest.get_own_key),
         web.delete(f"{API}/auth/apikey/me", rest.revoke_own_key),
         web.post(f"{API}/auth/apikey", rest.refuse_key_exchange),

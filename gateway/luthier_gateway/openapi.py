@@ -140,7 +140,7 @@ OPERATIONS: dict[Handler, Operation] = {
     rest.set_session_project: Operation(rest_types.SetProject),
     rest.get_own_key: Operation(answer=answers.OwnKey),
     rest.revoke_own_key: Operation(),
-    rest.refuse_trace_export: Operation(answer=None),
+    rest.export_trace: Operation(answer=answers.TraceExport),
     rest.get_audit: Operation(answer=admin_types.AuditEntries, query=("event_type", "day")),
     usage.usage_events: Operation(
         answer=admin_types.UsageEvents, query=("starting_on", "ending_before")

@@ -9,6 +9,7 @@ from luthier_core.auth import key_id
 from luthier_core.errors import InvalidField, Unavailable, Unsupported
 from luthier_core.rest_types import SearchSessions, SetProject
 from luthier_core.types import parse
+from luthier_gateway import files
 from luthier_gateway.backends import BACKENDS, TENANT
 from luthier_gateway.web_io import MAX_SMALL_BODY, json_response, page_of, read_body
 
@@ -110,11 +111,14 @@ async def revoke_own_key(request: web.Request) -> web.Response:
     return json_response({})
 
 
-async def refuse_trace_export(request: web.Request) -> web.Response:
-    """Not offered: this server records no traces."""
-    session_id = request.match_info["session_id"]
-    await request.app[BACKENDS].registry.get_session(request[TENANT], session_id)
-    raise Unsupported("trace_export: this server records no traces")
+async def export_trace(request: web.Request) -> web.Response:
+    """A link to the session's timeline for ui.perfetto.dev, made anew, once it is ready."""
+    key = await request.app[BACKENDS].registry.trace(
+        request[TENANT], request.match_info["session_id"]
+    )
+    if key is None:
+        return json_response({"status": "pending"})
+    return json_response({"status": "ready", "url": files.link(request, key)})
 
 
 async def get_audit(request: web.Request) -> web.Response:

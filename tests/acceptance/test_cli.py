@@ -177,9 +177,11 @@ def test_checkpoint_download_writes_a_peft_adapter(cli: Cli, saved: Saved, kind:
     assert not [row for row in cli.rows() if row["tinker_path"].endswith("/download")]
 
 
-def test_session_commands_say_what_is_not_offered(cli: Cli, saved: Saved) -> None:
+def test_session_export_trace_writes_a_trace(cli: Cli, saved: Saved) -> None:
     session_id = saved.run_id.partition(":")[0]
-    assert "records no traces" in cli.refusal("session", "export-trace", session_id)
+    cli.told("session", "export-trace", session_id, "--output", "a.pftrace")
+    events = json.loads((cli.home / "a.pftrace").read_text())["traceEvents"]
+    assert "save_weights" in {event["name"] for event in events}
 
 
 def test_model_list_names_the_models(cli: Cli) -> None:

@@ -54,13 +54,11 @@ class Refusal:
     """Part of the server's own sentence: anything else that goes wrong is no refusal."""
 
 
-LATER = "comes with a later version"
 REFUSED = {
     "RestClient.whoami": Refusal(
         "needs the JWT exchange, which a server of one's own has no issuer for",
         "there is no exchange",
     ),
-    "RestClient.export_session_trace": Refusal(LATER, "records no traces"),
     "feature: dimuon": Refusal("the only optimizer is AdamW", "supported is 'adamw'"),
     "feature: stable_reinforce": Refusal("no public definition of this loss", "stable_reinforce"),
     "feature: age encryption": Refusal(
@@ -351,7 +349,9 @@ def calls(w: SimpleNamespace) -> dict[str, Call]:
             rest, lambda: args(w.state, "project"), lambda r: r.startswith("tinker://")
         ),
         "RestClient.assign_session_project": Call(rest, lambda: args(w.session_id, "project")),
-        "RestClient.export_session_trace": Call(rest, lambda: args(w.session_id)),
+        "RestClient.export_session_trace": Call(
+            rest, lambda: args(w.session_id), lambda url: url.startswith("http")
+        ),
         "RestClient.whoami": Call(lambda: Whoami(w.rest), args, lambda r: r.user_urn),
         "RestClient.get_audit_log": Call(rest, args),
         "RestClient.get_billing_usage": Call(rest, lambda: hours),

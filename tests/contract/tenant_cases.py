@@ -151,7 +151,7 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", f"{API}/sessions/search"): Case({"session_id": "{session_id}"}, ignores_unknown=True),
     ("GET", f"{API}/sessions/{{session_id}}"): Case(),
     ("PUT", f"{API}/sessions/{{session_id}}/project"): Case({"project_id": "blue"}),
-    ("GET", f"{API}/sessions/{{session_id}}/trace_export"): _REFUSED,
+    ("GET", f"{API}/sessions/{{session_id}}/trace_export"): Case(),
     ("GET", f"{API}/auth/apikey/me"): Case(),
     ("DELETE", f"{API}/auth/apikey/me"): Case(turn=3),
     ("POST", f"{API}/auth/apikey"): _REFUSED,

@@ -289,12 +289,6 @@ async def test_what_is_not_offered_is_refused_with_a_sentence(api: Api, method: 
     assert answer.detail.startswith("This server does not support that: ")
 
 
-async def test_a_trace_is_refused_for_a_session_that_is_there(api: Api, stranger: Api):
-    session = await api.session()
-    assert (await api.get(f"sessions/{session}/trace_export")).status == 400
-    assert (await stranger.get(f"sessions/{session}/trace_export")).status == 404
-
-
 async def test_telemetry_is_accepted_whatever_it_is(api: Api):
     for value in ({}, {"events": [{"event": "x"}] * 100, "session_id": "sessionless-1"}):
         assert (await api.post("telemetry", value)).json() == {"status": "accepted"}

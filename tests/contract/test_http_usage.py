@@ -1,5 +1,6 @@
 """Limits and usage over HTTP: what is counted, what is refused and how, on a real stack."""
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -121,6 +122,41 @@ async def test_the_metrics_of_every_op_are_listed(member: Member, api: Api):
     assert 0 < gap["logprob_gap:max"] < 1e-5
     assert gap["logprob_gap:alarm"] == 0
     assert (await api.get(f"training_runs/{run.run_id}/metrics")).status == 404
+
+
+async def test_a_trace_tells_when_each_op_and_sample_of_a_session_waited_and_ran(
+    member: Member, stranger: Api, http: aiohttp.ClientSession
+):
+    api = await member()
+    session = await api.session()
+    run, sampler = await api.run(session), await api.sampler(session)
+    await api.training_output(await run.forward_backward())
+    await api.result(await run.step())
+    await sampler.sample()
+    for counted in (False, True):
+        if counted:
+            await run_job(api, "usage")
+        answer = await api.get(f"sessions/{session}/trace_export")
+        assert answer.status == 200, answer
+        export = answer.json()
+        assert export["status"] == "ready"
+        async with http.get(export["url"]) as file:
+            events = json.loads(await file.read())["traceEvents"]
+        names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+        begun = [event for event in events if event["ph"] == "b" and "args" in event]
+        assert [(names[e["pid"]], e["name"], e["args"]["seq"]) for e in begun] == [
+            (run.run_id, "create_model", 0),
+            (run.run_id, "forward_backward", 1),
+            (run.run_id, "optim_step", 2),
+            (sampler.session_id, "sample", "0"),
+        ]
+        assert begun[1]["args"]["num_tokens"] == 3
+        assert {event["args"]["worker"] for event in begun} == {"trainer", "sampler"}
+        for event in begun:
+            of_it = [e["ts"] for e in events if e.get("id") == event["id"]]
+            assert len(of_it) == 4
+            assert of_it == sorted(of_it)
+    assert (await stranger.get(f"sessions/{session}/trace_export")).status == 404
 
 
 async def test_requests_above_the_rate_wait(member: Member):

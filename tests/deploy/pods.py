@@ -1,8 +1,9 @@
 """An overlay as processes on this machine: the manifests' commands, probes, drains and services.
 
 Every pod has a loopback address of its own, so that ports are those of the manifests; a Service is
-a small TCP proxy that knows which pods are ready. What is not as in a cluster: paths are below a
-folder, names of services are addresses, MinIO is moto, limits of memory and network do not hold.
+a small TCP proxy that knows which pods are ready, a headless one the address of its first pod.
+What is not as in a cluster: paths are below a folder, names of services are addresses, MinIO is
+moto, limits of memory and network do not hold.
 """
 
 import asyncio
@@ -58,9 +59,14 @@ class Service:
         self.selector: dict[str, str] = manifest["spec"]["selector"]
         self.target: str = port["targetPort"]
         self.address = address
+        self.is_headless = manifest["spec"].get("clusterIP") == "None"
         self.endpoints: dict[str, tuple[str, int]] = {}
         """Pod -> where it listens; ready ones only."""
         self._server: asyncio.Server | None = None
+
+    def selects(self, workload: Manifest) -> bool:
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        return bool(self.selector.items() <= labels.items())
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._connect, self.address, self.port)
@@ -222,7 +228,7 @@ class Pod:
     def _become(self, *, ready: bool) -> None:
         self.is_ready = ready
         for service in self.cluster.services:
-            if service.selector.items() <= self.labels.items():
+            if service.selects(self.workload):
                 if ready:
                     service.endpoints[self.name] = self.address, self.port(service.target)
                 else:
@@ -319,7 +325,8 @@ class Cluster:
             self._addresses[service.name] = service.address
         (self.folder / "models").mkdir(exist_ok=True)
         for service in self.services:
-            await service.start()
+            if not service.is_headless and service.name != STORE:
+                await service.start()
         order = [STORE, "redis", "registry"]
         workloads = sorted(
             of_kind(self.overlay, *WORKLOADS),
@@ -337,10 +344,16 @@ class Cluster:
         is_set = workload["kind"] == "StatefulSet"
         suffix = str(index) if is_set else f"{next(self._serial):04x}"
         name = f"{name_of(workload)}-{suffix}"
-        pod = Pod(self, workload, name, address or self.network.address())
+        pod = Pod(self, workload, name, address or self._new_address(workload, index))
         self.pods.append(pod)
         await pod.start()
         return pod
+
+    def _new_address(self, workload: Manifest, index: int) -> str:
+        for service in self.services:
+            if service.is_headless and index == 0 and service.selects(workload):
+                return service.address
+        return self.network.address()
 
     def config(self) -> Config:
         """The deployment's configuration, with the addresses of this machine."""
@@ -402,21 +415,20 @@ class Cluster:
 
     async def _start_store(self) -> None:
         (service,) = (s for s in self.services if s.name == STORE)
-        address = self.network.address()
+        place = ("-H", service.address, "-p", str(service.port))
         with (self.folder / "store.log").open("ab") as log:
             self._store = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "moto.server", "-H", address, "-p", str(service.port)),
+                *(sys.executable, "-m", "moto.server", *place),
                 stdout=log,
                 stderr=log,
             )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection(address, service.port)
+                _, writer = await asyncio.open_connection(service.address, service.port)
                 writer.close()
                 break
             await asyncio.sleep(0.1)
-        service.endpoints["store"] = address, service.port
 
 
 @contextlib.asynccontextmanager

@@ -47,10 +47,14 @@ PROGRAMS = {*PARSERS, "luthier.up.download", "luthier_model.demo"}
 SECRETS = {
     "server-secret": "00" * 32,
     "operator-key": "k" * 40,
+    "redis-admin-password": "r",
+    "redis-housekeeping-password": "h",
     "redis-password": "p",
     "s3-access-key": "a",
     "s3-secret-key": "s",
 }
+S3_LOGIN = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+REDIS_LOGIN = ("REDIS_USERNAME", "REDIS_PASSWORD")
 READ_BY_LIBRARIES = {"HF_HUB_OFFLINE"}
 
 
@@ -144,7 +148,7 @@ def test_a_fetched_model_is_pinned_by_a_commit(overlay: str):
 @every_overlay
 def test_every_variable_is_read_by_somebody(overlay: str):
     read = variables_read()
-    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "REDIS_PASSWORD"} <= read
+    assert {*S3_LOGIN, *REDIS_LOGIN} <= read
     for container in ours(overlay):
         words = " ".join([*container.spec["command"], *container.spec.get("args", [])])
         put_in = set(re.findall(r"\$\((\w+)\)", words))
@@ -158,7 +162,7 @@ def test_every_variable_is_read_by_somebody(overlay: str):
 
 @every_overlay
 def test_every_part_has_the_logins_that_its_configuration_needs(overlay: str):
-    needed = {"REDIS_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    needed = {*S3_LOGIN, *REDIS_LOGIN}
     for container in ours(overlay):
         if module_of(container.argv(SECRETS)) in PARSERS:
             assert needed <= set(container.environ)

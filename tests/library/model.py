@@ -189,7 +189,7 @@ class Model:
         if not is_next and over_parked and op.kind != "rejected":
             return "FULL"
         run.admissions[seq] = (op.digest[:NUM_DIGEST_CHARS], size, self._now_ms())
-        run.parked[seq] = replace(op, told=run.told)
+        run.parked[seq] = replace(op, told=run.told, admitted_ms=self._now_ms())
         run.drain()
         run.note_gap(self._now_ms(), filled=is_next)
         return "OK"

@@ -211,7 +211,7 @@ def _completion_fields(entry: Completion) -> dict[str, str]:
 
 
 def _op_fields(op: Op) -> dict[str, str]:
-    return _text({**op.fields(), "told": str(op.told)})
+    return _text({**op.fields(), "at": str(op.admitted_ms), "told": str(op.told)})
 
 
 def _waiting_jobs(queue: JobQueue) -> list[tuple[str, dict[str, str]]]:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier import types
-from luthier.cli import app, checkpoints
+from luthier.cli import app, checkpoints, remote
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,16 @@ def test_runs_sessions_and_models_are_listed(training: luthier.TrainingClient) -
     assert BASE_MODEL in run("run", "info", run_id)
     assert BASE_MODEL in run("run", "list")
     assert BASE_MODEL in run("model", "list")
+
+
+def test_the_trace_of_a_session_is_written_to_a_file(
+    training: luthier.TrainingClient, tmp_path: Path
+) -> None:
+    session_id, path = training.model_id.partition(":")[0], tmp_path / "a.pftrace"
+    told = run_json("session", "trace", session_id, "-o", str(path))
+    assert told == {"session_id": session_id, "path": str(path)}
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {"create_model", "executed"} <= {event["name"] for event in events}
 
 
 def test_checkpoints_are_listed_described_and_deleted(training: luthier.TrainingClient) -> None:
@@ -181,7 +191,7 @@ def test_a_download_that_is_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as server:
         server.submit(answer, listener)
         with pytest.raises(OSError, match="3 of 10 bytes"):
-            checkpoints._fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "file")
+            remote.fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/", tmp_path / "file")
 
 
 @pytest.mark.parametrize(

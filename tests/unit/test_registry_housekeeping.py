@@ -5,6 +5,7 @@ import json
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from tests.unit.registry_stack import Stack
 
 from luthier_core import keys
@@ -13,6 +14,7 @@ from luthier_core.oplog import Oplog
 from luthier_core.ops import Body, Kind, Op, Outcome, SamplingJob
 from luthier_core.protocol import Head, SnapshotRef
 from luthier_core.records import OrgRecord, RunRecord
+from luthier_registry import traces
 
 HOURS = "starting_on=2026-01-02T00:00&ending_before=2026-01-05T00:00"
 
@@ -51,8 +53,9 @@ async def committed(stack: Stack, run: RunRecord, num_ops: int, *, first: int = 
         await admitted(stack, run, seq)
         if seq == 0:
             assert await oplog.acquire(run.run_id, 1, "w/1")
-        metrics = json.dumps({"kind": "forward_backward", "metrics": {"num_tokens:sum": 10.0}})
-        outcome = Outcome.completed(Body.of(b"{}"), metrics=metrics)
+        kept = {"kind": "forward_backward", "metrics": {"num_tokens:sum": 10.0}, "worker": "w"}
+        kept |= {"admitted_ms": 10 * seq, "begun_ms": 10 * seq + 2, "ended_ms": 10 * seq + 15}
+        outcome = Outcome.completed(Body.of(b"{}"), metrics=json.dumps(kept))
         assert (await oplog.commit(run.run_id, 1, seq, outcome)).status == "OK"
 
 
@@ -164,6 +167,31 @@ async def test_a_table_is_also_csv(stack: Stack) -> None:
     header, row = answer["csv"].splitlines()
     assert header.startswith("run,trained_tokens,")
     assert row.startswith(f"{run.run_id},10,")
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counted", [False, True])
+async def test_a_trace_has_the_latest_requests_and_is_swept(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    monkeypatch.setattr(traces, "MAX_REQUESTS", 3)
+    await has_org(stack)
+    run = await stack.run()
+    await committed(stack, run, 5)
+    if counted:
+        await job(stack, "usage")
+    key = await stack.client.trace("ann", run.session_id)
+    assert key is not None
+    events = json.loads(await stack.blobs.get(key))["traceEvents"]
+    assert [event["args"]["seq"] for event in events if "seq" in event.get("args", {})] == [2, 3, 4]
+    times = [(event["ph"], event["ts"]) for event in events if event.get("id") == "1.2"]
+    assert times == [("b", 20_000), ("b", 22_000), ("e", 35_000), ("e", 35_000)]
+    await job(stack, "sweep")
+    stack.clock.now += timedelta(hours=2)
+    await job(stack, "sweep")
+    assert await stack.blobs.head(key) is None
 
 
 # --- sweep ----------------------------------------------------------------------------------------

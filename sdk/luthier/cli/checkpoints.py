@@ -15,6 +15,7 @@ from luthier.cli.remote import (
     LimitOption,
     PathArgument,
     fail,
+    fetch,
     server,
     show_fields,
     show_json,
@@ -26,8 +27,6 @@ from luthier.rest import RestClient
 from luthier.types import Checkpoint, ParsedCheckpointTinkerPath
 
 app = typer.Typer(no_args_is_help=True, help="Checkpoints.")
-PIECE_BYTES = 1 << 20
-DOWNLOAD_TIMEOUT_S = 60.0
 
 
 @app.command("list")
@@ -159,7 +158,7 @@ def upload(
 def _fetch_archive(rest: RestClient, tinker_path: str, folder: Path) -> None:
     archive = rest.get_checkpoint_archive_url_from_tinker_path(tinker_path).result()
     tar_path = folder.with_suffix(".tar")
-    _fetch(archive.url, tar_path)
+    fetch(archive.url, tar_path)
     with tarfile.open(tar_path) as tar:
         _unpack(tar, folder)
 
@@ -177,7 +176,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
 def _fetch_files(rest: RestClient, tinker_path: str, folder: Path) -> None:
     urls = rest.get_external_weights_urls(tinker_path).result().urls
     for name, url in sorted(urls.items()):
-        _fetch(url, _target(folder, name))
+        fetch(url, _target(folder, name))
 
 
 def _target(folder: Path, name: str) -> Path:
@@ -188,24 +187,6 @@ def _target(folder: Path, name: str) -> Path:
     target = folder / relative
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
-
-
-def _fetch(url: str, target: Path) -> None:
-    """A signed URL into a file, with a bar; it gets no key."""
-    import urllib.request
-
-    with (
-        transfer_bar() as bar,
-        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as source,
-        target.open("wb") as file,
-    ):
-        length = source.headers.get("Content-Length")
-        task = bar.add_task(target.name, total=int(length) if length else None)
-        while piece := source.read(PIECE_BYTES):
-            file.write(piece)
-            bar.advance(task, len(piece))
-        if length and file.tell() != int(length):  # urllib takes a cut connection for the end
-            raise OSError(f"{target.name}: {file.tell()} of {length} bytes came; try again")
 
 
 def _find(rest: RestClient, tinker_path: str) -> Checkpoint:

@@ -1,6 +1,7 @@
 """luthier session, model, usage and chat."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from luthier.cli.remote import (
     JsonOption,
     LimitOption,
     fail,
+    fetch,
     server,
     show_fields,
     show_json,
@@ -45,14 +47,21 @@ def session_info(session_id: str, as_json: JsonOption = False) -> None:
 
 
 @sessions.command()
-def trace(session_id: str, as_json: JsonOption = False) -> None:
-    """URL of a session's trace, once the server has made it."""
+def trace(
+    session_id: str,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File. [default: SESSION_ID.pftrace]")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """When its requests waited and ran, as a file for https://ui.perfetto.dev."""
+    path = out or Path(f"{session_id}.pftrace")
     with server() as rest:
-        url = rest.export_session_trace(session_id).result()
+        fetch(rest.export_session_trace(session_id).result(), path)
     if as_json:
-        show_json({"session_id": session_id, "url": url})
+        show_json({"session_id": session_id, "path": str(path)})
     else:
-        typer.echo(url)
+        typer.echo(f"{session_id}: downloaded to {path}")
 
 
 @models.command("list")

@@ -52,6 +52,7 @@ from luthier_registry.requests import (
 from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.traces import Traces
 from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 from luthier_registry.web_io import (
@@ -67,6 +68,7 @@ from luthier_registry.web_io import (
     SESSIONS,
     STORE,
     TENANT_OF_EVENT,
+    TRACES,
     UPLOADS,
     USAGE,
     actor_of,
@@ -112,6 +114,7 @@ def build_app(
             web.post("/sessions/{session}/heartbeat", heartbeat),
             web.post("/sessions/{session}/finish", finish_session),
             web.put("/sessions/{session}/project", set_project),
+            web.post("/sessions/{session}/trace", make_trace),
             web.post("/runs", create_run),
             web.get("/runs", list_runs),
             web.get("/runs/{run}", get_run),
@@ -152,6 +155,7 @@ def build_app(
                 blobs, client, lists, default=config.housekeeping.keep_last, clock=now
             )
             app[USAGE] = Usage(blobs, client, Prices(config), clock=now)
+            app[TRACES] = Traces(blobs, client, sessions, app[USAGE], builds, clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             oplog = app[OPLOG] = Oplog(client)
             counting = Counting(blobs, oplog, config.model_names, clock=now)
@@ -308,6 +312,14 @@ async def finish_session(request: web.Request) -> web.Response:
             tenant_of(request), request.match_info["session"], wanted.reason, wanted.detail
         )
     )
+
+
+async def make_trace(request: web.Request) -> web.Response:
+    """What to sign: the object key of the session's timeline; null while it is being made."""
+    key: str | None = None
+    with contextlib.suppress(Unavailable):
+        key = await request.app[TRACES].make(tenant_of(request), request.match_info["session"])
+    return web.json_response({"key": key})
 
 
 async def set_project(request: web.Request) -> web.Response:

@@ -20,7 +20,7 @@ from luthier_core.blobs import Blobs
 from luthier_core.oplog import Oplog, RunHeader
 from luthier_core.ops import Outcome
 from luthier_core.records import Record
-from luthier_core.usage import Use, day_of, hour_of, month_of
+from luthier_core.usage import SampleUse, Use, day_of, hour_of, month_of
 
 MAX_OPS = 512
 """Of one segment."""
@@ -40,7 +40,7 @@ class MetricsSegment(Record):
     at: AwareDatetime
     """When it was counted."""
     entries: tuple[dict[str, Any], ...]
-    """seq, state, kind and metrics; of a failure the error."""
+    """seq and state; what RunEffects has noted of it, with its metrics; of a failure the error."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +56,20 @@ class SamplesSegment(Record):
     at: AwareDatetime
     used: dict[str, dict[str, int]]
     """Tenant -> field of a usage hash -> amount."""
+
+
+class FinishedSample(Record):
+    """One sample that a sampling session has finished."""
+
+    use: str
+    """A SampleUse."""
+    ended_ms: int
+
+
+class SampleHistory(Record):
+    """`samples/{sampling session}/history/{first entry}.json`"""
+
+    samples: tuple[FinishedSample, ...]
 
 
 class Counting:
@@ -159,6 +173,10 @@ class Counting:
         if not await self._blobs.put_if_absent(key, segment.to_bytes()):
             segment = SamplesSegment.from_bytes(await self._blobs.get(key))
         await self._add_samples(segment)
+        # What is repeated may hold more than the segment: the next one then tells of it again.
+        for (tenant, session), samples in finished_samples(entries).items():
+            history = SampleHistory(samples=tuple(samples))
+            await self._blobs.put(keys.sample_history(tenant, session, first), history.to_bytes())
         milliseconds, _, sequence = segment.last_entry.partition("-")
         await self._redis.xtrim(
             stream, minid=f"{milliseconds}-{int(sequence) + 1}", approximate=False
@@ -275,15 +293,31 @@ def _entry(seq: int, outcome: Outcome | None) -> dict[str, Any]:
     return entry
 
 
+def finished_samples(
+    entries: Iterable[tuple[bytes, dict[bytes, bytes]]],
+) -> dict[tuple[str, str], list[FinishedSample]]:
+    """(tenant, sampling session) -> its samples, of entries of the usage stream."""
+    found: dict[tuple[str, str], list[FinishedSample]] = defaultdict(list)
+    for entry_id, fields in entries:
+        use = fields[b"usage"].decode()
+        sample = FinishedSample(use=use, ended_ms=int(entry_id.partition(b"-")[0]))
+        found[fields[b"tenant"].decode(), SampleUse.parse(use).sampling_session_id].append(sample)
+    return found
+
+
 def _sum_samples(entries: Iterable[dict[bytes, bytes]]) -> dict[str, dict[str, int]]:
     used: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for fields in entries:
         tenant, model = fields[b"tenant"].decode(), fields[b"model"].decode()
-        session, *counts = fields[b"usage"].decode().split()
-        prompt, cached, sampled = map(int, counts)
-        for kind, amount in (("prefill", prompt - cached), ("cached", cached), ("sample", sampled)):
+        use = SampleUse.parse(fields[b"usage"].decode())
+        amounts = {
+            "prefill": use.num_prompt_tokens - use.num_cached_tokens,
+            "cached": use.num_cached_tokens,
+            "sample": use.num_sampled_tokens,
+        }
+        for kind, amount in amounts.items():
             if amount:
-                used[tenant][Use(session, kind, model, 0).field] += amount
+                used[tenant][Use(use.sampling_session_id, kind, model, 0).field] += amount
     return {tenant: dict(fields) for tenant, fields in used.items()}
 
 

@@ -37,6 +37,8 @@ _CHECKPOINT = re.compile(_RUN + r"(ckpt/\d+-\d+/[^/]+|man/\d+)")
 _UPLOAD = re.compile(r"t/[^/]+/uploads/[^/]+")
 """Needed by nothing: who announces an upload has as long as it takes to sweep it."""
 _SAMPLE = re.compile(r"t/[^/]+/samples/(?P<session>[^/]+)/(?P<seq>\d+)(-[0-9a-f]+|\.res)")
+_TRACE = re.compile(r"t/[^/]+/archives/[^/]+\.pftrace")
+"""Needed by nothing either: who asks again gets a new one."""
 _ARCHIVE = re.compile(r"t/[^/]+/archives/(?P<digest>[0-9a-f]+)\.tar")
 
 
@@ -114,7 +116,7 @@ class Sweep:
             return await self._exists(keys.run_outcome(found["run"], found["seq"]))
         if found := _SAMPLE.fullmatch(key):
             return await self._exists(keys.sampling_outcome(found["session"], found["seq"]))
-        if _UPLOAD.fullmatch(key):
+        if _UPLOAD.fullmatch(key) or _TRACE.fullmatch(key):
             return False
         if found := _ARCHIVE.fullmatch(key):
             return found["digest"] in roots.digests

@@ -107,6 +107,12 @@ class Usage:
         page = entries[:limit]
         return {"run_id": run_id, "entries": page, "last_seq": page[-1]["seq"] if page else after}
 
+    async def latest_metrics(self, tenant: str, run_id: str, num: int) -> list[dict[str, Any]]:
+        """The last so many ops of `metrics`."""
+        committed = await cast(Any, self._redis.hget(keys.run_header(run_id), "committed"))
+        after = max(int(committed or -1) - num, -1)
+        return list((await self.metrics(tenant, run_id, after=after, limit=num))["entries"])
+
     async def _uncounted(
         self, tenant: str, run_id: str, after: int, limit: int
     ) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from luthier_registry.rebuild import Rebuild
 from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
+from luthier_registry.traces import Traces
 from luthier_registry.uploads import Uploads
 from luthier_registry.usage import Usage
 
@@ -32,6 +33,7 @@ RETENTION = web.AppKey("retention", Retention)
 UPLOADS = web.AppKey("uploads", Uploads)
 IDENTITIES = web.AppKey("identities", Identities)
 AUDIT = web.AppKey("audit", Audit)
+TRACES = web.AppKey("traces", Traces)
 USAGE = web.AppKey("usage", Usage)
 JOBS = web.AppKey("jobs", Jobs)
 OBSERVER = web.AppKey("observer", Observer)

@@ -5,18 +5,24 @@ from typing import Any
 from luthier_core.ops import SamplingJob
 from luthier_core.prompt_targets import PromptTargets
 from luthier_core.types import Sample
+from luthier_core.usage import SampleUse
 from luthier_sampler.engine import Finished
 from luthier_sampler.sequence import SampleRequest
 
 
-def usage_of(job: SamplingJob, finished: Finished) -> str:
-    """What the job used, in the form of Outcome.usage."""
-    counts = (
+def usage_of(job: SamplingJob, finished: Finished, *, begun_s: float, worker: str) -> str:
+    """What the job used, in the form of Outcome.usage; `begun_s` since the epoch."""
+    use = SampleUse(
+        job.sampling_session_id,
         finished.num_prompt_tokens,
         finished.num_cached_tokens,
         finished.num_sampled_tokens,
+        seq=job.seq,
+        queued_ms=int(job.entry_id.partition(b"-")[0]),
+        begun_ms=int(1000 * begun_s),
+        worker=worker,
     )
-    return " ".join([job.sampling_session_id, *map(str, counts)])
+    return str(use)
 
 
 def request_of(job: SamplingJob, wanted: Sample) -> SampleRequest:

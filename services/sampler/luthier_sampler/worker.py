@@ -244,12 +244,14 @@ class Worker:
         job = self._jobs.get(finished.request_id)
         if job is None:
             return  # cancelled in its last step
+        begun_s = self._began[job.request_id]
         await failpoint("sm.store")
         if finished.response is None:
             outcome = Outcome.failure(finished.error or "sampling failed", finished.category)
         else:
             body = await self._result_body(job, finished.response)
-            outcome = Outcome.completed(body, "protobuf", usage=usage_of(job, finished))
+            usage = usage_of(job, finished, begun_s=begun_s, worker=self._lease.name)
+            outcome = Outcome.completed(body, "protobuf", usage=usage)
         await self._settle(job, outcome)
 
     async def _settle(self, job: SamplingJob, outcome: Outcome) -> None:

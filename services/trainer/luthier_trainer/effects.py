@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from luthier_core import keys
@@ -12,7 +14,7 @@ from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.errors import BadRequest, LuthierError
 from luthier_core.failpoints import failpoint
 from luthier_core.oplog import REDIS_ERRORS, Oplog, RedisRestarted
-from luthier_core.ops import Kind, Outcome
+from luthier_core.ops import Kind, Op, Outcome
 from luthier_core.owner import Action, FoldState, Step, changes_state
 from luthier_core.protocol import (
     Acquire,
@@ -113,6 +115,10 @@ class RunEffects:
         self._executor = executor
         self._snapshots = snapshots
         self._watch = EffectWatch()
+        self._worker = ""
+        """Our own name."""
+        self._begun: dict[int, tuple[Op, int]] = {}
+        """seq -> an op that is not committed, and when it was begun, in ms since the epoch."""
 
     async def perform(self, effect: Effect) -> Any:
         """The effect's answer. Once a run is owned, an effect waits while Redis is away."""
@@ -124,6 +130,8 @@ class RunEffects:
             await failpoint(point, getattr(effect, "kind", ""))
         match effect:
             case Execute(step):
+                if step.publish:
+                    self._begun[step.op.seq] = step.op, _now_ms()
                 return await self._execute(step)
             case Begin(run_id, epoch, seq):
                 return await self._patiently(
@@ -136,9 +144,10 @@ class RunEffects:
             case Finish(_, rest):
                 return await self._finish(rest)
             case Commit(run_id, epoch, seq, outcome, gradient, digest):
+                timed = self._timed(seq, outcome)
                 return await self._patiently(
                     lambda: oplog.commit(
-                        *(run_id, epoch, seq, outcome),
+                        *(run_id, epoch, seq, timed),
                         gradient=gradient,
                         digest=digest,
                         server=self.server,
@@ -155,6 +164,7 @@ class RunEffects:
                     await failpoint("sn.cas")
                 return await self._cas_head(run_id, head, etag)
             case Acquire(run_id, epoch, owner):
+                self._worker = owner.partition("/")[0]
                 return await oplog.acquire(run_id, epoch, owner, server=self.server)
             case ReadRecorded(run_id):
                 recorded = await oplog.recorded(run_id)
@@ -256,6 +266,22 @@ class RunEffects:
                 measure = self._context.measure
         return Executed(rest=rest, checksum=checksum, measure=measure)
 
+    def _timed(self, seq: int, outcome: Outcome) -> Outcome:
+        """The outcome with what the run's history tells of where and when; nothing if refused."""
+        begun = self._begun.pop(seq, None)
+        if begun is None:
+            return outcome
+        op, begun_ms = begun
+        kept = {
+            "kind": op.kind,
+            **json.loads(outcome.metrics or "{}"),
+            "worker": self._worker,
+            "admitted_ms": op.admitted_ms or begun_ms,
+            "begun_ms": begun_ms,
+            "ended_ms": _now_ms(),
+        }
+        return replace(outcome, metrics=json.dumps(kept))
+
     async def _finish(self, rest: Callable[[], Awaitable[Outcome]]) -> Outcome:
         try:
             return await rest()
@@ -299,3 +325,7 @@ class RunEffects:
                 server = await self._oplog.server_id(run_id)
                 await drive(recheck(run_id, self.tenure), self.perform)
                 self.server = server
+
+
+def _now_ms() -> int:
+    return int(1000 * time.time())
