@@ -133,7 +133,7 @@ class RegistryClient:
 
     async def trace(self, tenant: str, session_id: str) -> str | None:
         """Object key of the session's timeline; None while it is being made."""
-        answer = await self._object("POST", f"/sessions/{_part(session_id)}/trace", tenant)
+        answer = await self._object("POST", f"/sessions/{path_part(session_id)}/trace", tenant)
         key: str | None = answer["key"]
         return key
 
