@@ -34,10 +34,12 @@ from luthier_registry.audited import record_event
 from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.copies import Copies
+from luthier_registry.counting import Counting
 from luthier_registry.housekeeping import build_jobs
 from luthier_registry.identity import Identities
 from luthier_registry.lists import Lists
 from luthier_registry.observing import Observer
+from luthier_registry.rebuild import Rebuild
 from luthier_registry.requests import (
     CreateRun,
     CreateSampler,
@@ -61,6 +63,7 @@ from luthier_registry.web_io import (
     JOBS,
     OBSERVER,
     OPLOG,
+    REBUILD,
     RETENTION,
     SESSIONS,
     STORE,
@@ -78,6 +81,7 @@ from luthier_registry.web_io import (
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
+LISTS = frozenset({"/sessions", "/runs", "/checkpoints", "/runs/{run}/checkpoints"})
 
 
 def build_app(
@@ -93,6 +97,7 @@ def build_app(
             _authenticate(service_token(config.secret())),
             pass_failpoints,
             record_event,
+            list_whole,
         ],
         client_max_size=MAX_BODY_BYTES,
     )
@@ -153,6 +158,8 @@ def build_app(
             app[TRACES] = Traces(blobs, client, sessions, app[USAGE], builds, clock=now)
             jobs = app[JOBS] = build_jobs(config, blobs, client, clock=now)
             oplog = app[OPLOG] = Oplog(client)
+            counting = Counting(blobs, oplog, config.model_names, clock=now)
+            app[REBUILD] = Rebuild(config, blobs, client, counting, clock=now)
             app[OBSERVER] = Observer(oplog, jobs, config.model_names, clock=now)
             async with contextlib.AsyncExitStack() as running:
                 if keeps_house and config.housekeeping.runner == "registry":
@@ -203,6 +210,15 @@ async def pass_failpoints(request: web.Request, handler: Handler) -> web.StreamR
     response = await handler(request)
     await failpoint("rg.after", kind)
     return response
+
+
+@web.middleware
+async def list_whole(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """No list is answered that may lack what a restarted Redis has lost."""
+    resource = request.match_info.route.resource
+    if request.method == "GET" and resource is not None and resource.canonical in LISTS:
+        await request.app[REBUILD].lists_are_whole()
+    return await handler(request)
 
 
 def _authenticate(token: str) -> Middleware:

@@ -5,6 +5,7 @@ higher epoch, so that a worker which still holds it can publish nothing any more
 snapshot has failed. It may be run at any time: what is there is written again as it is.
 """
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from luthier_core import keys
 from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.checkpoints import TinkerPath
 from luthier_core.config import Config
+from luthier_core.errors import Unavailable
 from luthier_core.generation import Generation
 from luthier_core.listing import Listing
 from luthier_core.protocol import Head
@@ -25,11 +27,14 @@ from luthier_registry.counting import Counting
 from luthier_registry.identity import tenants
 from luthier_registry.lists import Lists
 
+COMPARED_S = 20.0
+"""So long a list is waited for after a restart of Redis."""
+
 _MODEL_FACTS = ("vocab_size", "max_context_tokens", "architecture", "tokenizer_id")
 
 
 class Rebuild:
-    """The job. Holds no state."""
+    """The job, and what waits for it."""
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class Rebuild:
         self._clock = clock
         self._generation = Generation(client, blobs)
         self._rows = Lists(blobs, client, clock=clock)
+        self._comparing: asyncio.Task[int] | None = None
 
     async def run_if_restarted(self) -> dict[str, int]:
         """Rebuild all, unless this Redis is the one that the store knows; its lists if it started.
@@ -56,12 +62,28 @@ class Rebuild:
         """
         if not await self._generation.is_confirmed():
             return await self.run()
+        return {"rebuilt": await self._compare()}
+
+    async def lists_are_whole(self) -> None:
+        """Returns once no list lacks what a restarted Redis may have lost, or Unavailable."""
+        if await self._redis.get(keys.LISTED_SINCE) == await self._server():
+            return
+        if self._comparing is None or self._comparing.done():
+            self._comparing = asyncio.create_task(self._compare())
+        try:
+            async with asyncio.timeout(COMPARED_S):
+                await asyncio.shield(self._comparing)  # who gives up must not end it for others
+        except TimeoutError:
+            raise Unavailable("the lists, which are made whole after a restart of Redis") from None
+
+    async def _compare(self) -> int:
+        """List what the store has, unless that was done under this server: how many records."""
         server = await self._server()
         if await self._redis.get(keys.LISTED_SINCE) == server:
-            return {"rebuilt": 0}
+            return 0
         num_records = sum([await self._lists(tenant) for tenant in await tenants(self._blobs)])
         await self._redis.set(keys.LISTED_SINCE, server)
-        return {"rebuilt": num_records}
+        return num_records
 
     async def run(self) -> dict[str, int]:
         """Rebuild, and let the gateways go on."""

@@ -17,6 +17,7 @@ from luthier_registry.copies import Copies
 from luthier_registry.identity import Identities
 from luthier_registry.jobs import Jobs
 from luthier_registry.observing import Observer
+from luthier_registry.rebuild import Rebuild
 from luthier_registry.retention import Retention
 from luthier_registry.sessions import Sessions
 from luthier_registry.store import Store
@@ -37,6 +38,7 @@ USAGE = web.AppKey("usage", Usage)
 JOBS = web.AppKey("jobs", Jobs)
 OBSERVER = web.AppKey("observer", Observer)
 OPLOG = web.AppKey("oplog", Oplog)
+REBUILD = web.AppKey("rebuild", Rebuild)
 DETAILS = web.RequestKey("details", dict[str, Any])
 """What a handler adds to the audit entry of its call."""
 TENANT_OF_EVENT = web.RequestKey("tenant_of_event", str)
