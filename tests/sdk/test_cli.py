@@ -246,7 +246,7 @@ def test_an_operator_administers_a_deployment(
     assert "acme" in run("admin", "org", "list")
     lifted = run_json("admin", "org", "set", "acme", "--no-limits")["limits"]
     assert set(lifted.values()) == {None}
-    assert "NAME=NUMBER" in run("admin", "org", "set", "acme", "--limit", "x", code=1)
+    assert "NAME=NUMBER" in run("admin", "org", "set", "acme", "--limit", "x", code=2)
     run("admin", "project", "create", "acme", "blue")
     assert "blue" in run("admin", "project", "list", "acme")
     run("admin", "user", "create", "acme", "kim", "kim@acme.example")
