@@ -13,7 +13,7 @@ def test_a_part_that_ends_at_its_start_fails_the_start_with_its_last_words(
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(gateway_stack, "_free_port", lambda: taken.getsockname()[1])
+        monkeypatch.setattr(gateway_stack, "free_port", lambda: taken.getsockname()[1])
         with (
             pytest.raises(RuntimeError, match=r"\w+ ended with \d:\n[\s\S]*already in use"),
             gateway_stack.running_gateway_stack(tmp_path),
