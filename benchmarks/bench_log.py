@@ -17,7 +17,7 @@ from pathlib import Path
 from log.capacity import measure_bytes, measure_throughput
 from log.figures import Part
 from log.latency import measure_latency
-from log.overload import measure_overload
+from log.overload import measure_overload, measure_quota
 from log.polls import measure_polls
 from log.soak import measure_soak
 
@@ -35,6 +35,7 @@ def main() -> int:
         "overload": lambda disk: (
             measure_overload(disk, op_ms, 3, 1) if quick else measure_overload(disk, op_ms, 20, 5)
         ),
+        "quota": lambda disk: measure_quota(disk, op_ms, 0.1 if quick else arguments.minutes),
         "soak": lambda disk: (
             measure_soak(disk, arguments.rate, 3, 2)
             if quick
@@ -57,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does it run? figures mean nothing")
     parser.add_argument("--parts", default="", help="names with commas (default: all)")
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: /tmp)")
-    parser.add_argument("--minutes", type=int, default=10, help="of the soak")
+    parser.add_argument("--minutes", type=int, default=10, help="of the soak and the quota")
     parser.add_argument("--rate", type=float, default=100, help="ops per second of the soak")
     parser.add_argument("--op-ms", type=float, default=20, help="of the overload's toy engine")
     parser.add_argument("--profile", type=int, default=0, help="top costs of a gateway to print")

@@ -1,5 +1,7 @@
 """One tenant offers three times what the service can do: who is refused, who waits, what is lost.
 
+And another part: 50 times what its key may send, for ten minutes (reliability S13).
+
 Queue-bound: the toy engine takes a fixed time for an op, as a GPU does, so that capacity is the
 engine's. The others each send small steps one after the other. The aim: every refusal is a 429,
 every accepted op ends, and the others' p99 is at most twice that without the overload, in the
@@ -24,9 +26,12 @@ from log.figures import Part, Sample, p99
 from log.rig import HERE, Rig, Toy, running_rig
 from log.traffic import Run, open_client
 from luthier_core.config import LimitsConfig
+from luthier_core.records import Limits
 
 MODEL = "toy"
 FACTOR = 3.0
+QUOTA_PER_S, QUOTA_FACTOR = 10.0, 50.0
+"""Requests of a key, and how much of that its tenant sends."""
 HOG_RUNS = 4
 IN_FLIGHT = 16
 """Ops of one run that the measurement of capacity keeps under way."""
@@ -49,6 +54,44 @@ def measure_overload(disk: Path, op_ms: float, window_s: float, repeats: int) ->
             rounds = [asyncio.run(_round(rig, capacity, window_s)) for _ in range(repeats)]
             sdk_figures = _end(sdk)
     return _report(op_ms, capacity, rounds, sdk_figures)
+
+
+def measure_quota(disk: Path, op_ms: float, minutes: float) -> Part:
+    quotas = {"hog": Limits(requests_per_s=QUOTA_PER_S)}
+    toys = {MODEL: Toy(op_ms=op_ms)}
+    with running_rig(disk, toys=toys, tenants=("hog", *OTHERS), quotas=quotas) as rig:
+        return asyncio.run(_beyond_quota(rig, 60 * minutes))
+
+
+async def _beyond_quota(rig: Rig, window_s: float) -> Part:
+    offered = QUOTA_FACTOR * QUOTA_PER_S
+    async with _others(rig) as others:
+        alone = await _watch(others, window_s / 5)
+        with _helper("hog.py", _hog_arguments(rig, offered)) as hog:
+            await asyncio.to_thread(_read_line, hog)  # it has been refused
+            beside = await _watch(others, window_s)
+            told = await asyncio.to_thread(_end, hog)
+        refused = sum(sum(run.client.refusals.values()) for run in others)
+    p99s = [p99(watched["latencies"]) for watched in (alone, beside)]
+    rates = [len(w["latencies"]) / (w["to"] - w["from"]) for w in (alone, beside)]
+    slower, slowed = p99s[1] / p99s[0], rates[1] / rates[0]
+    part = Part(f"quota: {QUOTA_FACTOR:g}x what its key may send, for {window_s / 60:g} minutes")
+    part.row("sent by the tenant", f"{told['offered_per_s']:.0f} posts/s", f"{offered:g} posts/s")
+    part.row("its refusals by status", str(told["refusals"]), "429 only")
+    part.row("its accepted ops that ended", f"{told['ended']:,} of {told['accepted']:,}", "all")
+    part.row("refusals of other tenants", str(refused), "0")
+    waited = f"{p99s[0]:.1f} ms, {p99s[1]:.1f} ms: {slower:.2f}x"
+    part.row("others, POST to result: p99 alone, beside it", waited, "at most 1.5x")
+    done = f"{rates[0]:.1f}, {rates[1]:.1f} ops/s: {slowed:.2f}x"
+    part.row("others' throughput alone, beside it", done, "at least 0.9x")
+    part.figures |= {"p99 ratio": slower, "throughput ratio": slowed, "refused": refused}
+    return part
+
+
+def _hog_arguments(rig: Rig, rate: float) -> list[str]:
+    named = {"urls": ",".join(rig.urls), "tenant": "hog", "model": MODEL}
+    named |= {"rate": str(rate), "runs": str(HOG_RUNS)}
+    return _options(named)
 
 
 async def _capacity(rig: Rig, window_s: float) -> float:
@@ -74,10 +117,8 @@ async def _round(rig: Rig, capacity: float, window_s: float) -> dict[str, Any]:
     """The others alone, then with the overload."""
     async with _others(rig) as others:
         alone = await _watch(others, window_s)
-        arguments = ["--urls", ",".join(rig.urls), "--tenant", "hog", "--model", MODEL]
-        arguments += ["--rate", str(FACTOR * capacity), "--runs", str(HOG_RUNS)]
         with (
-            _helper("hog.py", arguments) as hog,
+            _helper("hog.py", _hog_arguments(rig, FACTOR * capacity)) as hog,
             _helper("sdk_user.py", _sdk_arguments(rig, "hog", SDK_AHEAD)) as hog_sdk,
         ):
             await asyncio.to_thread(_read_line, hog)  # its queues are full
@@ -207,7 +248,10 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _sdk_arguments(rig: Rig, tenant: str, ahead: int) -> list[str]:
-    named = {"url": rig.urls[0], "tenant": tenant, "model": MODEL, "ahead": str(ahead)}
+    return _options({"url": rig.urls[0], "tenant": tenant, "model": MODEL, "ahead": str(ahead)})
+
+
+def _options(named: dict[str, str]) -> list[str]:
     return [item for name, value in named.items() for item in (f"--{name}", value)]
 
 

@@ -24,7 +24,7 @@ from luthier_core import keys
 from luthier_core.auth import key_hmac
 from luthier_core.blobs import open_blobs
 from luthier_core.config import Config, GatewayConfig, LimitsConfig, ModelConfig, dump_config
-from luthier_core.records import ApiKeyRecord
+from luthier_core.records import NO_LIMITS, ApiKeyRecord, Limits
 from luthier_core.testing import running_valkey
 
 HERE = Path(__file__).parent
@@ -73,11 +73,12 @@ def running_rig(
     tenants: Sequence[str] = ("ann",),
     num_gateways: int = 2,
     limits: LimitsConfig | None = None,
+    quotas: Mapping[str, Limits] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Rig]:
     """All parts, ready. Base model name -> its toy trainer; the append-only file lies on `disk`.
 
-    `environ` is for the gateways (see gateway_process.py).
+    `quotas`: tenant -> the limits of its key. `environ` is for the gateways (gateway_process.py).
     """
     allow_many_files()
     with (
@@ -87,7 +88,7 @@ def running_rig(
     ):
         folder = Path(data)
         config = _configure(folder, Path(sockets), redis_url, list(toys), limits or LimitsConfig())
-        asyncio.run(_store_keys(config, tenants))
+        asyncio.run(_store_keys(config, tenants, quotas or {}))
         started: dict[str, subprocess.Popen[bytes]] = {}
         rig = Rig(config, [])
         try:
@@ -132,10 +133,11 @@ def _configure(
     return config
 
 
-async def _store_keys(config: Config, tenants: Sequence[str]) -> None:
+async def _store_keys(config: Config, tenants: Sequence[str], quotas: Mapping[str, Limits]) -> None:
     async with open_blobs(config) as blobs:
         for tenant in tenants:
-            record = ApiKeyRecord(tenant=tenant, created_at=datetime.now(UTC))
+            limits = quotas.get(tenant, NO_LIMITS)
+            record = ApiKeyRecord(tenant=tenant, created_at=datetime.now(UTC), limits=limits)
             name = keys.api_key_record(key_hmac(config.secret(), api_key(tenant)))
             await blobs.put(name, record.to_bytes())
 
