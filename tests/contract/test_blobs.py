@@ -14,6 +14,7 @@ import pytest
 from aiohttp import ClientSession, web
 from tests.stores.kinds import Store
 
+from luthier_core import service
 from luthier_core.blobs import PIECE_BYTES, BlobInfo, BlobMissing, Blobs, open_blobs
 from luthier_core.config import Config, ModelConfig
 from luthier_core.disk_blobs import DiskBlobs
@@ -283,6 +284,27 @@ async def test_a_store_that_cannot_fence_is_refused_to_several_trainers(
     shared = replace(alone, models=(ModelConfig(name="m", path="/m", num_trainers=2),))
     with pytest.raises(ConfigError, match=says):
         await check_store(store, shared)
+
+
+async def test_a_worker_that_starts_waits_for_a_store_that_is_away_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CONFIRM_S", 0.0)
+    store, wanted = DiskBlobs(tmp_path, "", b""), config(tmp_path, "x")
+    whole, refusals = store.put_if_absent, iter([Unavailable("the store")])
+
+    async def away_once(key: str, data: bytes) -> bool:
+        for refusal in refusals:
+            raise refusal
+        return await whole(key, data)
+
+    monkeypatch.setattr(store, "put_if_absent", away_once)
+    await service._check_store(store, wanted, asyncio.Event())
+    assert list(refusals) == []
+    refusals = iter(lambda: Unavailable("the store"), None)
+    monkeypatch.setattr(service, "STORE_START_S", 0.0)
+    with pytest.raises(ConfigError, match="no answer for"):
+        await service._check_store(store, wanted, asyncio.Event())
 
 
 # --- disk -----------------------------------------------------------------------------------------

@@ -92,6 +92,12 @@ def test_a_folder_that_brings_its_own_code_is_refused(folder: Path, tmp_path: Pa
         load_base_model("tiny", tmp_path)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused_with_the_setting_to_change(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no CUDA device here; set models\.device to cpu"):
+        load_base_model("tiny", folder, device="cuda")
+
+
 def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"not a model folder: config\.json") as caught:
         load_base_model("tiny", tmp_path)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.tiny_qwen3 import TWO_LAYERS, save_tiny_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from luthier_core.config import SamplerConfig
 from luthier_core.errors import BadRequest, ConfigError
@@ -29,21 +30,9 @@ MERGES = [("a", "b"), ("ab", "c")]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     torch.set_num_threads(1)
-    torch.manual_seed(3)
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=96,
-        initializer_range=0.1,
-        eos_token_id=EOS,
-    )
     folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    shape = {**TWO_LAYERS, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 96}
+    save_tiny_qwen3(folder, seed=3, eos_token_id=EOS, **shape)
     return load_base_model("tiny", folder)
 
 

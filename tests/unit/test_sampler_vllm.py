@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from tests.tiny_qwen3 import save_tiny_qwen3
 from tests.unit.mock_vllm import DIES, FAILS, NAN, WAITS
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from luthier_core.config import ModelConfig, SamplerConfig
 from luthier_core.errors import BadRequest, ConfigError, Unsupported
@@ -38,20 +38,9 @@ MAX_MODEL_LEN, MAX_ADAPTERS = 64, 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     torch.set_num_threads(1)
-    config = Qwen3Config(
-        vocab_size=200,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
-        eos_token_id=3,
-        bos_token_id=None,
-    )
     folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokens = {"vocab_size": 200, "eos_token_id": 3, "bos_token_id": None}
+    save_tiny_qwen3(folder, seed=4, max_position_embeddings=128, **tokens)
     return load_base_model("tiny", folder)
 
 

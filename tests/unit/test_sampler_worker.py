@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tests.tiny_qwen3 import save_tiny_qwen3
 
 from luthier_core import keys
 from luthier_core.checkpoints import Manifest, ManifestFile
@@ -35,20 +35,15 @@ CANCELLED = Outcome.failure("cancelled", "user")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     torch.set_num_threads(1)
-    torch.manual_seed(4)
-    config = Qwen3Config(
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_qwen3(
+        folder,
+        seed=4,
         vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
         max_position_embeddings=512,
+        initializer_range=0.02,
         eos_token_id=None,
     )
-    folder = tmp_path_factory.mktemp("model")
-    Qwen3ForCausalLM(config).save_pretrained(folder)
     return load_base_model(MODEL, folder)
 
 

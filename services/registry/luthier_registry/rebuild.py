@@ -65,8 +65,11 @@ class Rebuild:
         return {"rebuilt": await self._compare()}
 
     async def lists_are_whole(self) -> None:
-        """Returns once no list lacks what a restarted Redis may have lost, or Unavailable."""
-        if await self._redis.get(keys.LISTED_SINCE) == await self._server():
+        """Returns once no list lacks what a restarted Redis may have lost, or raises.
+
+        Unavailable after COMPARED_S.
+        """
+        if await self._is_listed_under(await self._server()):
             return
         if self._comparing is None or self._comparing.done():
             self._comparing = asyncio.create_task(self._compare())
@@ -79,7 +82,7 @@ class Rebuild:
     async def _compare(self) -> int:
         """List what the store has, unless that was done under this server: how many records."""
         server = await self._server()
-        if await self._redis.get(keys.LISTED_SINCE) == server:
+        if await self._is_listed_under(server):
             return 0
         num_records = sum([await self._lists(tenant) for tenant in await tenants(self._blobs)])
         await self._redis.set(keys.LISTED_SINCE, server)
@@ -96,6 +99,9 @@ class Rebuild:
         await self._redis.set(keys.LISTED_SINCE, server)
         await self._generation.renew()
         return {"rebuilt": num_records}
+
+    async def _is_listed_under(self, server: bytes) -> bool:
+        return bool(await self._redis.get(keys.LISTED_SINCE) == server)
 
     async def _server(self) -> bytes:
         """The id of the server process: another after each restart or failover."""
