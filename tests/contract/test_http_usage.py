@@ -3,18 +3,20 @@
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
-from tests.contract.gateway_client import BASE_MODEL, Api, Run
+from tests.contract.gateway_client import BASE_MODEL, Api, Run, datum
 from tests.contract.gateway_stack import GatewayStack
 
 from luthier_core import keys
 from luthier_core.auth import key_hmac, key_id
 from luthier_core.blobs import open_blobs
 from luthier_core.config import PriceConfig
+from luthier_core.oplog import Oplog, connect
 from luthier_core.records import ApiKeyRecord, Limits, OrgRecord
+from luthier_gateway import quotas
 
 DAY = timedelta(days=1)
 Member = Callable[..., Awaitable[Api]]
@@ -167,6 +169,54 @@ async def test_requests_above_the_rate_wait(member: Member):
     refused = next(answer for answer in answers if answer.status == 429)
     assert "requests per second" in refused.detail
     assert refused.headers["Retry-After"] == "10"
+
+
+async def test_what_is_refused_for_its_rate_costs_redis_nothing(
+    member: Member, gateway_stack: GatewayStack
+):
+    api = await member({"requests_per_s": 0.1})
+    answers = [await api.get("get_server_capabilities") for _ in range(40)]
+    refused = sum(answer.status == 429 for answer in answers)
+    assert refused >= 36
+    async with connect(gateway_stack.config.side_redis_url()) as counters:
+        subject = api.org  # type: ignore[attr-defined]
+        names = [name async for name in counters.scan_iter(f"rate:{subject}:*")]
+        counted = sum(int(value) for value in await counters.mget(names))
+    # One more in each window is how the gateway learns that it is spent.
+    assert counted == len(answers) - refused + len(names)
+
+
+@pytest.fixture
+async def queuer(
+    member: Member,
+    second_gateway: Callable[..., Any],
+    http: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """A run of a tenant that may queue 100 bytes, at a gateway that looks each time."""
+    monkeypatch.setattr(quotas, "BELIEVED_S", -1.0)
+    gateway, api = await second_gateway(), await member({"queued_bytes": 100})
+    return await Api(http, gateway.url, f"tml-{api.org}").run()  # type: ignore[attr-defined]
+
+
+async def test_more_bytes_in_the_queue_than_a_tenant_may_have_are_refused(
+    queuer: Run, oplog_of_stack: Oplog
+):
+    await queuer.api.training_output(await queuer.forward_backward())
+    header = keys.run_header(queuer.run_id)
+    await cast(Any, oplog_of_stack.redis.hincrby(header, "bytes", 200))  # that nobody executes
+    answer = await queuer.post_message(queuer.message(datum()))
+    assert answer.status == 429
+    assert "200 bytes are queued; the limit is 100" in answer.detail
+    await cast(Any, oplog_of_stack.redis.hincrby(header, "bytes", -200))
+    assert (await queuer.post_message(queuer.message(datum(), seq_id=2))).status == 200
+
+
+async def test_bytes_that_wait_for_an_earlier_seq_do_not_keep_it_out(queuer: Run):
+    later = [await queuer.forward_backward(seq_id=seq) for seq in (4, 3, 2)]
+    await queuer.api.training_output(await queuer.forward_backward(seq_id=1))
+    for request_id in later:
+        await queuer.api.training_output(request_id)
 
 
 async def test_a_run_too_many_is_refused_and_a_repeat_of_one_that_is_there_is_not(member: Member):
