@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import tarfile
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_the_trace_of_a_session_is_written_to_a_file(
     assert told == {"session_id": session_id, "path": str(path)}
     events = json.loads(path.read_text())["traceEvents"]
     assert {"create_model", "executed"} <= {event["name"] for event in events}
+
+
+def test_why_a_run_waits_is_told_and_what_it_has_queued_is_cancelled(
+    training: luthier.TrainingClient, stack: Stack
+) -> None:
+    run_id, session_id = training.model_id, training.model_id.partition(":")[0]
+    early = {"model_id": run_id, "seq_id": 3, "adam_params": {}}
+    url, headers = f"{stack.url}/api/v1/optim_step", {"X-API-Key": KEYS["ann"]}
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(early).encode(), headers)).close()
+    (row,) = run_json("session", "queue", session_id)["runs"]
+    assert (row["run_id"], row["num_parked"]) == (run_id, 1)
+    assert "waiting for seq 1" in run("session", "queue", session_id)
+    # What waits for an earlier request is not in the queue yet.
+    assert run_json("run", "cancel-queued", run_id) == {"run_id": run_id, "num_cancelled": 0}
+    assert run("run", "cancel-queued", run_id) == f"{run_id}: 0 cancelled\n"
 
 
 def test_checkpoints_are_listed_described_and_deleted(training: luthier.TrainingClient) -> None:
