@@ -171,6 +171,8 @@ def test_a_checkpoint_is_published_expires_and_is_downloaded(
     assert str(folder) in run("checkpoint", "download", path, "--out", str(folder))
     assert {"adapter_config.json"} <= {file.name for file in folder.iterdir()}
     assert "exists already" in run("checkpoint", "download", path, "--out", str(folder), code=2)
+    again = ["checkpoint", "download", path, "--out", str(tmp_path / "again")]
+    assert CliRunner().invoke(app, again).stderr == ""  # no bar where there is no terminal
     uploaded = run_json("checkpoint", "upload", str(folder), "--name", "again")
     assert uploaded["sampler_path"].endswith("/sampler_weights/again")
     assert "again" in run("checkpoint", "info", uploaded["tinker_path"])
@@ -259,7 +261,11 @@ def test_an_operator_administers_a_deployment(
     monkeypatch.setenv("LUTHIER_ADMIN_KEY", (stack.data / "admin-key").read_text().strip())
     limited = ("--limit", "usd_per_month=5", "--limit", "requests_per_s=100")
     assert run_json("admin", "org", "create", "acme", *limited)["limits"]["usd_per_month"] == 5
-    assert "acme" in run("admin", "org", "list")
+    changed = ("--limit", "requests_per_s=50", "--limit", "usd_per_month=null")
+    run("admin", "org", "set", "acme", "--limit", "stored_bytes=9", *changed)
+    assert run("admin", "org", "set", "acme", "--enable").startswith("format ")
+    (acme,) = [row for row in run("admin", "org", "list").splitlines() if "acme" in row]
+    assert acme.split(maxsplit=3)[3].strip() == "requests_per_s=50, stored_bytes=9"
     lifted = run_json("admin", "org", "set", "acme", "--no-limits")["limits"]
     assert set(lifted.values()) == {None}
     assert "NAME=NUMBER" in run("admin", "org", "set", "acme", "--limit", "x", code=2)

@@ -50,7 +50,7 @@ def create(
     ] = None,
     project: Annotated[str, typer.Option(help="What it creates belongs to this project.")] = "",
     user: Annotated[str, typer.Option(help="Whose key it is.")] = "",
-    days: Annotated[int, typer.Option(help="How long it works; 0: until it is revoked.")] = 0,
+    days: admin.DaysOption = 0,
     limit: admin.LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
