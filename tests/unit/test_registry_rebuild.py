@@ -21,6 +21,7 @@ async def lists(stack: Stack, run_id: str) -> list[object]:
             for row in (await client.list_runs("ann", limit=100, offset=0))["training_runs"]
         ],
         await table(stack, "run"),
+        await client.admin("GET", f"/metrics/{run_id}?after=-1&limit=100", "ann"),
     ]
 
 
@@ -46,6 +47,8 @@ async def test_lists_and_sums_are_the_same_after_redis_was_wiped(stack: Stack) -
         await stack.save(run, name=f"c{number}", seq=number + 1)
     await stack.save(run, name="e", seq=9, kind="ephemeral")
     await committed(stack, run, 3)
+    await job(stack, "usage")
+    await committed(stack, run, 2, first=3)
     await job(stack, "usage")
     before = await lists(stack, run.run_id)
     await stack.valkey.flushall()
