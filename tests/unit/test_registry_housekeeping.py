@@ -46,15 +46,18 @@ async def admitted(stack: Stack, run: RunRecord, seq: int, **fields: Any) -> Op:
     return op
 
 
-async def committed(stack: Stack, run: RunRecord, num_ops: int, *, first: int = 0) -> None:
-    """Ops of 10 tokens each, with their metrics."""
+async def committed(
+    stack: Stack, run: RunRecord, num_ops: int, *, first: int = 0, from_ms: int = 0
+) -> None:
+    """Ops of 10 tokens each, with their metrics; one every 10 ms."""
     oplog = Oplog(stack.valkey)
     for seq in range(first, first + num_ops):
         await admitted(stack, run, seq)
         if seq == 0:
             assert await oplog.acquire(run.run_id, 1, "w/1")
         kept = {"kind": "forward_backward", "metrics": {"num_tokens:sum": 10.0}, "worker": "w"}
-        kept |= {"admitted_ms": 10 * seq, "begun_ms": 10 * seq + 2, "ended_ms": 10 * seq + 15}
+        at_ms = from_ms + 10 * seq
+        kept |= {"admitted_ms": at_ms, "begun_ms": at_ms + 2, "ended_ms": at_ms + 15}
         outcome = Outcome.completed(Body.of(b"{}"), metrics=json.dumps(kept))
         assert (await oplog.commit(run.run_id, 1, seq, outcome)).status == "OK"
 

@@ -49,6 +49,11 @@ class MetricsSegment(Record):
         found = (entry.get("metrics", {}).get("num_tokens:sum") for entry in self.entries)
         return int(sum(tokens or 0 for tokens in found))
 
+    @property
+    def last_admitted_ms(self) -> int:
+        """Since the epoch; 0 if nothing was executed."""
+        return max((int(entry.get("admitted_ms", 0)) for entry in self.entries), default=0)
+
 
 class SamplesSegment(Record):
     """`usage/samples/{shard}/{first entry}.json`"""
@@ -128,7 +133,7 @@ class Counting:
                 cursor=(keys.metrics_cursor(tenant), run_id),
                 before=str(cursor),
                 after=str(segment.last),
-                history=(keys.index_order(tenant, f"metrics:{run_id}"), segment.first),
+                segment=segment,
             )
             cursor, num_ops = segment.last, num_ops + len(segment.entries)
         if not live:
@@ -222,7 +227,7 @@ class Counting:
         cursor: tuple[str, str],
         before: str | None,
         after: str,
-        history: tuple[str, int] | None = None,
+        segment: MetricsSegment | None = None,
     ) -> None:
         """Move the cursor and add to the sums in one step, unless it is there or beyond already.
 
@@ -240,8 +245,11 @@ class Counting:
                 return
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.hset(table, field, after)
-            if history is not None:
-                pipe.zadd(history[0], {str(history[1]): history[1]})
+            if segment is not None:
+                history = keys.index_order(tenant, f"metrics:{segment.run_id}")
+                pipe.zadd(history, {str(segment.first): segment.first})
+                active = {segment.run_id: segment.last_admitted_ms / 1000}
+                pipe.zadd(keys.index_order(tenant, "runs"), active, xx=True, gt=True)
             self._add_sums(pipe, tenant, uses, at, key_of)
             try:
                 await pipe.execute()
