@@ -241,12 +241,14 @@ def test_a_model_answers_in_the_terminal() -> None:
 def test_the_key_in_use_is_named_and_makes_others(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "ann" in run("key", "info")
+    shown = run("key", "info")
+    assert "ann" in shown
     assert run("key", "list", code=1).startswith("luthier: ")  # a key for work administers nothing
     monkeypatch.setenv("LUTHIER_ADMIN_KEY", (stack.data / "admin-key").read_text().strip())
     made = run_json("key", "create", "--org", "ann", "--name", "robot", "--scope", "read")
     listed = run_json("key", "list", "--org", "ann")["keys"]
     assert made["key_id"] in [key["key_id"] for key in listed]
+    assert shown.split()[1] in [key["key_id"] for key in listed]
     assert run_json("key", "revoke", made["key_id"], "--org", "ann")
 
 

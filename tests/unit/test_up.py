@@ -87,6 +87,7 @@ def up(*arguments: str) -> tuple[int, str]:
         (["--set", "limits.max_rang=64"], "limits.max_rang"),
         (["--set", "limits.max_rank=many"], "limits.max_rank"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
+        (["--host", "no..name"], "--host no..name"),
         (["--port", "70000"], "--port 70000"),
         (["--sampler-engine", "tgi"], "sampler.engine: 'tgi' is not torch or vllm"),
     ],

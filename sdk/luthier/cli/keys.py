@@ -30,7 +30,9 @@ def connection(
 def info(context: typer.Context, as_json: JsonOption = False) -> None:
     """Show the key in use: its name, and whose it is."""
     answer = _own(context)
-    shown = {"key_id": answer["key_id"], "name": answer["name"], "org": _org_of(answer)}
+    # The wire has a number; `list` and `revoke` know the key by the same in hexadecimal.
+    key_id = f"{answer['key_id']:012x}"
+    shown = {"key_id": key_id, "name": answer["name"], "org": _org_of(answer)}
     admin.show(answer if as_json else shown, as_json)
 
 
