@@ -8,7 +8,7 @@ from tests.chaos.scenarios import (
     Scenario,
     crash_points,
     damaged_snapshots,
-    disk_full,
+    full_disks,
     in_turn,
     random_kills,
     redis_restarts,
@@ -95,7 +95,7 @@ def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
         torch("torch", random_kills(3, pause_s=4.0), model(), min_runs=100 if long else 10),
     ]
     if may_mount():
-        listed.insert(6, toy("disk full", disk_full(2 * many), small_disk=True, min_runs=share))
+        listed.insert(6, toy("disk full", full_disks(many), small_disks=True, min_runs=share))
     return {session.name: session for session in listed}
 
 
