@@ -25,7 +25,7 @@ from tests.cluster.processes import BASE_MODEL, LEASE_RENEW_S, LEASE_S, Plan
 from luthier_core.config import ModelConfig, TrainerConfig
 
 GAP_TIMEOUT_S = 10.0
-"""After a rollback of Redis a program waits no longer for what is lost. Elsewhere nothing may be."""
+"""After a rollback of Redis a program waits no longer for what is lost; elsewhere nothing is."""
 TOY = Plan(
     num_trainers=2,
     sampler="tests.chaos.sampler",
