@@ -162,6 +162,15 @@ async def test_storage_is_counted_by_the_time_that_it_is_there(stack: Stack) -> 
     assert answer["data"][0]["size_bytes"] == record.size_bytes
 
 
+async def test_stored_bytes_are_told_in_the_order_of_the_projects(stack: Stack) -> None:
+    await has_org(stack)
+    for project in ("b", "a"):
+        session = await stack.client.create_session("ann", project_id=project)
+        await stack.save(await stack.run(session_id=session.session_id))
+    rows = (await stack.client.admin("GET", "/usage/stored", "ann"))["data"]
+    assert [row["project_id"] for row in rows] == ["a", "b"]
+
+
 async def test_a_table_is_also_csv(stack: Stack) -> None:
     run = await stack.run()
     await committed(stack, run, 1)
