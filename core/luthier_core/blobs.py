@@ -7,8 +7,8 @@ once its call returns, or it is not there; of two writers that race on one condi
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -21,6 +21,7 @@ _PART = re.compile(r"[A-Za-z0-9:._=+-]{1,255}")
 MAX_KEY_CHARS = 1000
 OUTAGE_RETRY_S = 1.0
 PIECE_BYTES = 1024 * 1024
+READS_AT_ONCE = 32
 T = TypeVar("T")
 
 Pieces = Callable[[], AsyncIterator[bytes]]
@@ -118,6 +119,35 @@ async def outlasting_outage(call: Callable[[], Awaitable[T]]) -> T:
             await asyncio.sleep(OUTAGE_RETRY_S)
         except BlobMissing as error:
             raise LuthierError(f"stored bytes are gone: {error}") from error
+
+
+async def read_below(
+    blobs: Blobs, prefix: str, suffix: str = ""
+) -> AsyncIterator[list[tuple[str, bytes]]]:
+    """(key, bytes) of every object whose key starts and ends so, READS_AT_ONCE in a list.
+
+    In the order of keys. What is deleted meanwhile is left out.
+    """
+    batch: list[str] = []
+    async for info in blobs.list(prefix):
+        if info.key.endswith(suffix):
+            batch.append(info.key)
+        if len(batch) == READS_AT_ONCE:
+            yield await _read_all(blobs, batch)
+            batch = []
+    if batch:
+        yield await _read_all(blobs, batch)
+
+
+async def _read_all(blobs: Blobs, names: Sequence[str]) -> list[tuple[str, bytes]]:
+    found = await asyncio.gather(*(_get_or_none(blobs, name) for name in names))
+    return [(name, data) for name, data in zip(names, found, strict=True) if data is not None]
+
+
+async def _get_or_none(blobs: Blobs, name: str) -> bytes | None:
+    with suppress(BlobMissing):
+        return await blobs.get(name)
+    return None
 
 
 @asynccontextmanager

@@ -71,6 +71,21 @@ class Listing:
         await self._drop_expired(now)
         return await self._rows("checkpoints", (await self.ids(f"checkpoints:{run_id}"))[::-1])
 
+    async def unlisted(self, table: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Ids of those rows that are not there as they are here."""
+        stored = await cast(Any, self._redis.hmget(keys.index_rows(self._tenant, table), [*rows]))
+        pairs = zip(rows.items(), stored, strict=True)
+        return {row_id for (row_id, row), listed in pairs if listed != orjson.dumps(row)}
+
+    async def unlisted_samplers(self, records: Sequence[SamplerRecord]) -> list[SamplerRecord]:
+        """Those that the lists of their sessions lack: they have no rows."""
+        pipe = self._redis.pipeline(transaction=False)
+        for record in records:
+            order = keys.index_order(self._tenant, f"samplers:{record.session_id}")
+            pipe.zscore(order, record.sampling_session_id)
+        found = zip(records, await pipe.execute(), strict=True)
+        return [record for record, score in found if score is None]
+
     async def ids(self, what: str) -> list[str]:
         """All ids of a list, oldest first."""
         found: Any = await self._redis.zrange(keys.index_order(self._tenant, what), 0, -1)

@@ -71,6 +71,23 @@ async def test_rows_that_a_restarted_redis_has_lost_are_listed_again(stack: Stac
     assert await job(stack, "generation") == {"rebuilt": 0}
 
 
+async def test_what_a_restarted_redis_still_has_is_not_written_again(stack: Stack) -> None:
+    await has_org(stack)
+    run = await stack.run()
+    await stack.client.create_sampler(
+        "ann", session_id=run.session_id, sampling_session_seq_id=0, base_model="tiny"
+    )
+    for seq in range(1, 4):
+        await stack.save(run, name=f"c{seq}", seq=seq)
+    await job(stack, "generation")
+    await stack.valkey.set(keys.LISTED_SINCE, "the process before")
+    await stack.valkey.config_resetstat()
+    assert await job(stack, "generation") == {"rebuilt": 6}
+    commands = await stack.valkey.info("commandstats")
+    assert "cmdstat_hmget" in commands
+    assert "cmdstat_zadd" not in commands
+
+
 async def test_a_run_goes_on_from_its_snapshot_and_its_old_owner_is_fenced(stack: Stack) -> None:
     await has_org(stack)
     run, lost = await stack.run(), await stack.run()

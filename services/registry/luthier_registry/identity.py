@@ -4,7 +4,6 @@ An organisation is a tenant. Lists read the records themselves: administration i
 without an index cannot be wrong.
 """
 
-import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ import redis.asyncio as redis
 from luthier_core import keys
 from luthier_core.admin_types import CreateKey, CreateOrg, CreateProject, CreateUser, UpdateOrg
 from luthier_core.auth import key_hmac, key_id, new_api_key
-from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.blobs import Blobs, read_below
 from luthier_core.errors import BadRequest, NotFound
 from luthier_core.records import (
     ApiKeyRecord,
@@ -27,8 +26,6 @@ from luthier_core.records import (
 from luthier_registry.record_store import KEY_HMAC, KEY_ID, SLUG, RecordStore, check_id
 
 R = TypeVar("R", bound=Record)
-
-READS_AT_ONCE = 32
 
 
 class Identities(RecordStore):
@@ -208,24 +205,18 @@ class Identities(RecordStore):
 
     async def _all(self, kind: type[R], prefix: str) -> list[tuple[str, R]]:
         """(object key, record) of every object below the prefix, in the order of keys."""
-        found = [info.key async for info in self._blobs.list(prefix)]
-        turns = asyncio.Semaphore(READS_AT_ONCE)
-
-        async def read(key: str) -> tuple[str, R] | None:
-            async with turns:
-                try:
-                    return key, kind.from_bytes(await self._blobs.get(key))
-                except BlobMissing:  # deleted since
-                    return None
-
-        return [item for item in await asyncio.gather(*map(read, found)) if item is not None]
+        return [
+            (key, kind.from_bytes(data))
+            async for batch in read_below(self._blobs, prefix)
+            for key, data in batch
+        ]
 
 
 async def tenants(blobs: Blobs) -> list[str]:
     """Every tenant there has been: of an organisation, or of a key."""
     found = {_org_of(info.key) async for info in blobs.list("orgs/")}
-    async for info in blobs.list("keys/"):
-        found.add(ApiKeyRecord.from_bytes(await blobs.get(info.key)).tenant)
+    async for batch in read_below(blobs, "keys/"):
+        found |= {ApiKeyRecord.from_bytes(data).tenant for _, data in batch}
     return sorted(found)
 
 

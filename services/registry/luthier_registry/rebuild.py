@@ -15,7 +15,7 @@ from typing import Any, cast
 import redis.asyncio as redis
 
 from luthier_core import keys
-from luthier_core.blobs import BlobMissing, Blobs
+from luthier_core.blobs import BlobMissing, Blobs, read_below
 from luthier_core.checkpoints import TinkerPath
 from luthier_core.config import Config
 from luthier_core.errors import Unavailable
@@ -114,36 +114,53 @@ class Rebuild:
                 await self._redis.set(keys.model_facts(name), facts, nx=True)
 
     async def _lists(self, tenant: str, *, headers: bool = False) -> int:
-        """Rows of sessions, runs, checkpoints and sampling sessions -> how many records."""
+        """Rows of sessions, runs, checkpoints and sampling sessions -> how many records.
+
+        What is listed is only read: a write each would take Redis, which syncs it, far longer.
+        """
         listing, num_records = Listing(self._redis, tenant), 0
-        async for info in self._blobs.list(f"t/{tenant}/sessions/"):
-            session = SessionRecord.from_bytes(await self._blobs.get(info.key))
-            await listing.add_session(session)
-            if headers:
-                await self._session_header(session)
-            num_records += 1
-        async for info in self._blobs.list(f"t/{tenant}/runs/"):
-            if info.key.endswith("/run.json"):
-                run = RunRecord.from_bytes(await self._blobs.get(info.key))
-                await listing.add_run(run)
+        async for batch in read_below(self._blobs, f"t/{tenant}/sessions/"):
+            sessions = [SessionRecord.from_bytes(data) for _, data in batch]
+            lacking = await listing.unlisted("sessions", {s.session_id: s.row() for s in sessions})
+            for session in sessions:
+                if session.session_id in lacking:
+                    await listing.add_session(session)
+                if headers:
+                    await self._session_header(session)
+            num_records += len(batch)
+        async for batch in read_below(self._blobs, f"t/{tenant}/runs/", "/run.json"):
+            runs = [RunRecord.from_bytes(data) for _, data in batch]
+            lacking = await listing.unlisted("runs", {run.run_id: run.row() for run in runs})
+            for run in runs:
+                if run.run_id in lacking:
+                    await listing.add_run(run)
                 if headers and run.trainable:
                     await self._run_header(run)
-                num_records += 1
-        rows_without_record = set(await listing.ids("checkpoints"))
-        async for info in self._blobs.list(f"t/{tenant}/names/"):
-            checkpoint = CheckpointRecord.from_bytes(await self._blobs.get(info.key))
-            expired = checkpoint.expires_at and checkpoint.expires_at <= self._clock()
-            if checkpoint.kind != "ephemeral" and not expired:
-                await listing.add_checkpoint(checkpoint)
-                rows_without_record.discard(checkpoint.row_id)
-            num_records += 1
+            num_records += len(batch)
+        async for batch in read_below(self._blobs, f"t/{tenant}/samplers/"):
+            samplers = [SamplerRecord.from_bytes(data) for _, data in batch]
+            for sampler in await listing.unlisted_samplers(samplers):
+                await listing.add_sampler(sampler)
+            num_records += len(batch)
+        return num_records + await self._checkpoints(tenant, listing)
+
+    async def _checkpoints(self, tenant: str, listing: Listing) -> int:
+        num_records, rows_without_record = 0, set(await listing.ids("checkpoints"))
+        async for batch in read_below(self._blobs, f"t/{tenant}/names/"):
+            found = [CheckpointRecord.from_bytes(data) for _, data in batch]
+            rows = {c.row_id: c.row() for c in found if self._is_listed(c)}
+            for row_id in await listing.unlisted("checkpoints", rows) if rows else ():
+                await self._rows.list_again(tenant, TinkerPath(*row_id.split("/")))
+            rows_without_record -= rows.keys()
+            num_records += len(batch)
         for row_id in rows_without_record:
             # Or saved a moment ago: its record says.
             await self._rows.list_again(tenant, TinkerPath(*row_id.split("/")))
-        async for info in self._blobs.list(f"t/{tenant}/samplers/"):
-            await listing.add_sampler(SamplerRecord.from_bytes(await self._blobs.get(info.key)))
-            num_records += 1
         return num_records
+
+    def _is_listed(self, checkpoint: CheckpointRecord) -> bool:
+        expired = checkpoint.expires_at and checkpoint.expires_at <= self._clock()
+        return checkpoint.kind != "ephemeral" and not expired
 
     async def _session_header(self, session: SessionRecord) -> None:
         header: dict[Any, Any] = {
