@@ -143,6 +143,9 @@ def test_a_fetched_model_is_pinned_by_a_commit(overlay: str):
             assert re.fullmatch(r"[0-9a-f]{40}", revision)
             assert folder == f"/models/{revision}"
             assert "/" in repo
+            # Clients have no folder of ours.
+            (model,) = (model for model in config_of(overlay).models if model.path == folder)
+            assert model.tokenizer == repo
 
 
 @every_overlay
