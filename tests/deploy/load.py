@@ -1,7 +1,8 @@
 """Steps and samples at a steady rate through the official SDK, until standard input closes.
 
 Then waits for every answer and prints one JSON line: how many were sent and answered, how many a
-second in the worst ten, what failed. A run that waits is waited for: up to MAX_AHEAD steps of it are sent ahead.
+second in the worst ten, what failed. A run that waits is waited for: up to MAX_AHEAD steps of it
+are sent ahead.
 """
 
 import argparse
