@@ -5,14 +5,19 @@
 #   deploy/secrets.sh FOLDER [kubectl]
 #
 # What is in FOLDER already is kept, so it may be run again. Keep FOLDER: without server-secret no API
-# key is known any more.
+# key is known any more. Only its owner can enter it; the files themselves are readable, because compose
+# mounts them one by one for the user of the containers.
 set -eu
 folder=$1
 umask 077
 mkdir -p "$folder"
+chmod 700 "$folder"
 
 random_hex() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
-make() { [ -s "$folder/$1" ] || printf '%s\n' "$2" > "$folder/$1"; }
+make() {
+  [ -s "$folder/$1" ] || printf '%s\n' "$2" > "$folder/$1"
+  chmod 444 "$folder/$1"
+}
 
 make server-secret "$(random_hex 32)"
 make operator-key "luthier-operator-$(random_hex 32)"

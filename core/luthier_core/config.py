@@ -28,6 +28,9 @@ class ModelConfig:
     """What clients ask for, such as Qwen/Qwen3-8B."""
     path: str
     """A Hugging Face model folder on this machine."""
+    tokenizer: str = ""
+    """What clients load it from (`get_tokenizer`), such as Qwen/Qwen3-8B. Empty: `path`, which does
+    for clients that have the same folder."""
     num_trainers: int = 1
     num_samplers: int = 1
     dtype: str = "auto"

@@ -41,6 +41,7 @@ LETTERS = [chr(code) for code in range(33, 127)]
 """Token id -> what it decodes to; one token more is the end of a sequence."""
 EOS = len(LETTERS)
 VOCAB_SIZE = EOS + 1
+TOKENIZER = "tiny/letters"
 MAX_CONTEXT_TOKENS = 64
 CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}!{{ tool.function.name }}{% endfor %}"
@@ -172,7 +173,11 @@ def configure(
         s3_secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY", ""),
         registry_url=f"unix://{folder}/registry.sock",
         secret_file=str(folder / "secret"),
-        models=(ModelConfig(name=BASE_MODEL, path=str(folder / "model"), dtype="float32"),),
+        models=(
+            ModelConfig(
+                name=BASE_MODEL, path=str(folder / "model"), tokenizer=TOKENIZER, dtype="float32"
+            ),
+        ),
         gateway=GatewayConfig(
             port=free_port(), max_body_bytes=max_body_bytes, poll_hold_s=POLL_HOLD_S
         ),

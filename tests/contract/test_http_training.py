@@ -17,7 +17,13 @@ from tests.contract.gateway_client import (
     int64,
     logprobs_of,
 )
-from tests.contract.gateway_stack import LIMITS, MAX_CONTEXT_TOKENS, VOCAB_SIZE, GatewayStack
+from tests.contract.gateway_stack import (
+    LIMITS,
+    MAX_CONTEXT_TOKENS,
+    TOKENIZER,
+    VOCAB_SIZE,
+    GatewayStack,
+)
 
 from luthier_core.ops import INLINE_LIMIT
 from luthier_core.proto import wire_pb2
@@ -48,7 +54,7 @@ async def test_a_run_is_created_under_the_id_that_the_sdk_computes(api: Api):
     info = (await api.post("get_info", {"model_id": run.run_id})).json()
     assert info["model_id"] == run.run_id
     assert info["model_data"]["model_name"] == info["model_name"] == BASE_MODEL
-    assert info["model_data"]["tokenizer_id"]
+    assert info["model_data"]["tokenizer_id"] == TOKENIZER
     assert (info["is_lora"], info["lora_rank"]) == (True, 4)
     assert info["optimizer_config"] == {"type": "adamw"}
 

@@ -143,6 +143,9 @@ def test_a_fetched_model_is_pinned_by_a_commit(overlay: str):
             assert re.fullmatch(r"[0-9a-f]{40}", revision)
             assert folder == f"/models/{revision}"
             assert "/" in repo
+            # Clients have no folder of ours.
+            (model,) = (model for model in config_of(overlay).models if model.path == folder)
+            assert model.tokenizer == repo
 
 
 @every_overlay
@@ -295,7 +298,9 @@ def test_the_secrets_that_are_made_work(made_secrets: Path):
     secret = (made_secrets / "server-secret").read_text().strip()
     assert len(bytes.fromhex(secret)) == 32
     assert bootstrap.read_key(made_secrets / "operator-key")
-    assert all(path.stat().st_mode & 0o077 == 0 for path in made_secrets.iterdir())
+    assert made_secrets.stat().st_mode & 0o777 == 0o700
+    # Compose mounts the file itself, for a user who is nobody on this machine.
+    assert all(path.stat().st_mode & 0o004 for path in made_secrets.iterdir())
 
 
 @every_overlay
@@ -349,6 +354,9 @@ def test_compose_runs_what_the_code_has():
         if module in PARSERS:
             arguments = PARSERS[module]().parse_args(argv[3:])
             assert f"./compose.toml:{arguments.config}:ro" in service["volumes"], name
+            reads = [config.secret_file, getattr(arguments, "operator_key_file", None)]
+            mounted = {secret["target"] for secret in service["secrets"]}
+            assert mounted == {str(path) for path in reads if path}, name
             if hasattr(arguments, "model"):
                 assert config.model(arguments.model).path == "/models/demo"
             if hasattr(arguments, "ops"):

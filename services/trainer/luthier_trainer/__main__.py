@@ -32,6 +32,7 @@ async def _work(parts: WorkerParts) -> None:
             {
                 "name": wanted.name,
                 "path": wanted.path,
+                "tokenizer_id": wanted.tokenizer or wanted.path,
                 "device": wanted.device,
                 "dtype": wanted.dtype,
                 "logprob_chunk_tokens": settings.logprob_chunk_tokens,

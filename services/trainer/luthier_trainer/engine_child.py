@@ -102,7 +102,7 @@ def load_engine(hello: dict[str, Any]) -> tuple[EngineHost, dict[str, Any]]:
     ready = {
         "facts": {
             **model.facts.to_json(),
-            "tokenizer_id": model.facts.path,
+            "tokenizer_id": hello["tokenizer_id"],
             "lora_modules": shapes_by_switch(model.lora_shapes),
         },
         "fingerprint": {

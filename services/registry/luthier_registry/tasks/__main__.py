@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_REFUSED
-    with tempfile.TemporaryDirectory(prefix="luthier-beat-") as folder:
-        # solo: jobs take turns in this process, and there is no pool that would idle in memory.
-        options = ["worker", "--beat", "--pool=solo", "--loglevel=WARNING", "--without-gossip"]
-        options += [f"--schedule={folder}/schedule", f"--hostname={arguments.name}@%h"]
-        make_app(config).worker_main(options)
+    # solo: jobs take turns in this process, and there is no pool that would idle in memory.
+    options = ["worker", "--beat", "--pool=solo", "--loglevel=WARNING", "--without-gossip"]
+    # Beat's default scheduler keeps a file, which its process still writes while the worker ends.
+    options += ["--scheduler=celery.beat:Scheduler", f"--hostname={arguments.name}@%h"]
+    make_app(config).worker_main(options)
     return 0
 
 
