@@ -103,7 +103,6 @@ class WorkerLease:
 
         TimeoutError after wait_s: another live process has this name.
         """
-        await self._oplog.register_worker(self.name)
         async with asyncio.timeout(wait_s):
             while not await self._write():  # noqa: ASYNC110  (another process holds it)
                 await asyncio.sleep(0.5)
@@ -136,6 +135,8 @@ class WorkerLease:
             await self._oplog.release_lease(keys.worker_lease(self.name), self.incarnation)
 
     async def _write(self) -> bool:
+        # Each time: a Redis that was wiped knows no names, and the worker is alive all the same.
+        await self._oplog.register_worker(self.name)
         value = json.dumps({**self._fields, "incarnation": self.incarnation, "pid": os.getpid()})
         return await self._oplog.hold_lease(
             keys.worker_lease(self.name), self.incarnation, value, self._lease_ms

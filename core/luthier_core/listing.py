@@ -155,31 +155,25 @@ class Listing:
         replies = await pipe.execute()
         last_ids = [item.decode() for reply in replies for item in reply]
         checkpoints = await self._rows_by_id("checkpoints", last_ids)
-        last_admits = await self._last_admits(rows)
+        last_requests = await self._last_requests(rows)
         return [
             {
                 **row,
                 "last_checkpoint": _first(checkpoints, weights),
                 "last_sampler_checkpoint": _first(checkpoints, sampler_weights),
-                "last_request_time": _later(
-                    row["last_request_time"], last_admits.get(row["training_run_id"])
-                ),
+                "last_request_time": _later(row["last_request_time"], last_request),
             }
-            for row, weights, sampler_weights in zip(
-                rows, replies[0::2], replies[1::2], strict=True
+            for row, weights, sampler_weights, last_request in zip(
+                rows, replies[0::2], replies[1::2], last_requests, strict=True
             )
         ]
 
-    async def _last_admits(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-        """Run id -> when its last op was admitted; None for a run that is at rest."""
-        runs_of: dict[str, list[str]] = {}
-        for row in rows:
-            runs_of.setdefault(row["base_model"], []).append(row["training_run_id"])
-        found: dict[str, float | None] = {}
-        for base_model, run_ids in runs_of.items():
-            scores = await cast(Any, self._redis.zmscore(keys.live_runs(base_model), run_ids))
-            found |= zip(run_ids, scores, strict=True)
-        return found
+    async def _last_requests(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """When the last counted op of each run was admitted: what "runs" is ordered by."""
+        ids = [row["training_run_id"] for row in rows]
+        order = keys.index_order(self._tenant, "runs")
+        found: Any = await cast(Any, self._redis.zmscore(order, ids)) if ids else []
+        return list(found)
 
     async def expired(self, now: datetime) -> list[str]:
         """run/kind/name of what has expired and is not yet swept."""
@@ -203,7 +197,9 @@ class Listing:
             if row:
                 pipe.hset(keys.index_rows(self._tenant, table), row_id, orjson.dumps(row))
             for name in lists:
-                pipe.zadd(keys.index_order(self._tenant, name), {row_id: time.timestamp()})
+                order = keys.index_order(self._tenant, name)
+                # A run that is listed again keeps the time of its last request.
+                pipe.zadd(order, {row_id: time.timestamp()}, gt=table == "runs")
             if expires_at:
                 pipe.zadd(expiring, {row_id: expires_at.timestamp()})
             elif table == "checkpoints":

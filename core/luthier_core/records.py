@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights", "ephemeral"]
 FinishReason = Literal["success", "errored", "interrupted"]
@@ -259,6 +259,15 @@ class Limits(BaseModel):
     stored_bytes: int | None = Field(None, ge=0)
     usd_per_month: float | None = Field(None, ge=0)
     """By the prices of the configuration; what has none costs nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_known_names(cls, given: Any) -> Any:
+        """`extra="forbid"`, which would not tell the names there are."""
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(f"{name!r} is none of {', '.join(cls.model_fields)}")
+        return given
 
 
 NO_LIMITS = Limits()

@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from luthier_core.caller import REFUSAL
 from luthier_core.rest_types import CopyWeights, SetKeepLast, SetTtl
 from luthier_core.types import TinkerPath, parse
 from luthier_gateway import files
@@ -116,6 +117,8 @@ async def copy_weights(request: web.Request) -> web.Response:
     """Copy a checkpoint to a project or a session; a retry under one key makes no second copy."""
     backends = request.app[BACKENDS]
     wanted = parse(CopyWeights, await read_body(request, MAX_SMALL_BODY))
+    if refusal := REFUSAL.get():
+        raise refusal
     header = request.headers.get("X-Tinker-Weights-Access-Token")
     copy: dict[str, Any] = {
         **wanted.model_dump(exclude={"weights_access_token"}),

@@ -23,7 +23,7 @@ from luthier_core.errors import BadRequest, TooManyRequests
 from luthier_core.oplog import Oplog
 from luthier_core.records import NO_LIMITS, Limits
 from luthier_core.usage import Prices, Use, day_of, month_of, read_uses
-from luthier_gateway import forward_backward, sampling, training, uploads
+from luthier_gateway import checkpoints, forward_backward, sampling, training, uploads
 from luthier_gateway.openai import handlers as openai
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ _SAVE: frozenset[Handler] = frozenset(
         training.save_weights_for_sampler,
         training.save_weights_external,
         uploads.create_upload,
+        checkpoints.copy_weights,
     }
 )
 
@@ -175,7 +176,7 @@ class Quotas:
         spent = self._prices.total(use for use in uses if key_id in (None, use.subject))
         if spent < limit:
             return None
-        return f"{spent:.2f} USD were spent this month (UTC); the limit is {limit:g}"
+        return f"{spent:.6g} USD were spent this month (UTC); the limit is {limit:g}"
 
     async def _used(self, tenant: str, period: str) -> list[Use]:
         async def look() -> list[Use]:

@@ -126,6 +126,17 @@ class RestClient:
 
     get_run_metrics_async = value_of(get_run_metrics)
 
+    @operation
+    async def cancel_queued(self, training_run_id: types.ModelID) -> types.CancelQueuedResponse:
+        """Lets everything that the run has queued fail, so that it is free for what comes next.
+
+        The request that is being executed ends as it would.
+        """
+        path = f"training_runs/{training_run_id}/cancel_queued"
+        return (await self._session.transport.call("POST", path)).parsed(types.CancelQueuedResponse)
+
+    cancel_queued_async = value_of(cancel_queued)
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     @operation
@@ -333,6 +344,13 @@ class RestClient:
         return await self._get(types.GetSessionResponse, f"sessions/{session_id}", query)
 
     get_session_async = value_of(get_session)
+
+    @operation
+    async def get_session_queue(self, session_id: str) -> types.SessionQueueResponse:
+        """Why runs of a session wait."""
+        return await self._get(types.SessionQueueResponse, f"sessions/{session_id}/queue")
+
+    get_session_queue_async = value_of(get_session_queue)
 
     @operation
     async def search_sessions(

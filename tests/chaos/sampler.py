@@ -14,7 +14,6 @@ from luthier_sampler.engine import Finished
 from luthier_sampler.engine_thread import EngineThread
 from luthier_sampler.sequence import SampleRequest
 
-TOUCH_S = 0.5
 MAX_DELIVERIES = 20
 """We kill the only sampler more often in a row than a request may survive elsewhere."""
 
@@ -74,7 +73,6 @@ def _sequence(tokens: Sequence[int]) -> wire_pb2.SampledSequence:
 
 
 def main(argv: Sequence[str]) -> int:
-    worker.TOUCH_S = TOUCH_S
     worker.MAX_DELIVERIES = MAX_DELIVERIES
     return worker_main(argv, os.environ, role="sampler", work=_work)
 

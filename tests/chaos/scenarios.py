@@ -129,11 +129,15 @@ def store_trouble(times: int) -> Scenario:
     return trouble
 
 
-def disk_full(times: int) -> Scenario:
+def full_disks(times: int) -> Scenario:
+    """No room for objects; none for the operation log, which is the end of Redis; both again."""
+
     async def fill(stack: Stack) -> None:
-        for _ in range(times):
+        for _ in range(2 * times):
             await asyncio.sleep(stack.rng.uniform(0.5, 2))
-            await stack.fill_disk(2.0)
+            await stack.fill_disk_of_objects(2.0)
+            await asyncio.sleep(stack.rng.uniform(0.5, 2))
+            await stack.fill_disk_of_redis(stack.rng.uniform(0, 1))
 
     return fill
 

@@ -120,7 +120,7 @@ class Player:
     def _end(self, run: tinker.TrainingClient) -> None:
         self._save(run)
         self._settle()
-        path = run.save_weights_for_sampler("last").result(timeout=self._script.stuck_s).path
+        path = self._of(run.save_weights_for_sampler("last"), "last").path
         self._draw(self._service.create_sampling_client(model_path=path), "last")
         listed = self._service.create_rest_client().list_checkpoints(self._told.run_ids[-1])
         names = [item.checkpoint_id for item in self._of(listed).checkpoints]
@@ -132,11 +132,11 @@ class Player:
         self._told.results.append((label, "created"))
         return run
 
-    def _of(self, future: Any) -> Any:
+    def _of(self, future: Any, label: str = "a call") -> Any:
         try:
             return future.result(timeout=self._script.stuck_s)
         except (Late, TimeoutError) as error:
-            raise Stuck(f"after {len(self._told.results)} results") from error
+            raise Stuck(f"in {label} after {len(self._told.results)} results") from error
 
     # --- kinds of ops -----------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Player:
         while self._ahead:
             label, future, read = self._ahead.pop(0)
             try:
-                result = read(self._of(future))
+                result = read(self._of(future, label))
             except tinker.RequestFailedError as error:
                 result = ("failed", str(error.category), self._plain(_sentence(error)))
             self._told.results.append((label, result))

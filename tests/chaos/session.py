@@ -38,7 +38,7 @@ class Session:
     min_runs: int = 0
     """The scenario is repeated until so many runs were faulted."""
     s3: bool = False
-    small_disk: bool = False
+    small_disks: bool = False
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ def show(session: Session, *, seed: int) -> Shown:
 
 async def _show(session: Session, shown: Shown, rng: random.Random) -> None:
     async with running_stack(
-        session.plan, rng, s3=session.s3, small_disk=session.small_disk
+        session.plan, rng, s3=session.s3, small_disks=session.small_disks
     ) as stack:
         references = {}
         for script in session.scripts:

@@ -8,7 +8,7 @@ from tests.chaos.scenarios import (
     Scenario,
     crash_points,
     damaged_snapshots,
-    disk_full,
+    full_disks,
     in_turn,
     random_kills,
     redis_restarts,
@@ -25,15 +25,14 @@ from tests.cluster.processes import BASE_MODEL, LEASE_RENEW_S, LEASE_S, Plan
 from luthier_core.config import ModelConfig, TrainerConfig
 
 GAP_TIMEOUT_S = 3.0
-"""After a rollback of Redis a program waits no longer for what is lost."""
+"""After a rollback of Redis a program waits no longer for what is lost; elsewhere nothing is."""
 TOY = Plan(
     num_trainers=2,
     sampler="tests.chaos.sampler",
-    settings=TrainerConfig(
-        lease_s=LEASE_S, lease_renew_s=LEASE_RENEW_S, gap_timeout_s=GAP_TIMEOUT_S
-    ),
+    settings=TrainerConfig(lease_s=LEASE_S, lease_renew_s=LEASE_RENEW_S),
 )
 TOY_CHILD = replace(TOY, trainer="tests.chaos.child")
+TOY_OF_LOSSES = replace(TOY, settings=replace(TOY.settings, gap_timeout_s=GAP_TIMEOUT_S))
 TORCH_MODEL = "luthier/demo"
 
 
@@ -74,10 +73,12 @@ def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
         toy("crash points", crash_points, min_runs=share),
         toy("zombies", in_turn(*[zombies] * many), min_runs=share),
         toy("damaged snapshots", in_turn(*[damaged_snapshots] * many)),
+        toy("redis restarts", redis_restarts(3 * many), min_runs=share // 2),
         toy(
-            "redis restarts and rollbacks",
-            in_turn(redis_restarts(3 * many), redis_rollbacks(3 * many)),
-            min_runs=share,
+            "redis rollbacks",
+            redis_rollbacks(3 * many),
+            plan=TOY_OF_LOSSES,
+            min_runs=share // 2,
         ),
         toy(
             "s3: kills, outages, slowness, lost answers",
@@ -95,7 +96,7 @@ def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
         torch("torch", random_kills(3, pause_s=4.0), model(), min_runs=100 if long else 10),
     ]
     if may_mount():
-        listed.insert(6, toy("disk full", disk_full(2 * many), small_disk=True, min_runs=share))
+        listed.insert(-1, toy("disk full", full_disks(many), small_disks=True, min_runs=share))
     return {session.name: session for session in listed}
 
 

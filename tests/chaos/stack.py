@@ -49,8 +49,8 @@ class Stack:
     url: str
     rng: random.Random
     store: StoreProxy | None
-    disk: Path | None
-    """A small disk of its own that the objects are on."""
+    disks: dict[str, Path]
+    """Small ones: of the "objects", and of "redis"."""
     faults: list[str] = field(default_factory=list)
     """What has been done to it so far."""
     num_rollbacks: int = 0
@@ -156,16 +156,21 @@ class Stack:
         self.note("store's answers lost")
         self.store.num_to_lose = count
 
-    async def fill_disk(self, seconds: float) -> None:
-        """No byte is free where the objects are."""
-        assert self.disk is not None
+    async def fill_disk_of_objects(self, seconds: float) -> None:
         self.note("disk full")
-        ballast = self.disk / "ballast"
-        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        await asyncio.sleep(seconds)
-        ballast.unlink()
+        with _filled(self.disks["objects"]):
+            await asyncio.sleep(seconds)
+
+    async def fill_disk_of_redis(self, seconds: float) -> None:
+        """It ends at its next write, which it cannot sync, and is started when there is room."""
+        self.note("redis' disk full")
+        with _filled(self.disks["redis"]):
+            async with asyncio.timeout(FIRE_S):
+                while not self.valkey.has_ended:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(seconds)
+        self.valkey.kill()  # its socket is still there
+        await asyncio.to_thread(self.valkey.start)
 
     async def _damage(self, part: Part) -> None:
         if not self.damages or part.role != "trainer":
@@ -195,28 +200,28 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def running_stack(
-    plan: Plan, rng: random.Random, *, s3: bool = False, small_disk: bool = False
+    plan: Plan, rng: random.Random, *, s3: bool = False, small_disks: bool = False
 ) -> AsyncIterator[Stack]:
     """A stack that is ready; nothing of it runs after the block."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lu-ch-")))
-        valkey = stack.enter_context(valkey_server(fsync="always"))
+        disks = {name: folder / name for name in ("objects", "redis") if small_disks}
+        for disk in disks.values():
+            stack.enter_context(_small_disk(disk))
+        valkey = stack.enter_context(valkey_server(fsync="always", disk=disks.get("redis")))
         store = None
         if s3:
             store = StoreProxy(f"http://{await stack.enter_async_context(_s3_server())}")
             await stack.enter_async_context(store.running())
             url = f"s3+http://{store.url}/{BUCKET}"
             plan = replace(plan, store_url=url, environ=S3_ENVIRON)
-        disk = folder / "objects" if small_disk else None
-        if disk is not None:
-            stack.enter_context(_small_disk(disk))
         client = await stack.enter_async_context(connect(valkey.url))
         history = await stack.enter_async_context(watching(valkey.url))
         cluster = await stack.enter_async_context(running_cluster(folder, valkey.url, client, plan))
         blobs = await stack.enter_async_context(open_blobs(cluster.config))
         front = await stack.enter_async_context(balanced(cluster.urls))
         running = Stack(
-            *(cluster, history, valkey, Oplog(client), blobs, front, rng), store=store, disk=disk
+            *(cluster, history, valkey, Oplog(client), blobs, front, rng), store=store, disks=disks
         )
         watching_heads = asyncio.create_task(running.watch_heads())
         stack.callback(watching_heads.cancel)
@@ -249,6 +254,19 @@ async def _s3_server() -> AsyncIterator[str]:
 def may_mount() -> bool:
     """Whether a small disk can be had here: it takes root."""
     return os.geteuid() == 0 and sys.platform == "linux"
+
+
+@contextlib.contextmanager
+def _filled(disk: Path) -> Iterator[None]:
+    """No byte is free there."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    try:
+        yield
+    finally:
+        ballast.unlink()
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ NUM_GATEWAYS = 2
 WORKERS = ("trainer", "sampler")
 POLL_HOLD_S = 1.0
 LEASE_S, LEASE_RENEW_S = 1.0, 0.25
+CLAIM_IDLE_S = 2.0
 START_S, STOP_S = 60.0, 20.0
 
 TOY_MODEL = ModelConfig(name=BASE_MODEL, path="toy")
@@ -174,7 +175,9 @@ class Cluster:
             models=(plan.model,),
             trainer=plan.settings,
             sampler=SamplerConfig(
-                lease_s=plan.settings.lease_s, lease_renew_s=plan.settings.lease_renew_s
+                lease_s=plan.settings.lease_s,
+                lease_renew_s=plan.settings.lease_renew_s,
+                claim_idle_s=CLAIM_IDLE_S,
             ),
             s3_access_key=plan.environ.get("AWS_ACCESS_KEY_ID", ""),
             s3_secret_key=plan.environ.get("AWS_SECRET_ACCESS_KEY", ""),

@@ -101,6 +101,16 @@ async def test_tokens_are_counted_by_run_session_key_and_project(member: Member)
     text = await api.get(f"admin/orgs/{org}/usage?by=run&format=csv&{today()}")
     assert text.headers["Content-Type"].startswith("text/csv")
     assert run.run_id in text.body.decode()
+    assert (await api.get(f"admin/orgs/{org}/usage?format=xml&{today()}")).status == 400
+
+
+async def test_what_has_no_project_has_an_empty_cell_in_the_csv(member: Member):
+    api = await member()
+    await api.training_output(await (await api.run()).forward_backward())
+    await run_job(api, "usage")
+    org = api.org  # type: ignore[attr-defined]
+    text = await api.get(f"admin/orgs/{org}/usage?by=project&format=csv&{today()}")
+    assert text.body.decode().splitlines()[1].startswith(",3,")
 
 
 async def test_the_metrics_of_every_op_are_listed(member: Member, api: Api):
@@ -273,3 +283,13 @@ async def test_beyond_the_stored_bytes_a_save_fails_with_the_reason(member: Memb
     await api.result(await run.send("save_weights", path="first"))
     await run_job(api, "storage")
     assert "Delete checkpoints" in await api.failure(await run.send("save_weights", path="second"))
+
+
+async def test_beyond_the_stored_bytes_nothing_is_copied(member: Member):
+    api = await member({"stored_bytes": 1}, of_key=True)
+    run = await api.run()
+    saved = await api.result(await run.send("save_weights", path="first"))
+    await run_job(api, "storage")
+    copy = {"source_path": saved["path"], "destination_project_id": "p"}
+    refused = await api.post("copy_weights", copy)
+    assert (refused.status, "Delete checkpoints" in refused.detail) == (400, True)

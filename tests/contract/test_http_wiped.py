@@ -45,3 +45,5 @@ async def test_after_redis_was_wiped_gateways_wait_for_the_lists_and_name_what_i
         if refused.status != 503:
             break
     assert (refused.status, "has failed" in refused.detail) == (400, True)
+    # Its trainer is still the same process, and takes new runs.
+    await api.result(await (await api.run()).step())

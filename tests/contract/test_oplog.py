@@ -326,13 +326,23 @@ async def test_how_an_op_was_split_is_known_until_it_is_trimmed(run):
 
 async def test_a_worker_that_is_stuck_lets_its_lease_run_out(run):
     lease = WorkerLease(run, "t0", role="trainer", base_model="tiny", lease_s=60)
-    await run.register_worker("t0")
     answers = iter([False] * 3)
     keeping = asyncio.create_task(lease.keep(0.0, lambda: next(answers, True)))
     while not await run.live_workers():
         await asyncio.sleep(0)
     keeping.cancel()
     assert next(answers, None) is None
+
+
+async def test_a_worker_is_there_again_after_redis_was_wiped(run):
+    lease = WorkerLease(run, "t0", role="trainer", base_model="tiny", lease_s=60)
+    await lease.take()
+    await run.redis.flushall()
+    keeping = asyncio.create_task(lease.keep(0.0))
+    async with asyncio.timeout(10):
+        while not await run.live_workers():
+            await asyncio.sleep(0)
+    keeping.cancel()
 
 
 async def test_a_death_that_is_told_twice_counts_once(run):

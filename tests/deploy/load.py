@@ -1,7 +1,8 @@
 """Steps and samples at a steady rate through the official SDK, until standard input closes.
 
-Then waits for every answer and prints one JSON line: how many were sent and answered, how fast,
-what failed. A run that waits is waited for: up to MAX_AHEAD steps of it are sent ahead.
+Then waits for every answer and prints one JSON line: how many were sent and answered, how many a
+second in the worst ten, what failed. A run that waits is waited for: up to MAX_AHEAD steps of it
+are sent ahead.
 """
 
 import argparse
@@ -25,9 +26,9 @@ WINDOW_S = 10.0
 class Tally:
     """What became of one kind of request."""
 
-    sent: int = 0
+    sent: list[float] = field(default_factory=list)
+    """When, in seconds since the start."""
     answered: list[float] = field(default_factory=list)
-    """Times of the answers, in seconds since the start."""
     longest_s: float = 0.0
     failed: list[str] = field(default_factory=list)
 
@@ -37,23 +38,24 @@ class Tally:
 
     def summary(self, loaded_s: float) -> dict[str, object]:
         return {
-            "sent": self.sent,
+            "sent": len(self.sent),
             "answered": len(self.answered),
-            "sent_per_s": round(self.sent / loaded_s, 1),
-            "slowest_window_per_s": round(self._slowest_window(loaded_s), 1),
+            "sent_per_s": _slowest_window(self.sent, loaded_s),
+            "answered_per_s": _slowest_window(self.answered, loaded_s),
             "longest_wait_s": round(self.longest_s, 1),
             "failed": self.failed[:5],
             "num_failed": len(self.failed),
         }
 
-    def _slowest_window(self, loaded_s: float) -> float:
-        """Answers a second in the worst WINDOW_S of the load."""
-        num_windows = max(int(loaded_s / WINDOW_S), 1)
-        counts = [0] * num_windows
-        for at in self.answered:
-            if at < num_windows * WINDOW_S:
-                counts[int(at / WINDOW_S)] += 1
-        return min(counts) / WINDOW_S
+
+def _slowest_window(times: list[float], loaded_s: float) -> float:
+    """How many a second there were in the worst WINDOW_S of the load."""
+    num_windows = max(int(loaded_s / WINDOW_S), 1)
+    counts = [0] * num_windows
+    for at in times:
+        if at < num_windows * WINDOW_S:
+            counts[int(at / WINDOW_S)] += 1
+    return round(min(counts) / WINDOW_S, 1)
 
 
 class Load:
@@ -105,10 +107,9 @@ class Load:
 
         async for _ in self._ticks(self._steps_per_s / NUM_RUNS):
             await room.acquire()
-            sent_s = self._now()
+            self.steps.sent.append(sent_s := self._now())
             gradient = run.forward_backward([datum], "cross_entropy")
             update = run.optim_step(types.AdamParams(learning_rate=1e-4))
-            self.steps.sent += 1
             self._start(wait(gradient, update, sent_s))
 
     async def _sample(self, sampler: tinker.SamplingClient) -> None:
@@ -127,8 +128,8 @@ class Load:
 
         async for _ in self._ticks(self._samples_per_s):
             await room.acquire()
-            self.samples.sent += 1
-            self._start(sample(self._now()))
+            self.samples.sent.append(sent_s := self._now())
+            self._start(sample(sent_s))
 
     async def _ticks(self, per_s: float):  # type: ignore[no-untyped-def]
         """At this rate; what was missed while there was no room is made up for."""

@@ -3,7 +3,7 @@
     python -m tests.deploy.roll [--steps-per-s 20] [--samples-per-s 50]
 
 Commands, probes, drains and grace periods are the manifests'. Exit 1 unless no request has failed,
-no sample is lost, no part had to be killed, and the rates were kept over the whole time.
+no sample is lost, no part had to be killed, and in every ten seconds so many were sent.
 """
 
 import argparse

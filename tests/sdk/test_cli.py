@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import tarfile
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_the_trace_of_a_session_is_written_to_a_file(
     assert told == {"session_id": session_id, "path": str(path)}
     events = json.loads(path.read_text())["traceEvents"]
     assert {"create_model", "executed"} <= {event["name"] for event in events}
+
+
+def test_why_a_run_waits_is_told_and_what_it_has_queued_is_cancelled(
+    training: luthier.TrainingClient, stack: Stack
+) -> None:
+    run_id, session_id = training.model_id, training.model_id.partition(":")[0]
+    early = {"model_id": run_id, "seq_id": 3, "adam_params": {}}
+    url, headers = f"{stack.url}/api/v1/optim_step", {"X-API-Key": KEYS["ann"]}
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(early).encode(), headers)).close()
+    (row,) = run_json("session", "queue", session_id)["runs"]
+    assert (row["run_id"], row["num_parked"]) == (run_id, 1)
+    assert "waiting for seq 1" in run("session", "queue", session_id)
+    # What waits for an earlier request is not in the queue yet.
+    assert run_json("run", "cancel-queued", run_id) == {"run_id": run_id, "num_cancelled": 0}
+    assert run("run", "cancel-queued", run_id) == f"{run_id}: 0 cancelled\n"
 
 
 def test_checkpoints_are_listed_described_and_deleted(training: luthier.TrainingClient) -> None:
@@ -155,6 +171,8 @@ def test_a_checkpoint_is_published_expires_and_is_downloaded(
     assert str(folder) in run("checkpoint", "download", path, "--out", str(folder))
     assert {"adapter_config.json"} <= {file.name for file in folder.iterdir()}
     assert "exists already" in run("checkpoint", "download", path, "--out", str(folder), code=2)
+    again = ["checkpoint", "download", path, "--out", str(tmp_path / "again")]
+    assert CliRunner().invoke(app, again).stderr == ""  # no bar where there is no terminal
     uploaded = run_json("checkpoint", "upload", str(folder), "--name", "again")
     assert uploaded["sampler_path"].endswith("/sampler_weights/again")
     assert "again" in run("checkpoint", "info", uploaded["tinker_path"])
@@ -223,12 +241,14 @@ def test_a_model_answers_in_the_terminal() -> None:
 def test_the_key_in_use_is_named_and_makes_others(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "ann" in run("key", "info")
+    shown = run("key", "info")
+    assert "ann" in shown
     assert run("key", "list", code=1).startswith("luthier: ")  # a key for work administers nothing
     monkeypatch.setenv("LUTHIER_ADMIN_KEY", (stack.data / "admin-key").read_text().strip())
     made = run_json("key", "create", "--org", "ann", "--name", "robot", "--scope", "read")
     listed = run_json("key", "list", "--org", "ann")["keys"]
     assert made["key_id"] in [key["key_id"] for key in listed]
+    assert shown.split()[1] in [key["key_id"] for key in listed]
     assert run_json("key", "revoke", made["key_id"], "--org", "ann")
 
 
@@ -243,7 +263,11 @@ def test_an_operator_administers_a_deployment(
     monkeypatch.setenv("LUTHIER_ADMIN_KEY", (stack.data / "admin-key").read_text().strip())
     limited = ("--limit", "usd_per_month=5", "--limit", "requests_per_s=100")
     assert run_json("admin", "org", "create", "acme", *limited)["limits"]["usd_per_month"] == 5
-    assert "acme" in run("admin", "org", "list")
+    changed = ("--limit", "requests_per_s=50", "--limit", "usd_per_month=null")
+    run("admin", "org", "set", "acme", "--limit", "stored_bytes=9", *changed)
+    assert run("admin", "org", "set", "acme", "--enable").startswith("format ")
+    (acme,) = [row for row in run("admin", "org", "list").splitlines() if "acme" in row]
+    assert acme.split(maxsplit=3)[3].strip() == "requests_per_s=50, stored_bytes=9"
     lifted = run_json("admin", "org", "set", "acme", "--no-limits")["limits"]
     assert set(lifted.values()) == {None}
     assert "NAME=NUMBER" in run("admin", "org", "set", "acme", "--limit", "x", code=2)

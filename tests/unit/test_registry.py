@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from tests.unit.registry_stack import Clock, Stack, serving
+from tests.unit.test_registry_housekeeping import committed, job
 
 from luthier_core import keys
 from luthier_core.auth import key_hmac, service_token
@@ -265,27 +266,28 @@ async def test_runs_are_listed_latest_first_with_their_last_checkpoints(stack: S
     sampler = await stack.save(first, name="a", seq=3, kind="sampler_weights")
     await stack.save(first, name="gone", seq=4, ttl_seconds=1)
     stack.clock.now += timedelta(minutes=1)
-    admitted = stack.clock.now + timedelta(hours=1)
-    await stack.valkey.zadd(keys.live_runs("tiny"), {first.run_id: admitted.timestamp()})
+    requested = stack.clock.now + timedelta(hours=1)
+    await committed(stack, first, 1, from_ms=int(requested.timestamp() * 1000))
+    await job(stack, "usage")
     page = await stack.client.list_runs("ann", limit=20, offset=0)
     assert page["cursor"] == {"offset": 0, "limit": 20, "total_count": 2}
     newest, oldest = page["training_runs"]
-    assert newest["training_run_id"] == second.run_id
-    assert newest["last_checkpoint"] is None
-    assert newest["last_request_time"] == second.created_at.isoformat()
-    assert oldest == {
+    assert oldest["training_run_id"] == second.run_id
+    assert oldest["last_checkpoint"] is None
+    assert oldest["last_request_time"] == second.created_at.isoformat()
+    assert newest == {
         "training_run_id": first.run_id,
         "base_model": "tiny",
         "model_owner": "ann",
         "is_lora": True,
         "corrupted": False,
         "lora_rank": 32,
-        "last_request_time": admitted.isoformat(),
+        "last_request_time": requested.isoformat(),
         "last_checkpoint": last.row(),
         "last_sampler_checkpoint": sampler.row(),
         "user_metadata": {"k": "v"},
     }
-    assert await stack.client.describe_run("ann", first.run_id) == {**oldest, "recovered": []}
+    assert await stack.client.describe_run("ann", first.run_id) == {**newest, "recovered": []}
 
 
 async def test_a_run_says_how_it_came_back_each_time_its_trainer_had_died(stack: Stack):

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.registry_stack import Stack
 
 from luthier_core import keys
+from luthier_core.caller import CALLER, Caller
 from luthier_core.checkpoints import read_files, read_manifest
 from luthier_core.errors import BadRequest, CheckpointDamaged, InvalidField, NotFound
 from luthier_core.records import CheckpointRecord, RunRecord
@@ -227,6 +228,20 @@ async def test_a_copy_is_made_once_under_one_key(stack: Stack) -> None:
         await copied(stack, checkpoint.tinker_path, idempotency_key="l")
     with pytest.raises(BadRequest):
         await copied(stack, checkpoint.tinker_path + "y", idempotency_key="k")
+
+
+async def test_a_copy_belongs_to_the_key_that_makes_it_and_to_its_project(stack: Stack) -> None:
+    _, checkpoint = await saved(stack)
+    token = CALLER.set(Caller("ann", "0123456789ab", frozenset({"train"}), project_id="p"))
+    try:
+        path = await copied(stack, checkpoint.tinker_path)
+        with pytest.raises(InvalidField, match="project_id='red'"):
+            await copied(stack, checkpoint.tinker_path, destination_project_id="red")
+    finally:
+        CALLER.reset(token)
+    session_id = path.removeprefix("tinker://").partition(":")[0]
+    session = await stack.client.get_session("ann", session_id)
+    assert (session.project_id, session.key_id) == ("p", "0123456789ab")
 
 
 async def test_a_copy_may_take_a_place_in_a_session(stack: Stack) -> None:

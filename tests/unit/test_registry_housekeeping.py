@@ -46,15 +46,18 @@ async def admitted(stack: Stack, run: RunRecord, seq: int, **fields: Any) -> Op:
     return op
 
 
-async def committed(stack: Stack, run: RunRecord, num_ops: int, *, first: int = 0) -> None:
-    """Ops of 10 tokens each, with their metrics."""
+async def committed(
+    stack: Stack, run: RunRecord, num_ops: int, *, first: int = 0, from_ms: int = 0
+) -> None:
+    """Ops of 10 tokens each, with their metrics; one every 10 ms."""
     oplog = Oplog(stack.valkey)
     for seq in range(first, first + num_ops):
         await admitted(stack, run, seq)
         if seq == 0:
             assert await oplog.acquire(run.run_id, 1, "w/1")
         kept = {"kind": "forward_backward", "metrics": {"num_tokens:sum": 10.0}, "worker": "w"}
-        kept |= {"admitted_ms": 10 * seq, "begun_ms": 10 * seq + 2, "ended_ms": 10 * seq + 15}
+        at_ms = from_ms + 10 * seq
+        kept |= {"admitted_ms": at_ms, "begun_ms": at_ms + 2, "ended_ms": at_ms + 15}
         outcome = Outcome.completed(Body.of(b"{}"), metrics=json.dumps(kept))
         assert (await oplog.commit(run.run_id, 1, seq, outcome)).status == "OK"
 
@@ -157,6 +160,15 @@ async def test_storage_is_counted_by_the_time_that_it_is_there(stack: Stack) -> 
     assert 9.5 < hours < 10.5
     answer = await stack.client.admin("GET", "/usage/stored", "ann")
     assert answer["data"][0]["size_bytes"] == record.size_bytes
+
+
+async def test_stored_bytes_are_told_in_the_order_of_the_projects(stack: Stack) -> None:
+    await has_org(stack)
+    for project in ("b", "a"):
+        session = await stack.client.create_session("ann", project_id=project)
+        await stack.save(await stack.run(session_id=session.session_id))
+    rows = (await stack.client.admin("GET", "/usage/stored", "ann"))["data"]
+    assert [row["project_id"] for row in rows] == ["a", "b"]
 
 
 async def test_a_table_is_also_csv(stack: Stack) -> None:

@@ -108,7 +108,6 @@ async def test_a_key_of_another_organisation_is_not_there(stack: Stack) -> None:
         {"scopes": []},
         {"expires_in_days": 0},
         {"project_id": "../x"},
-        {"limits": {"request_per_s": 1}},
         {"limits": {"requests_per_s": 0}},
     ],
 )
@@ -116,6 +115,12 @@ async def test_a_wrong_key_request_names_the_field(stack: Stack, fields: dict[st
     await _org(stack)
     with pytest.raises(InvalidField, match=next(iter(fields))):
         await _key(stack, **fields)
+
+
+async def test_a_limit_that_there_is_none_of_is_refused_with_those_there_are(stack: Stack) -> None:
+    await _org(stack)
+    with pytest.raises(InvalidField, match=r"limits: .*request_per_s.*requests_per_s, queued_by"):
+        await _key(stack, limits={"request_per_s": 1})
 
 
 async def test_a_key_needs_an_organisation_a_project_and_a_user_that_exist(stack: Stack) -> None:
@@ -127,12 +132,24 @@ async def test_a_key_needs_an_organisation_a_project_and_a_user_that_exist(stack
             await _key(stack, **fields)
 
 
+@pytest.mark.parametrize(
+    "what", ["usage?starting_on=2026-01-04T00&ending_before=2026-01-05T00", "audit/check"]
+)
+async def test_an_organisation_that_is_not_there_has_no_usage_and_no_audit_log(
+    stack: Stack, what: str
+) -> None:
+    with pytest.raises(NotFound, match="org_id='acme'"):
+        await stack.client.admin("GET", f"/orgs/acme/{what}")
+    await _org(stack)
+    await stack.client.admin("GET", f"/orgs/acme/{what}")
+
+
 async def test_making_the_same_twice_is_one_and_another_under_its_name_is_refused(
     stack: Stack,
 ) -> None:
     await _org(stack, name="Acme")
     await _org(stack, name="Acme")
-    with pytest.raises(BadRequest, match="acme"):
+    with pytest.raises(BadRequest, match="org_id='acme' exists already"):
         await _org(stack, name="Another")
     assert [org["org_id"] for org in (await stack.client.admin("GET", "/orgs"))["orgs"]] == ["acme"]
 

@@ -16,11 +16,9 @@ async def lists(stack: Stack, run_id: str) -> list[object]:
         await client.list_sessions("ann", limit=100, offset=0),
         await client.list_checkpoints("ann", limit=100, offset=0),
         await client.list_run_checkpoints("ann", run_id),
-        [
-            {**row, "last_request_time": None}  # of the last op, which is lost with it
-            for row in (await client.list_runs("ann", limit=100, offset=0))["training_runs"]
-        ],
+        await client.list_runs("ann", limit=100, offset=0),
         await table(stack, "run"),
+        await client.admin("GET", f"/metrics/{run_id}?after=-1&limit=100", "ann"),
     ]
 
 
@@ -46,6 +44,9 @@ async def test_lists_and_sums_are_the_same_after_redis_was_wiped(stack: Stack) -
         await stack.save(run, name=f"c{number}", seq=number + 1)
     await stack.save(run, name="e", seq=9, kind="ephemeral")
     await committed(stack, run, 3)
+    await job(stack, "usage")
+    from_ms = int(stack.clock().timestamp() * 1000)
+    await committed(stack, run, 2, first=3, from_ms=from_ms)
     await job(stack, "usage")
     before = await lists(stack, run.run_id)
     await stack.valkey.flushall()

@@ -45,6 +45,7 @@ from luthier_core.config import (
     Config,
     GatewayConfig,
     LimitsConfig,
+    PriceConfig,
     TrainerConfig,
     dump_config,
     load_config,
@@ -86,6 +87,7 @@ def up(*arguments: str) -> tuple[int, str]:
         (["--set", "limits.max_rang=64"], "limits.max_rang"),
         (["--set", "limits.max_rank=many"], "limits.max_rank"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
+        (["--host", "no..name"], "--host no..name"),
         (["--port", "70000"], "--port 70000"),
         (["--sampler-engine", "tgi"], "sampler.engine: 'tgi' is not torch or vllm"),
     ],
@@ -263,6 +265,16 @@ def test_settings_are_written_beside_the_defaults(tmp_path: Path) -> None:
     assert config.limits == LimitsConfig(custom_losses=True)
     assert config.trainer == TrainerConfig(execution="fused", lease_s=7.5)
     assert config.gateway == GatewayConfig(port=8123)
+
+
+def test_prices_are_a_setting(tmp_path: Path) -> None:
+    prices = '[{model = "a", train = 2, prefill = 0.5, cached = 0.1, sample = 1}]'
+    texts = [f"prices={prices}", "storage_usd_per_gigabyte_month=0.02"]
+    config, _ = make_config(tmp_path, settings=parse_settings(texts))
+
+    expected = PriceConfig(model="a", train=2.0, prefill=0.5, cached=0.1, sample=1.0)
+    assert config.prices == (expected,)
+    assert config.storage_usd_per_gigabyte_month == 0.02
 
 
 def test_every_model_has_its_workers_and_no_name_is_there_twice(tmp_path: Path) -> None:

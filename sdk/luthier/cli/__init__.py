@@ -87,7 +87,7 @@ def up(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="SECTION.KEY=VALUE",
+            metavar="[SECTION.]KEY=VALUE",
             help="Setting of docs/operating.md, such as limits.custom_losses=true.",
         ),
     ] = None,

@@ -45,6 +45,9 @@ LimitOption = Annotated[
         "sampled_tokens_per_day, stored_bytes or usd_per_month; may be repeated.",
     ),
 ]
+DaysOption = Annotated[
+    int, typer.Option(min=0, max=3660, help="How long it works; 0: until it is revoked.")
+]
 
 
 @app.callback()
@@ -127,7 +130,8 @@ def create_org(
 @org_app.command("list")
 def list_orgs(context: typer.Context, as_json: JsonOption = False) -> None:
     """Show every organisation."""
-    table(context.obj.call("GET", "/admin/orgs"), "orgs", ("org_id", "name", "disabled"), as_json)
+    columns = ("org_id", "name", "disabled", "limits")
+    table(context.obj.call("GET", "/admin/orgs"), "orgs", columns, as_json)
 
 
 @org_app.command("set")
@@ -141,10 +145,11 @@ def update_org(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change the limits of an organisation, or disable it."""
+    """Change limits of an organisation (NAME=null takes one away), or disable it."""
     body: dict[str, Any] = {}
     if limit or no_limits:
-        body["limits"] = limits(limit)
+        kept = {} if no_limits else context.obj.call("GET", _org(org))["limits"]
+        body["limits"] = {**kept, **limits(limit)}
     if disabled is not None:
         body["disabled"] = disabled
     show(context.obj.call("PATCH", _org(org), body), as_json)
@@ -207,7 +212,7 @@ def create_key(
     ] = None,
     project: Annotated[str, typer.Option(help="What it creates belongs to this project.")] = "",
     user: Annotated[str, typer.Option(help="Whose key it is.")] = "",
-    days: Annotated[int, typer.Option(help="How long it works; 0: until it is revoked.")] = 0,
+    days: DaysOption = 0,
     limit: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -227,7 +232,8 @@ def create_key(
 @key_app.command("list")
 def list_keys(context: typer.Context, org: str, as_json: JsonOption = False) -> None:
     """Show the keys of an organisation by their ids."""
-    columns = ("key_id", "name", "scopes", "project_id", "user_id", "expires_at", "revoked_at")
+    whose = ("key_id", "name", "scopes", "project_id", "user_id")
+    columns = (*whose, "limits", "expires_at", "revoked_at")
     table(context.obj.call("GET", f"{_org(org)}/keys"), "keys", columns, as_json)
 
 
@@ -328,7 +334,7 @@ def rebuild_index(context: typer.Context, as_json: JsonOption = False) -> None:
 # --- plumbing -------------------------------------------------------------------------------------
 
 
-def limits(texts: Sequence[str] | None) -> dict[str, float]:
+def limits(texts: Sequence[str] | None) -> dict[str, float | None]:
     """NAME=NUMBER, several."""
     found = {}
     for text in texts or ():
@@ -363,6 +369,10 @@ def _org(org: str) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_cell(one)}" for name, one in value.items() if one is not None)
+    if isinstance(value, float):
+        return f"{value:.9g}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

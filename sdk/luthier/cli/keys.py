@@ -30,7 +30,9 @@ def connection(
 def info(context: typer.Context, as_json: JsonOption = False) -> None:
     """Show the key in use: its name, and whose it is."""
     answer = _own(context)
-    shown = {"key_id": answer["key_id"], "name": answer["name"], "org": _org_of(answer)}
+    # The wire has a number; `list` and `revoke` know the key by the same in hexadecimal.
+    key_id = f"{answer['key_id']:012x}"
+    shown = {"key_id": key_id, "name": answer["name"], "org": _org_of(answer)}
     admin.show(answer if as_json else shown, as_json)
 
 
@@ -50,7 +52,7 @@ def create(
     ] = None,
     project: Annotated[str, typer.Option(help="What it creates belongs to this project.")] = "",
     user: Annotated[str, typer.Option(help="Whose key it is.")] = "",
-    days: Annotated[int, typer.Option(help="How long it works; 0: until it is revoked.")] = 0,
+    days: admin.DaysOption = 0,
     limit: admin.LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -67,6 +67,17 @@ def keep_last(
 
 
 @app.command()
+def cancel_queued(run_id: str, as_json: JsonOption = False) -> None:
+    """Let everything that a run has queued fail; what is being executed ends as it would."""
+    with server() as rest:
+        answer = rest.cancel_queued(run_id).result()
+    if as_json:
+        show_json(answer)
+    else:
+        typer.echo(f"{run_id}: {answer.num_cancelled} cancelled")
+
+
+@app.command()
 def info(run_id: str, as_json: JsonOption = False) -> None:
     """One training run."""
     with server() as rest:

@@ -47,6 +47,21 @@ def session_info(session_id: str, as_json: JsonOption = False) -> None:
 
 
 @sessions.command()
+def queue(session_id: str, as_json: JsonOption = False) -> None:
+    """Why its runs wait: what for, since when, and which worker has them."""
+    with server() as rest:
+        page = rest.get_session_queue(session_id).result()
+    if as_json:
+        show_json(page)
+        return
+    rows = [
+        (run.run_id, run.num_queued, run.num_parked, run.since_s, run.worker, run.waits_for)
+        for run in page.runs
+    ]
+    show_table(("run", "queued", "parked", "since, s", "worker", "waits for"), rows)
+
+
+@sessions.command()
 def trace(
     session_id: str,
     out: Annotated[

@@ -111,6 +111,7 @@ from luthier.types.usage import (
     BillingUsageEvent,
     BillingUsageResponse,
     BillingUsageSession,
+    CancelQueuedResponse,
     CheckpointBillingEvent,
     CurrentCheckpointStorageUsageItem,
     CurrentCheckpointStorageUsageResponse,
@@ -118,8 +119,10 @@ from luthier.types.usage import (
     RunMetricsResponse,
     SamplingPrefillBillingEvent,
     SamplingSampleBillingEvent,
+    SessionQueueResponse,
     StorageBillingEvent,
     TrainingBillingEvent,
+    WaitingRun,
 )
 
 if TYPE_CHECKING:
@@ -171,6 +174,7 @@ __all__ = [
     "BillingUsageEvent",
     "BillingUsageResponse",
     "BillingUsageSession",
+    "CancelQueuedResponse",
     "CancelledSessionStatusQuery",
     "Checkpoint",
     "CheckpointArchiveUrlResponse",
@@ -248,6 +252,7 @@ __all__ = [
     "SessionFailed",
     "SessionFinishReason",
     "SessionHeartbeatRequest",
+    "SessionQueueResponse",
     "SessionSearchCursor",
     "SessionSearchRequest",
     "SessionSearchResponse",
@@ -266,6 +271,7 @@ __all__ = [
     "TrainingRunsResponse",
     "UploadedCheckpoint",
     "UserSearchOwner",
+    "WaitingRun",
     "WeightsInfoResponse",
     "WhoamiResponse",
 ]

@@ -46,6 +46,36 @@ class RunMetricsResponse(ResponseBase):
     last_seq: int
 
 
+class WaitingRun(ResponseBase):
+    """A run with requests that wait: how many, since when, what for.
+
+    num_parked: of those that came before an earlier one of their run did; worker: the trainer that
+    has the run.
+    """
+
+    run_id: str
+    next_seq: int
+    num_queued: int
+    num_parked: int
+    state: str
+    waits_for: str
+    since_s: float | None = None
+    worker: str | None = None
+
+
+class SessionQueueResponse(ResponseBase):
+    """The runs of a session that wait, longest queue first."""
+
+    runs: list[WaitingRun]
+
+
+class CancelQueuedResponse(ResponseBase):
+    """How many requests of a run fail instead of being executed, at most."""
+
+    run_id: str
+    num_cancelled: int
+
+
 class TrainingBillingEvent(ResponseBase):
     """Tokens trained on."""
 

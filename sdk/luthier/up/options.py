@@ -13,7 +13,8 @@ from luthier_core.records import USER_SCOPES
 
 TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-SETTING = re.compile(r"(gateway|limits|trainer|sampler|housekeeping)\.([a-z0-9_]+)")
+SECTIONS = ("gateway", "limits", "trainer", "sampler", "housekeeping", "tracing")
+TOP_SETTINGS = ("public_url", "prices", "storage_usd_per_gigabyte_month")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -39,6 +40,7 @@ class Setting:
     """One value of the configuration file that differs from its default."""
 
     section: str
+    """Empty: of the whole."""
     key: str
     value: Any
 
@@ -115,22 +117,25 @@ def _parse_api_key(text: str) -> ApiKey:
 
 
 def parse_settings(texts: Sequence[str]) -> tuple[Setting, ...]:
-    """SECTION.KEY=VALUE, several; VALUE is written as in TOML, a string also without its quotes."""
+    """[SECTION.]KEY=VALUE, several; VALUE is as in TOML, a string also without its quotes."""
     return tuple(_parse_setting(text) for text in texts)
 
 
 def _parse_setting(text: str) -> Setting:
     name, _, value = text.partition("=")
-    named = SETTING.fullmatch(name)
-    if not named or not value:
-        raise ConfigError(f"--set {text!r}: expected SECTION.KEY=VALUE, such as limits.max_rank=64")
+    section, _, key = name.rpartition(".")
+    if not value or not (section in SECTIONS or name in TOP_SETTINGS):
+        raise ConfigError(
+            f"--set {text!r}: expected SECTION.KEY=VALUE, such as limits.max_rank=64, with a "
+            f"SECTION of {', '.join(SECTIONS)}; or KEY=VALUE with {', '.join(TOP_SETTINGS)}"
+        )
     if name in ("gateway.host", "gateway.port"):
-        raise ConfigError(f"--set {name}: is the option --{named[2]}")
+        raise ConfigError(f"--set {name}: is the option --{key}")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
-    return Setting(named[1], named[2], parsed)
+    return Setting(section, key, parsed)
 
 
 def check_redis_url(url: str) -> str:

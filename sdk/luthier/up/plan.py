@@ -86,7 +86,7 @@ def _with_settings(
     """`config` with what the settings say; ConfigError names a key or value that is wrong."""
     table = tomllib.loads(dump_config(config))
     for setting in settings:
-        table[setting.section][setting.key] = setting.value
+        (table[setting.section] if setting.section else table)[setting.key] = setting.value
     return parse_config(table, environ)
 
 

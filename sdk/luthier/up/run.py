@@ -176,6 +176,8 @@ def free_port(host: str, port: int) -> int:
                 f"--port {port}: in use on {host}; choose another, or 0 for any free port"
             ) from None
         raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
+    except UnicodeError as error:  # a name that cannot be one
+        raise ConfigError(f"--host {host}: {error}") from None
 
 
 def _base_url(host: str, port: int) -> str:

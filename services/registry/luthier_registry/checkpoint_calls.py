@@ -130,7 +130,9 @@ async def weights_info(request: web.Request) -> web.Response:
 
 async def copy_weights(request: web.Request) -> web.Response:
     wanted = parse(CopyWeights, await request.read())
-    path = await request.app[COPIES].copy(tenant_of(request), wanted)
+    path = await request.app[COPIES].copy(
+        tenant_of(request), wanted, key_id=actor_of(request), key_project=project_of(request)
+    )
     return web.json_response({"tinker_path": path})
 
 

@@ -10,6 +10,7 @@ from luthier_registry.builds import Builds
 from luthier_registry.checkpoints import Checkpoints
 from luthier_registry.lists import Lists
 from luthier_registry.requests import CopyWeights
+from luthier_registry.sessions import within_project
 from luthier_registry.store import Store
 
 _SEQ = 0
@@ -28,17 +29,21 @@ class Copies:
         self._blobs = blobs
         self._builds = builds
 
-    async def copy(self, tenant: str, wanted: CopyWeights) -> str:
+    async def copy(
+        self, tenant: str, wanted: CopyWeights, *, key_id: str, key_project: str | None
+    ) -> str:
         """The tinker:// path of the copy: same kind and name, a new run that cannot be trained.
 
-        A repeat (same idempotency key, or same place in a session) returns the first copy. The
-        tenant's own files are shared; those of another are copied: they may be deleted with it.
+        A key of a project copies into that project only. A repeat (same idempotency key, or same
+        place in a session) returns the first copy. The tenant's own files are shared; those of
+        another are copied: they may be deleted with it.
         """
         source = TinkerPath.parse(wanted.source_path, "source_path")
         if source.kind == "external_weights":
             raise InvalidField(
                 f"source_path={wanted.source_path!r}: must be weights or sampler_weights"
             )
+        within_project(key_project, wanted.destination_project_id)
         run_id = await self._store.run_id_for_copy(tenant, wanted)
         path = TinkerPath(run_id, source.kind, source.name)
         try:
@@ -50,7 +55,7 @@ class Copies:
             record = await self._checkpoints.read(
                 tenant, source, access_tenant=wanted.access_tenant
             )
-        run = await self._store.create_copy_run(tenant, run_id, record, wanted)
+        run = await self._store.create_copy_run(tenant, run_id, record, wanted, key_id=key_id)
         _check_repeat(run, wanted)
         copy = record.model_copy(
             update={

@@ -5,6 +5,7 @@ whoever repeats it counts the same; then one transaction moves the tenant's curs
 sums, unless the cursor shows that it is counted. A job that is lost or doubled changes nothing.
 """
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from pydantic import AwareDatetime
 from redis.exceptions import WatchError
 
 from luthier_core import keys
-from luthier_core.blobs import Blobs
+from luthier_core.blobs import BlobMissing, Blobs
 from luthier_core.oplog import Oplog, RunHeader
 from luthier_core.ops import Outcome
 from luthier_core.records import Record
@@ -47,6 +48,11 @@ class MetricsSegment(Record):
         """Trained or forwarded."""
         found = (entry.get("metrics", {}).get("num_tokens:sum") for entry in self.entries)
         return int(sum(tokens or 0 for tokens in found))
+
+    @property
+    def last_admitted_ms(self) -> int:
+        """Since the epoch; 0 if nothing was executed."""
+        return max((int(entry.get("admitted_ms", 0)) for entry in self.entries), default=0)
 
 
 class SamplesSegment(Record):
@@ -118,8 +124,7 @@ class Counting:
     async def _count_run(self, header: RunHeader, run_id: str, *, live: bool) -> int:
         tenant, num_ops = header.tenant, 0
         cursor = await self._cursor(tenant, run_id)
-        while cursor < header.committed:
-            segment = await self._segment(header, run_id, cursor + 1)
+        while segment := await self._segment(header, run_id, cursor + 1, live=live):
             uses = [Use(run_id, "train", segment.base_model, segment.num_tokens)]
             await self._add(
                 tenant,
@@ -128,7 +133,7 @@ class Counting:
                 cursor=(keys.metrics_cursor(tenant), run_id),
                 before=str(cursor),
                 after=str(segment.last),
-                history=(keys.index_order(tenant, f"metrics:{run_id}"), segment.first),
+                segment=segment,
             )
             cursor, num_ops = segment.last, num_ops + len(segment.entries)
         if not live:
@@ -139,8 +144,21 @@ class Counting:
         found = await cast(Any, self._redis.hget(keys.metrics_cursor(tenant), run_id))
         return -1 if found is None else int(found)
 
-    async def _segment(self, header: RunHeader, run_id: str, first: int) -> MetricsSegment:
-        """The segment that begins at this seq: as it was made first."""
+    async def _segment(
+        self, header: RunHeader, run_id: str, first: int, *, live: bool
+    ) -> MetricsSegment | None:
+        """The segment that begins at this seq, as it was made first; None if there is none.
+
+        After a loss of Redis a header may know less than was counted before it. One look into the
+        store, when the run comes to rest, finds that.
+        """
+        key = keys.metrics_segment(header.tenant, run_id, first)
+        if first > header.committed:
+            if live:
+                return None
+            with contextlib.suppress(BlobMissing):
+                return MetricsSegment.from_bytes(await self._blobs.get(key))
+            return None
         last = min(header.committed, first + MAX_OPS - 1)
         wanted = MetricsSegment(
             run_id=run_id,
@@ -150,7 +168,6 @@ class Counting:
             at=self._clock(),
             entries=tuple(await fresh_entries(self._redis, run_id, first, last)),
         )
-        key = keys.metrics_segment(header.tenant, run_id, first)
         if await self._blobs.put_if_absent(key, wanted.to_bytes()):
             return wanted
         return MetricsSegment.from_bytes(await self._blobs.get(key))
@@ -210,7 +227,7 @@ class Counting:
         cursor: tuple[str, str],
         before: str | None,
         after: str,
-        history: tuple[str, int] | None = None,
+        segment: MetricsSegment | None = None,
     ) -> None:
         """Move the cursor and add to the sums in one step, unless it is there or beyond already.
 
@@ -228,8 +245,11 @@ class Counting:
                 return
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.hset(table, field, after)
-            if history is not None:
-                pipe.zadd(history[0], {str(history[1]): history[1]})
+            if segment is not None:
+                history = keys.index_order(tenant, f"metrics:{segment.run_id}")
+                pipe.zadd(history, {str(segment.first): segment.first})
+                active = {segment.run_id: segment.last_admitted_ms / 1000}
+                pipe.zadd(keys.index_order(tenant, "runs"), active, xx=True, gt=True)
             self._add_sums(pipe, tenant, uses, at, key_of)
             try:
                 await pipe.execute()

@@ -49,7 +49,9 @@ class Identities(RecordStore):
             created_at=self._clock(),
             limits=wanted.limits,
         )
-        return await self._create_new(keys.org_record(wanted.org_id), record, wanted.org_id)
+        return await self._create_new(
+            keys.org_record(wanted.org_id), record, f"org_id={wanted.org_id!r}"
+        )
 
     async def org(self, org_id: str) -> OrgRecord:
         check_id(SLUG, org_id, "org_id")
@@ -76,7 +78,7 @@ class Identities(RecordStore):
             created_at=self._clock(),
         )
         key = keys.project_record(org_id, wanted.project_id)
-        return await self._create_new(key, record, wanted.project_id)
+        return await self._create_new(key, record, f"project_id={wanted.project_id!r}")
 
     async def projects(self, org_id: str) -> list[ProjectRecord]:
         await self.org(org_id)
@@ -87,7 +89,7 @@ class Identities(RecordStore):
         await self.org(org_id)
         record = UserRecord(**wanted.model_dump(), created_at=self._clock())
         key = keys.user_record(org_id, wanted.user_id)
-        return await self._create_new(key, record, wanted.user_id)
+        return await self._create_new(key, record, f"user_id={wanted.user_id!r}")
 
     async def users(self, org_id: str) -> list[UserRecord]:
         await self.org(org_id)
@@ -195,13 +197,13 @@ class Identities(RecordStore):
         found = await self._all(ApiKeyRecord, "keys/")
         return [(_name_of(key), record) for key, record in found if record.tenant == org_id]
 
-    async def _create_new(self, key: str, record: R, name: str) -> R:
+    async def _create_new(self, key: str, record: R, what: str) -> R:
         """The record, stored; a repeat of the same request returns it, another is BadRequest."""
         there = await self._create(key, record)
         if there.model_copy(update={"created_at": None}) != record.model_copy(
             update={"created_at": None}
         ):
-            raise BadRequest(f"{name!r} exists")
+            raise BadRequest(f"{what} exists already, and is another one")
         return there
 
     async def _all(self, kind: type[R], prefix: str) -> list[tuple[str, R]]:

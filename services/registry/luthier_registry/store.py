@@ -218,7 +218,13 @@ class Store(RecordStore):
         return f"{session_id}:train:0"
 
     async def create_copy_run(
-        self, tenant: str, run_id: str, source: CheckpointRecord, wanted: CopyWeights
+        self,
+        tenant: str,
+        run_id: str,
+        source: CheckpointRecord,
+        wanted: CopyWeights,
+        *,
+        key_id: str,
     ) -> RunRecord:
         """The run that holds the copy, in its session; a repeat returns the first record."""
         if wanted.session_id is None:
@@ -228,6 +234,7 @@ class Store(RecordStore):
                     tenant=tenant,
                     created_at=self._clock(),
                     project_id=wanted.destination_project_id,
+                    key_id=key_id,
                     status="finished",
                     finish_reason="success",
                     finish_detail=f"a copy of {wanted.source_path}",

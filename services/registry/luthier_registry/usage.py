@@ -83,7 +83,7 @@ class Usage:
                     "size_gigabytes": size / 1e9,
                     "estimated_monthly_cost_usd": None if price is None else price * size / 1e9,
                 }
-                for project, (count, size) in counts.items()
+                for project, (count, size) in sorted(counts.items(), key=lambda row: row[0] or "")
                 if project_id in (None, project)
             ],
         }

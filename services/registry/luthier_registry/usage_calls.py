@@ -9,7 +9,9 @@ from aiohttp import web
 
 from luthier_core.errors import InvalidField, NotFound
 from luthier_registry.usage import read_hours
-from luthier_registry.web_io import JOBS, STORE, USAGE, page_of, tenant_of
+from luthier_registry.web_io import IDENTITIES, JOBS, STORE, USAGE, page_of, tenant_of
+
+_FORMULAS = ("=", "+", "-", "@")
 
 
 def routes() -> list[web.RouteDef]:
@@ -36,10 +38,15 @@ async def stored(request: web.Request) -> web.Response:
 async def usage_table(request: web.Request) -> web.Response:
     """Sums with costs; with format=csv the same rows as text."""
     start, end = _hours_of(request)
-    group = request.query.get("by", "project")
-    rows = await request.app[USAGE].table(request.match_info["org"], start, end, group)
+    group, form = request.query.get("by", "project"), request.query.get("format", "json")
+    if form not in ("json", "csv"):
+        raise InvalidField(f"format={form[:50]!r}: one of json, csv")
+    org = request.match_info["org"]
+    rows = await request.app[USAGE].table(org, start, end, group)
+    if not rows:
+        await request.app[IDENTITIES].org(org)  # NotFound
     answer: dict[str, Any] = {"by": group, "rows": rows}
-    if request.query.get("format") == "csv":
+    if form == "csv":
         answer["csv"] = _csv(rows)
     return web.json_response(answer)
 
@@ -82,7 +89,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     # A name that a spreadsheet would take for a formula is quoted by an apostrophe.
     writer.writerows(
         {
-            name: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@" else value
+            name: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
             for name, value in row.items()
         }
         for row in rows
