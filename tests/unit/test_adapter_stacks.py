@@ -37,7 +37,8 @@ def with_deltas(
 def test_deltas_are_those_of_the_loop_while_adapters_come_and_go() -> None:
     torch.manual_seed(0)
     chosen, stacks = random.Random(0), AdapterStacks()
-    adapters = [random_adapter(rank) for rank in (4, 4, 4, 4, 4, 8, 8, 1)]
+    adapters: list[LoraAdapter | None] = []
+    adapters += [random_adapter(rank) for rank in (4, 4, 4, 4, 4, 8, 8, 1)]
     adapters += [random_adapter(4, "another_module"), *[None] * 3]
     for _ in range(100):
         some = chosen.sample(adapters, chosen.randint(1, 9))
