@@ -8,7 +8,7 @@ Dimensions: T packed tokens, D features in, E features out, R rank; N adapters, 
 with most, R their largest rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,40 @@ class Delta:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedDeltas:
+    """Deltas of a sampler's rows in two batched products, without a gradient: see adapter_stacks.
+
+    The rows of each adapter stand at L places of their own, of which some may be filled up.
+    """
+
+    rows: slice
+    """Of the packed rows; each of them has a delta."""
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    """By module: A transposed [S, D, R] and B transposed [S, R, E]."""
+    slots: slice
+    """N of the S."""
+    scale: float
+    gathered: Tensor | None
+    """int64[N * L]: the packed row at each place; None: they are `rows` as they stand."""
+    places: Tensor | None
+    """int64[rows]: the place of each row."""
+
+    def add_to(self, out_TE: Tensor, x_TD: Tensor, name: str) -> None:
+        """Add to `out` what the adapters add to the module of that name; both are wide."""
+        if name not in self.factors:
+            return
+        a_NDR, b_NRE = (factor[self.slots] for factor in self.factors[name])
+        out, num_slots = out_TE[self.rows], len(a_NDR)
+        x = x_TD[self.rows] if self.gathered is None else x_TD.index_select(0, self.gathered)
+        inner_NLR = torch.bmm(x.view(num_slots, -1, x.shape[-1]), a_NDR).mul_(self.scale)
+        if self.places is None:
+            out.view(num_slots, -1, out.shape[-1]).baddbmm_(inner_NLR, b_NRE)
+        else:
+            delta = torch.bmm(inner_NLR, b_NRE).flatten(0, 1)
+            out.add_(delta.index_select(0, self.places))
 
 
 def adapted_linear(

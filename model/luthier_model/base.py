@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from luthier_core.errors import ConfigError, Unsupported
-from luthier_model.adapted_linear import widened
+from luthier_model.adapted_linear import StackedDeltas, widened
+from luthier_model.adapter_stacks import AdapterStacks
 from luthier_model.attention import ATTENTION_NAME, AttentionContext, PackedAttention
 from luthier_model.experts import MultiLoRAExperts, is_fused_experts
 from luthier_model.lora import TARGETS, LoraShape, MultiLoRALinear, Routing, Segment
@@ -57,13 +58,15 @@ class ModelFacts:
 class BaseModel:
     """A frozen causal LM whose linear modules take an adapter per row.
 
-    Not for two threads at once: `routing` is the model's own.
+    Not for two threads at once: `routing` is the model's own. In torch's inference mode it moves
+    the adapters' factors into stacks of its own, and has no gradient.
     """
 
     def __init__(self, facts: ModelFacts, module: Any, routing: Routing) -> None:
         self.facts = facts
         self.module = module
         self.routing = routing
+        self._stacks = AdapterStacks()
         config = module.config.get_text_config()
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.lora_shapes: dict[str, LoraShape] = {}
@@ -103,7 +106,7 @@ class BaseModel:
         With `recompute`, what a backward holds on to is one [T, D] per layer; the numbers are the
         same bit for bit, and it costs a second forward.
         """
-        with self.routing.use(segments, recompute=recompute):
+        with self.routing.use(segments, stacked=self._stacked(segments), recompute=recompute):
             out: Tensor = self.module.base_model(
                 input_ids=tokens_T[None],
                 position_ids=positions_T[None],
@@ -114,11 +117,15 @@ class BaseModel:
 
     def logits(self, hidden_MD: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Logits [M, V] in `compute_dtype`; `segments` count the rows of hidden_MD."""
-        with self.routing.use(segments):
+        with self.routing.use(segments, stacked=self._stacked(segments)):
             out: Tensor = self.module.get_output_embeddings()(hidden_MD)
         if (cap := self._logit_cap) is not None:
             out = cap * torch.tanh(out / cap)
         return widened(out)
+
+    def _stacked(self, segments: Sequence[Segment]) -> Sequence[StackedDeltas]:
+        """In inference mode an adapter is a sampler's, which may be moved into a stack."""
+        return self._stacks.deltas(segments) if torch.is_inference_mode_enabled() else ()
 
 
 def load_base_model(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier_core.errors import BadRequest
-from luthier_model.adapted_linear import Delta, adapted_linear, widened
+from luthier_model.adapted_linear import Delta, StackedDeltas, adapted_linear, widened
 
 LORA_ALPHA = 32.0
 """The same for every rank, so that a learning rate carries over from one rank to another."""
@@ -86,17 +86,25 @@ class Routing:
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = ()
+        self.stacked: Sequence[StackedDeltas] = ()
+        """What the segments add in inference mode."""
         self.recompute = False
         """Whether each layer drops its activations and computes them again in the backward."""
 
     @contextmanager
-    def use(self, segments: Sequence[Segment], *, recompute: bool = False) -> Iterator[None]:
-        before = self.segments, self.recompute
-        self.segments, self.recompute = segments, recompute
+    def use(
+        self,
+        segments: Sequence[Segment],
+        *,
+        stacked: Sequence[StackedDeltas] = (),
+        recompute: bool = False,
+    ) -> Iterator[None]:
+        before = self.segments, self.stacked, self.recompute
+        self.segments, self.stacked, self.recompute = segments, stacked, recompute
         try:
             yield
         finally:
-            self.segments, self.recompute = before
+            self.segments, self.stacked, self.recompute = before
 
 
 class MultiLoRALinear(nn.Module):
@@ -115,18 +123,19 @@ class MultiLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, T, D] or [T, D] -> the same with E; in the dtype of the base model's output."""
-        segments = self.routing.segments
         if not torch.is_inference_mode_enabled():
-            deltas = deltas_of(segments, self.name)
+            deltas = deltas_of(self.routing.segments, self.name)
             x_TD = x.reshape(-1, x.shape[-1])
             out_TE = adapted_linear(x_TD, self.linear.weight, self.linear.bias, deltas)
             return out_TE.view(*x.shape[:-1], -1)
         base: Tensor = self.linear(x)
-        if not deltas_of(segments, self.name):
+        if not self.routing.stacked:
             return base
         x_TD = widened(x.reshape(-1, x.shape[-1]))
-        base_TE = widened(base.reshape(-1, base.shape[-1]))
-        return add_deltas_in_place(base_TE, x_TD, segments, self.name).to(base.dtype).view_as(base)
+        out_TE = widened(base.reshape(-1, base.shape[-1]))
+        for stacked in self.routing.stacked:
+            stacked.add_to(out_TE, x_TD, self.name)
+        return out_TE.to(base.dtype).view_as(base)
 
 
 def deltas_of(segments: Sequence[Segment], name: str) -> list[Delta]:
@@ -157,37 +166,6 @@ def _add_delta(base_TE: Tensor, x_TD: Tensor, adapter: LoraAdapter | None, name:
     if adapter is None or pair is None:
         return base_TE
     return torch.addmm(base_TE, x_TD @ pair.a.T, pair.b.T, alpha=adapter.scale)
-
-
-MIN_ROWS = 4
-"""Matrix products of fewer rows take other code paths, whose sums differ in their last bits."""
-
-
-def add_deltas_in_place(
-    base_TE: Tensor, x_TD: Tensor, segments: Sequence[Segment], name: str
-) -> Tensor:
-    """Twin of add_deltas_loop that overwrites base_TE, for inference.
-
-    A row's bits do not depend on how many rows share its adapter: a segment of fewer than MIN_ROWS
-    is computed together with rows beside it, whose results are dropped.
-    """
-    num_rows = len(x_TD)
-    lengths = [segment.stop - segment.start for segment in segments]
-    rows = zip(segments, torch.split(base_TE, lengths), torch.split(x_TD, lengths), strict=True)
-    for segment, base, x in rows:
-        length = segment.stop - segment.start
-        adapter = segment.adapter
-        pair = None if adapter is None else adapter.pairs.get(name)
-        if adapter is None or pair is None:
-            continue
-        if length >= MIN_ROWS or length == num_rows:
-            base.addmm_(x @ pair.a.T, pair.b.T, alpha=adapter.scale)
-        else:
-            first = max(0, min(segment.start, num_rows - MIN_ROWS))
-            beside = slice(first, first + MIN_ROWS)
-            delta = _add_delta(base_TE[beside], x_TD[beside], adapter, name)
-            base.copy_(delta[segment.start - first : segment.stop - first])
-    return base_TE
 
 
 def target_modules(names: Iterable[str], spec: LoraSpec) -> list[str]:

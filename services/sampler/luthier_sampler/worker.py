@@ -123,6 +123,8 @@ class Worker:
                     self._base_model, self._lease.name, max_jobs=room, block_ms=BLOCK_MS
                 )
                 self._start(group, jobs)
+                # First to the engine with them: sending the next claim takes the loop a while.
+                await asyncio.sleep(0)
             except REDIS_ERRORS:
                 log.warning("redis is away; claiming again", exc_info=True)
                 await asyncio.sleep(RETRY_S)
