@@ -68,7 +68,7 @@ def torch(name: str, scenario: Scenario, model: Path, *, min_runs: int) -> Sessi
 def _sessions(model: Callable[[], Path], *, long: bool) -> dict[str, Session]:
     """`long`: the same ones, each until its share of 900 + 100 runs was faulted."""
     many = 10 if long else 1
-    share = 180 if long else 0
+    share = 150 if long else 0
     listed = [
         toy("crash points", crash_points, min_runs=share),
         toy("zombies", in_turn(*[zombies] * many), min_runs=share),
