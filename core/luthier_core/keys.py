@@ -345,6 +345,11 @@ def model_facts_object(base_model: str) -> str:
     return f"sys/models/{base_model}.json"
 
 
+def model_text_object(base_model: str) -> str:
+    """Its tokenizer and chat template, for gateways, which have no folder of the model."""
+    return f"sys/texts/{base_model}.json"
+
+
 def store_probe(name: str) -> str:
     """Written and deleted at the start of a service; see store_probe.py."""
     return f"sys/probe/{name}"

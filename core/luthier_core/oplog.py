@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Self, cast
@@ -691,31 +691,39 @@ class Oplog:
         self, base_model: str, consumer: str, *, idle_ms: int, max_jobs: int
     ) -> list[SamplingJob]:
         """Jobs that no consumer touched for idle_ms."""
-        reply = await self.redis.xautoclaim(
-            keys.sampling_jobs(base_model),
-            keys.SAMPLING_GROUP,
-            consumer,
-            min_idle_time=idle_ms,
-            count=max_jobs,
+        reply = await self._in_group(
+            base_model,
+            lambda: self.redis.xautoclaim(
+                keys.sampling_jobs(base_model),
+                keys.SAMPLING_GROUP,
+                consumer,
+                min_idle_time=idle_ms,
+                count=max_jobs,
+            ),
         )
         return _jobs(reply[1])
 
     async def deliveries(self, base_model: str, consumer: str) -> dict[bytes, int]:
         """How often each job that this consumer holds has been claimed."""
-        pending: Any = await self.redis.xpending_range(
-            keys.sampling_jobs(base_model), keys.SAMPLING_GROUP, "-", "+", 1000, consumer
+        jobs = keys.sampling_jobs(base_model)
+        pending = await self._in_group(
+            base_model,
+            lambda: self.redis.xpending_range(jobs, keys.SAMPLING_GROUP, "-", "+", 1000, consumer),
         )
         return {item["message_id"]: item["times_delivered"] for item in pending}
 
     async def touch(self, base_model: str, consumer: str, entry_ids: Sequence[bytes]) -> None:
         """Keep claimed jobs of a long generation from counting as abandoned."""
-        await self.redis.xclaim(
-            keys.sampling_jobs(base_model),
-            keys.SAMPLING_GROUP,
-            consumer,
-            min_idle_time=0,
-            message_ids=list(entry_ids),
-            justid=True,
+        await self._in_group(
+            base_model,
+            lambda: self.redis.xclaim(
+                keys.sampling_jobs(base_model),
+                keys.SAMPLING_GROUP,
+                consumer,
+                min_idle_time=0,
+                message_ids=list(entry_ids),
+                justid=True,
+            ),
         )
 
     async def settle(self, job: SamplingJob, base_model: str, outcome: Outcome) -> str:
@@ -736,12 +744,15 @@ class Oplog:
     async def _read_group(
         self, base_model: str, consumer: str, *, after: str, count: int, block_ms: int | None
     ) -> list[SamplingJob]:
-        reply: Any = await self.redis.xreadgroup(
-            keys.SAMPLING_GROUP,
-            consumer,
-            {keys.sampling_jobs(base_model): after},
-            count=count,
-            block=block_ms,
+        reply = await self._in_group(
+            base_model,
+            lambda: self.redis.xreadgroup(
+                keys.SAMPLING_GROUP,
+                consumer,
+                {keys.sampling_jobs(base_model): after},
+                count=count,
+                block=block_ms,
+            ),
         )
         if not reply:
             return []
@@ -749,6 +760,16 @@ class Oplog:
         return _jobs(entries)
 
     # --- plumbing ---------------------------------------------------------------------------------
+
+    async def _in_group(self, base_model: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        """The reply; the group is made again if Redis has been wiped since it was opened."""
+        try:
+            return await call()
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+        await self.open_jobs(base_model)
+        return await call()
 
     def _now_ms(self) -> int:
         return int(1000 * self._clock())

@@ -1,6 +1,7 @@
 """Completions through the official `openai` client: what they say, and that they are asample's."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,17 @@ async def test_a_seeded_completion_is_the_sample_of_the_same_seed(
     assert [choice.finish_reason for choice in answer.choices] == reasons
     assert answer.object == "text_completion"
     assert answer.model == BASE_MODEL
+
+
+async def test_a_gateway_without_a_folder_of_the_model_reads_what_its_sampler_has_stored(
+    gateway_stack: GatewayStack, second_gateway: Any
+):
+    models = tuple(replace(model, path="/nowhere") for model in gateway_stack.config.models)
+    gateway: Api = await second_gateway(models=models)
+    wanted = {"model": BASE_MODEL, "prompt": PROMPT, "max_tokens": 3}
+    answer = await gateway.post(f"{gateway.url}/v1/completions", wanted)
+    assert answer.status == 200, answer
+    assert answer.json()["usage"]["prompt_tokens"] == len(TOKENS)
 
 
 async def test_usage_counts_prompt_completion_and_what_was_cached(client: openai.AsyncOpenAI):

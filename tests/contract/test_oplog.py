@@ -545,6 +545,15 @@ async def test_a_job_of_a_dead_sampler_is_claimed_by_another_and_by_itself_again
     assert (await jobs.deliveries("m", "sampler-1")).popitem()[1] > 1
 
 
+async def test_a_sampler_goes_on_after_redis_was_wiped(jobs):
+    await jobs.redis.flushall()
+    assert await jobs.claim_abandoned("m", "sampler-0", idle_ms=0, max_jobs=5) == []
+    await jobs.redis.flushall()
+    assert await jobs.claim("m", "sampler-0", max_jobs=5, block_ms=1) == []
+    await enqueue(jobs)
+    assert len(await jobs.claim("m", "sampler-0", max_jobs=5, block_ms=1)) == 1
+
+
 async def test_a_refused_sample_fails_without_a_job(jobs):
     refused = Outcome.failure("prompt: empty", "user").fields()
     status = await jobs.enqueue(

@@ -8,12 +8,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+import orjson
 from aiohttp import web
 
-from luthier_core.errors import NotFound
+from luthier_core import keys
+from luthier_core.blobs import BlobMissing
+from luthier_core.errors import NotFound, Unavailable
 from luthier_core.types import read_object
 from luthier_gateway.backends import BACKENDS, TENANT, Backends, Cache
 from luthier_gateway.futures import check_room
@@ -76,8 +78,11 @@ async def open_openai(backends: Backends) -> AsyncIterator[OpenAI]:
     listening = asyncio.create_task(partials.listen())
 
     async def load(base_model: str) -> ModelText:
-        folder = Path(backends.config.model(base_model).path)
-        return await asyncio.to_thread(ModelText.load, folder)
+        try:
+            files = await backends.blobs.get(keys.model_text_object(base_model))
+        except BlobMissing:
+            raise Unavailable(f"the tokenizer of {base_model}: no sampler has loaded it") from None
+        return await asyncio.to_thread(ModelText.load, orjson.loads(files))
 
     try:
         yield OpenAI(backends, Samplers(backends), partials, Cache(load))

@@ -1,8 +1,7 @@
-"""A base model's tokenizer and chat template, from the files in its folder; no torch."""
+"""A base model's tokenizer and chat template, from files that a sampler has stored; no torch."""
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from tokenizers import Tokenizer
@@ -26,20 +25,20 @@ class ModelText:
         self._templates = templates
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads the files; Unsupported if the folder has no tokenizer.json."""
-        if not (folder / "tokenizer.json").exists():
+    def load(cls, files: Mapping[str, str]) -> Self:
+        """`files`: name in the model's folder -> text. Unsupported without a tokenizer.json."""
+        if "tokenizer.json" not in files:
             raise Unsupported("model: it has no tokenizer.json, so it is served by token ids only")
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"])
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        settings = _read_json(folder / "tokenizer_config.json")
+        settings = _read_json(files, "tokenizer_config.json")
         special_tokens = _special_tokens(settings)
         templates = {
             name: ChatTemplate(source, special_tokens)
-            for name, source in _template_sources(folder, settings).items()
+            for name, source in _template_sources(files, settings).items()
         }
-        return cls(tokenizer, _eos(folder), templates)
+        return cls(tokenizer, _eos(files), templates)
 
     def encode(self, prompt: str) -> list[int]:
         """Tokens of a plain prompt, with those that the tokenizer puts before every text."""
@@ -70,16 +69,16 @@ class ModelText:
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+def _read_json(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(files.get(name, "{}"))
     return value
 
 
-def _eos(folder: Path) -> frozenset[int]:
+def _eos(files: Mapping[str, str]) -> frozenset[int]:
     """As luthier_model.base finds them: generation_config names every token that ends a turn."""
-    found = _read_json(folder / "generation_config.json").get("eos_token_id")
+    found = _read_json(files, "generation_config.json").get("eos_token_id")
     if found is None:
-        config = _read_json(folder / "config.json")
+        config = _read_json(files, "config.json")
         found = config.get("text_config", config).get("eos_token_id")
     if found is None:
         return frozenset()
@@ -97,11 +96,10 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _template_sources(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def _template_sources(files: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
     """name -> source; most models have one, called default."""
-    alone = folder / "chat_template.jinja"
-    if alone.exists():
-        return {"default": alone.read_text()}
+    if "chat_template.jinja" in files:
+        return {"default": files["chat_template.jinja"]}
     found = settings.get("chat_template")
     if isinstance(found, str):
         return {"default": found}

@@ -3,10 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import orjson
 import torch
 from transformers import AutoTokenizer
 
+from luthier_core import keys
+from luthier_core.blobs import outlasting_outage
 from luthier_core.config import ModelConfig, SamplerConfig
 from luthier_core.service import WorkerParts, worker_main
 from luthier_model.base import load_base_model
@@ -16,6 +20,15 @@ from luthier_sampler.engine_thread import EngineThread, SamplerEngine
 from luthier_sampler.observing import EngineObserver
 from luthier_sampler.vllm_engine import start_vllm_engine
 from luthier_sampler.worker import Worker
+
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+"""What a gateway needs to make tokens of text, and text of tokens."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +44,15 @@ async def _work(parts: WorkerParts) -> None:
         blobs=parts.blobs,
         engine=await _engine(parts),
     )
+    await _store_text_files(parts)
     await worker.run(parts.stop)
+
+
+async def _store_text_files(parts: WorkerParts) -> None:
+    folder = Path(parts.model.path)
+    texts = {name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).exists()}
+    key = keys.model_text_object(parts.model.name)
+    await outlasting_outage(lambda: parts.blobs.put(key, orjson.dumps(texts)))
 
 
 async def _engine(parts: WorkerParts) -> SamplerEngine:
