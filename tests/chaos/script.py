@@ -281,5 +281,6 @@ def _service(url: str, api_key: str) -> Iterator[tinker.ServiceClient]:
     try:
         yield service
     finally:
+        # Or its heartbeats go on, ten times as often as the SDK's, through all later programs.
         with contextlib.suppress(Exception):
-            service.close()
+            service.close("success").result(timeout=10)
