@@ -13,7 +13,7 @@ from tests.cluster.processes import API_KEY, TENANT
 from tests.contract.gateway_client import PROTOBUF
 
 from luthier_core import keys
-from luthier_core.blobs import Blobs
+from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_manifest
 from luthier_core.protocol import Head
 
@@ -108,5 +108,6 @@ async def judge_history(stack: Stack, verdict: Verdict, run_id: str) -> None:
     own.counters.accepted = header.admitted + 1
     verdict.counters.add(own.counters)
     verdict.violations += own.violations
-    head = Head.from_bytes(await stack.blobs.get(keys.run_head(TENANT, run_id)))
+    key = keys.run_head(TENANT, run_id)
+    head = Head.from_bytes(await outlasting_outage(lambda: stack.blobs.get(key)))
     verdict.expect(head.epoch >= header.epoch, f"{run_id}: HEAD is behind its header")
