@@ -1137,6 +1137,27 @@ async def test_idle_runs_make_room_and_come_back_with_the_same_bits(rig: Rig):
     assert not trainer.engine.has(B)
 
 
+async def test_idle_runs_make_room_after_a_restart_of_redis(rig: Rig):
+    trainer = await rig.start("t0", max_runs=1)
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    trainer.remember_another_server(A)
+    await rig.client.create(B)
+    await rig.client.completed(B)
+    assert (await rig.client.header(A)).owner == ""
+
+
+async def test_an_idle_run_that_is_another_s_by_now_makes_room(rig: Rig):
+    trainer = await rig.start("t0", max_runs=1)
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    await rig.blobs.put(keys.run_head(TENANT, A), Head(7, "t1/another").to_bytes())
+    trainer.remember_another_server(A)
+    await rig.client.create(B)
+    await rig.client.completed(B)
+    assert not trainer.engine.has(A)
+
+
 async def test_the_run_that_was_idle_longest_makes_room(rig: Rig):
     trainer = await rig.start("t0", max_runs=2)
     runs = [f"{letter * 32}:train:0" for letter in "abc"]

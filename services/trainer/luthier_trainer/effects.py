@@ -288,6 +288,12 @@ class RunEffects:
         except LuthierError as error:
             return Outcome.failure(error.message, error.category)
 
+    async def release(self) -> bool:
+        """Give the run back, unless it has work; Left if it is another's."""
+        assert self.tenure is not None
+        run_id, epoch = self._context.run_id, self.tenure.epoch
+        return await self._patiently(lambda: self._oplog.release(run_id, epoch, server=self.server))
+
     async def _read_head(self, run_id: str) -> tuple[Head | None, str]:
         try:
             data, etag = await self._blobs.get_with_etag(self._head_key(run_id))

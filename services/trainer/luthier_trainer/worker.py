@@ -333,16 +333,18 @@ class Worker:
     async def _make_room(self) -> bool:
         """Release the run that has been idle longest; False if every run is busy."""
         for run in sorted(self._runs.values(), key=lambda run: run.last_cycle):
-            run_id, epoch, server = run.tenure.run_id, run.tenure.epoch, run.effects.server
             if not run.idle:
                 continue
             run.paused = True
             try:
                 await run.settle()
-                if run.idle and await self._oplog.release(run_id, epoch, server=server):
-                    await self._oplog.retire_run(self._base_model, run_id)
+                if run.idle and await run.effects.release():
+                    await self._oplog.retire_run(self._base_model, run.tenure.run_id)
                     await self._forget(run)
                     return True
+            except Left:
+                await self._forget(run)
+                return True
             except EngineDied:
                 return False
             finally:
