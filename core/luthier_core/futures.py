@@ -109,8 +109,9 @@ class Futures:
             found = await self._oplog.completions(sampling_session_id, clone, after=after)
             return found or None
 
-        if timeout_s <= 0:
-            return await look() or []
+        # First: what is there needs no hint, which a Redis that comes and goes may never confirm.
+        if (found := await look()) or timeout_s <= 0:
+            return found or []
         key = (keys.sampling_done(sampling_session_id), _ANY)
         return await self._wait_for(key, "", look, timeout_s) or []
 

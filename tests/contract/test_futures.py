@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from luthier_core import hints, keys
 from luthier_core.config import LimitsConfig
 from luthier_core.futures import FutureId, Futures
 from luthier_core.oplog import Oplog
@@ -83,6 +84,36 @@ async def test_a_lost_hint_costs_one_recheck(oplog):
     assert outcome.body.inline == b"late"
     listening.cancel()
     await asyncio.wait([listening])
+
+
+async def test_a_completion_that_is_there_needs_no_subscription(oplog):
+    waiting = Futures(oplog.redis, recheck_s=NEVER_S)  # nobody listens: none is ever confirmed
+    fields = {"seq": "5", "state": "finished", "size": "1"}
+    await oplog.redis.xadd(keys.sampling_completions("s1:sample:0", 0), fields, id="1-0")
+    (found,) = await waiting.wait_completions("s1:sample:0", 0, after=0, timeout_s=0.1)
+    assert found.request_id == "s1:sample:0:5"
+
+
+async def test_a_subscription_that_got_lost_is_asked_for_again__with_a_mock_of_the_first_request(
+    oplog, monkeypatch
+):
+    async def get_lost(channel: str) -> None:
+        pass
+
+    monkeypatch.setattr(hints, "CONFIRM_TIMEOUT_S", 0.01)
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    listened = hints.Hints(oplog.redis, lambda channel, text: heard.put_nowait(text))
+    with monkeypatch.context() as first:
+        first.setattr(listened._pubsub, "ssubscribe", get_lost)
+        await listened.subscribe("{s}:lost")
+    await listened.subscribe("{s}:lost")
+    listening = asyncio.create_task(listened.listen())
+    await oplog.redis.execute_command("SPUBLISH", "{s}:lost", "news")
+    async with asyncio.timeout(10):
+        assert await heard.get() == "news"
+    listening.cancel()
+    await asyncio.wait([listening])
+    await listened.aclose()
 
 
 @pytest.mark.parametrize(
