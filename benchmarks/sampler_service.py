@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import http.client
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
@@ -89,12 +93,14 @@ def measure_lone_requests() -> dict[str, float]:
         model = ("--model", f"{BASE_MODEL}={model_folder}")
         stack = opened.enter_context(running_stack(folder / "data", *model))
         client = stack.service().create_sampling_client(base_model=BASE_MODEL).result()
+        bare = BareClient(stack)
         ways: dict[str, Callable[[list[int]], None]] = {
             "engine": lambda prompt: run_alone(engine, prompt),
             "SDK against a stub that answers at once": lambda prompt: sample(
                 stub_client, [prompt], SINGLE_TOKENS
             ),
             "SDK and service": lambda prompt: sample(client, [prompt], SINGLE_TOKENS),
+            "bare HTTP and service": lambda prompt: bare.sample(prompt, SINGLE_TOKENS),
         }
         ms: dict[str, list[float]] = {name: [] for name in ways}
         for warm_up, counted in zip(*prompts, strict=True):
@@ -103,12 +109,13 @@ def measure_lone_requests() -> dict[str, float]:
                 time.sleep(PAUSE_S)
                 ms[name].append(1e3 * timed(lambda: way(counted)))  # noqa: B023
     p50 = {name: statistics.median(values) for name, values in ms.items()}
-    beyond = p50["SDK and service"] - p50["engine"]
+    beyond = p50["bare HTTP and service"] - p50["engine"]
     limit = ALLOWANCE_MS + 2 * statistics.median(fsync_ms)
     return {
         **{f"(e) {name}, {SINGLE_TOKENS} tokens, p50, ms": value for name, value in p50.items()},
         "(e) SDK and service, p99, ms": percentile(ms["SDK and service"], 99),
         "(e) fsync p50, ms": statistics.median(fsync_ms),
+        "(e) SDK and service minus engine, p50, ms": p50["SDK and service"] - p50["engine"],
         "(e) service minus engine, p50, ms": beyond,
         "(e) the same / (10 ms + 2 fsync), at most 1": beyond / limit,
     }
@@ -119,6 +126,39 @@ def make_engine(name: str, model_folder: Path) -> Engine:
     model = load_base_model(name, model_folder)
     pack_linears(model)
     return Engine(model, None, SamplerConfig())  # type: ignore[arg-type]  # no stop strings
+
+
+class BareClient:
+    """A sampling session over one connection, with nothing around what the protocol needs."""
+
+    def __init__(self, stack: Stack) -> None:
+        address = urlsplit(stack.url)
+        self._connection = http.client.HTTPConnection(str(address.hostname), address.port)
+        self._headers = {"X-API-Key": stack.api_key, "Content-Type": "application/json"}
+        session = self._post("create_session", {"tags": [], "sdk_version": "0.38.0"})
+        wanted = {"session_id": session["session_id"], "base_model": BASE_MODEL}
+        sampler = self._post("create_sampling_session", {**wanted, "sampling_session_seq_id": 0})
+        self._wanted = {"sampling_session_id": sampler["sampling_session_id"], "num_samples": 1}
+        self._num_sent = 0
+
+    def sample(self, prompt: list[int], max_tokens: int) -> None:
+        """Greedily; returns with the answer."""
+        params = {"max_tokens": max_tokens, "temperature": 0.0, "stop": []}
+        wanted = {**self._wanted, "prompt": {"chunks": [{"tokens": prompt}]}}
+        future = self._post(
+            "asample", {**wanted, "sampling_params": params, "seq_id": self._num_sent}
+        )
+        self._num_sent += 1
+        answer = self._post("retrieve_future", {"request_id": future["request_id"]})
+        assert len(answer["sequences"][0]["tokens"]) == max_tokens
+
+    def _post(self, path: str, value: dict[str, Any]) -> dict[str, Any]:
+        body = json.dumps(value)
+        self._connection.request("POST", f"/api/v1/{path}", body, self._headers)
+        response = self._connection.getresponse()
+        answer: dict[str, Any] = json.loads(response.read())
+        assert response.status == 200, answer
+        return answer
 
 
 # --- the engine alone -----------------------------------------------------------------------------
