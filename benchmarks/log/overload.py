@@ -69,7 +69,9 @@ async def _beyond_quota(rig: Rig, window_s: float) -> Part:
         alone = await _watch(others, window_s / 5)
         with _helper("hog.py", _hog_arguments(rig, offered)) as hog:
             await asyncio.to_thread(_read_line, hog)  # it has been refused
+            busy = _cpu(rig)
             beside = await _watch(others, window_s)
+            cores = _cores_since(busy, rig, window_s)
             told = await asyncio.to_thread(_end, hog)
         refused = sum(sum(run.client.refusals.values()) for run in others)
     p99s = [p99(watched["latencies"]) for watched in (alone, beside)]
@@ -84,6 +86,7 @@ async def _beyond_quota(rig: Rig, window_s: float) -> Part:
     part.row("others, POST to result: p99 alone, beside it", waited, "at most 1.5x")
     done = f"{rates[0]:.1f}, {rates[1]:.1f} ops/s: {slowed:.2f}x"
     part.row("others' throughput alone, beside it", done, "at least 0.9x")
+    part.notes.append(f"cores busy meanwhile: {_listed(cores)}; {os.cpu_count()} in all")
     part.figures |= {"p99 ratio": slower, "throughput ratio": slowed, "refused": refused}
     return part
 
@@ -126,8 +129,7 @@ async def _round(rig: Rig, capacity: float, window_s: float) -> dict[str, Any]:
             busy = _cpu(rig)
             start = time.monotonic()
             overloaded = await _watch(others, window_s)
-            took = time.monotonic() - start
-            cores = {name: (value - busy[name]) / took for name, value in _cpu(rig).items()}
+            cores = _cores_since(busy, rig, time.monotonic() - start)
             hog_figures = await asyncio.to_thread(_end, hog)
             hog_sdk_figures = await asyncio.to_thread(_end, hog_sdk)
         refusals = sum(sum(run.client.refusals.values()) for run in others)
@@ -145,6 +147,14 @@ def _cpu(rig: Rig) -> dict[str, float]:
     """CPU seconds of each part so far."""
     times = {name: process.cpu_times() for name, process in rig.processes.items()}
     return {name: used.user + used.system for name, used in times.items()}
+
+
+def _cores_since(before: dict[str, float], rig: Rig, seconds: float) -> dict[str, float]:
+    return {name: (value - before[name]) / seconds for name, value in _cpu(rig).items()}
+
+
+def _listed(cores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in cores.items())
 
 
 @contextlib.asynccontextmanager
@@ -207,8 +217,7 @@ def _report(
     part.row("exceptions in the SDK of the tenant itself", rode_out, "0")
     names = rounds[0]["cores"]
     cores = {name: _median([found["cores"][name] for found in rounds]) for name in names}
-    listed = ", ".join(f"{name} {value:.2f}" for name, value in cores.items())
-    part.notes.append(f"cores busy during the overload: {listed}; {os.cpu_count()} in all")
+    part.notes.append(f"cores busy during the overload: {_listed(cores)}; {os.cpu_count()} in all")
     for found in rounds:
         part.notes += found["hog"]["errors"]
     part.figures |= {
