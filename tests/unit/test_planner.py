@@ -130,6 +130,13 @@ def test_a_tenant_with_fifty_times_the_work_does_not_slow_a_small_one(
     assert len(without) <= 1 + alone * QUANTUM_TOKENS // largest
 
 
+def test_the_runs_of_tenants_alternate_in_a_cycle() -> None:
+    heads = [Head(f"a{n}", "ann", (FB,), n) for n in range(3)]
+    heads += [Head(f"b{n}", "bob", (FB,), n) for n in range(2)]
+    runs = [share.run_id for share in plan_once(*heads)]
+    assert runs == ["a0", "b0", "a1", "b1", "a2"]
+
+
 def test_a_tenant_that_comes_back_is_served_before_those_that_have_just_been() -> None:
     planner = Planner(MAX_TOKENS)
     busy = Head("b", "busy", (FB,) * 9, 0)

@@ -969,6 +969,43 @@ async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
     assert executed == [A, A, B, A, A, A, A, A, A]
 
 
+async def test_a_tenant_that_has_been_served_waits_for_one_op_of_a_deep_queue_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = await rig.start("t0")
+    rig.client.tenants[B] = "bob"
+    for run_id in (A, B):
+        await rig.client.create(run_id)
+        await rig.client.completed(run_id)
+    executed: list[str] = []
+    may_go_on = threading.Semaphore(0)
+    whole = trainer.engine.forward_backward
+
+    def slow(run_id: str, *args: Any, **kwargs: Any) -> bytes:
+        executed.append(run_id)
+        may_go_on.acquire(timeout=30)
+        return whole(run_id, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.engine, "forward_backward", slow)
+    owned = trainer.worker._runs
+    await rig.client.forward_backward(A, gradient(0))
+    await until(lambda: executed == [A])
+    for number in range(1, 8):
+        await rig.client.forward_backward(A, gradient(number))
+    for number in range(3):  # each is sent when the one before is under way
+        await rig.client.forward_backward(B, gradient(number))
+        await until(lambda: owned[B].owner.num_queued > 0)
+        while executed.count(B) == number:
+            seen = len(executed)
+            may_go_on.release()
+            await until(lambda: len(executed) > seen)  # noqa: B023
+    may_go_on.release(20)
+    for run_id in (A, B):
+        await rig.client.completed(run_id)
+    first = executed.index(B)
+    assert executed[first : first + 5] == [B, A, B, A, B]
+
+
 async def test_a_worker_whose_run_was_taken_over_publishes_nothing_and_drops_it(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):

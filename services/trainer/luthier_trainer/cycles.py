@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
 from luthier_core import metrics
 from luthier_core.oplog import READ_AHEAD
@@ -13,13 +15,37 @@ from luthier_trainer.effects import NotRebuilt
 from luthier_trainer.engine_client import EngineDied
 from luthier_trainer.engine_watch import EngineWatch
 from luthier_trainer.owned_run import OwnedRun
-from luthier_trainer.planner import Head, Planner, Share
+from luthier_trainer.planner import QUANTUM_TOKENS, Head, Planner, Share
 from luthier_trainer.recovery import Recoveries
 
 log = logging.getLogger(__name__)
 
 CYCLE_TOKENS = 16 * 1024
 """How long an op that comes now may wait for those that are under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """How far a cycle has come."""
+
+    waited: Set[str]
+    """Tenants that had something waiting when it began."""
+    to_come: Counter[str]
+    """Tenant -> its shares that have not ended."""
+    served: Counter[str] = field(default_factory=Counter)
+    """Tenant -> tokens."""
+
+    def has_turn_before(self, tenant: str, other: str, num_tokens: int) -> bool:
+        """Whether the op of `other` that waits, of so many tokens, goes before more of `tenant`.
+
+        It does if `other` was idle when the cycle began; or if it has had all that it was to have,
+        and no more than `tenant`, and a quantum pays for the op.
+        """
+        if other not in self.waited:
+            return True
+        if other == tenant or self.to_come[other] or num_tokens > QUANTUM_TOKENS:
+            return False
+        return 0 < self.served[tenant] >= self.served[other]
 
 
 class Cycles:
@@ -76,29 +102,38 @@ class Cycles:
 
     async def _run_cycle(self, shares: Sequence[Share], cycle: int) -> None:
         """The shares, of different runs, one after the other, or so that they can share passes."""
-        tenants = {run.tenant for run in self._runs.values() if run.waiting}
+        progress = _Progress(
+            {run.tenant for run in self._runs.values() if run.waiting},
+            Counter(share.tenant for share in shares),
+        )
         if self._fused:
             async with asyncio.TaskGroup() as group:
                 for share in shares:
-                    group.create_task(self._run_share(share, cycle, tenants))
+                    group.create_task(self._run_share(share, cycle, progress))
         else:
             for share in shares:
-                await self._run_share(share, cycle, tenants)
+                await self._run_share(share, cycle, progress)
 
-    async def _run_share(self, share: Share, cycle: int, tenants: Set[str]) -> None:
-        """Carry a share out; no more of it than must be if a tenant beside `tenants` comes."""
+    async def _run_share(self, share: Share, cycle: int, progress: _Progress) -> None:
+        """Carry a share out; no more of it than must be if it is another tenant's turn."""
         num_ops = 0
         while num_ops < len(share.ops):
-            if (not num_ops or share.may_end_after(num_ops)) and self._another_waits(tenants):
+            may_end = not num_ops or share.may_end_after(num_ops)
+            if may_end and self._is_turn_of_another(share.tenant, progress):
                 break
             self.executing.add(share.run_id)
             await self._run_step(share.run_id, cycle)
             self.executing.discard(share.run_id)
+            progress.served[share.tenant] += share.ops[num_ops].num_tokens
             num_ops += 1
+        progress.to_come[share.tenant] -= 1
         self._planner.give_back(share, num_ops)
 
-    def _another_waits(self, tenants: Set[str]) -> bool:
-        return any(run.waiting for run in self._runs.values() if run.tenant not in tenants)
+    def _is_turn_of_another(self, tenant: str, progress: _Progress) -> bool:
+        return any(
+            (ops := run.waiting) and progress.has_turn_before(tenant, run.tenant, ops[0].num_tokens)
+            for run in self._runs.values()
+        )
 
     async def _run_step(self, run_id: str, cycle: int) -> None:
         """Carry out the next step of a run and hand its commit over."""

@@ -2,8 +2,9 @@
 
 Tenants are served in turn, by deficit round robin (Shreedhar and Varghese 1995) in tokens: in its
 turn a tenant is given a quantum, spends what its ops cost, and keeps the rest while more of its ops
-wait; one that has nothing to do loses it. So neither many runs, nor deep queues, nor large requests
-of one tenant make the others wait for more than one turn (reliability G13).
+wait; one that has nothing to do loses it. Their runs alternate in a cycle, which ends early when
+one has something new and has had less (see cycles.py). So neither many runs, nor deep queues, nor
+large requests of one tenant make the others wait for more than one turn (reliability G13).
 
 Of a tenant's runs the one served longest ago is next. A run's turn, its share, is its leading
 forward and forward_backward ops and the op that ends them, so that an optimizer step runs in the
@@ -11,8 +12,10 @@ cycle of its gradients; a cycle has the shares of several runs, up to a budget o
 passes the engine may share.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from luthier_core.ops import Kind
 
@@ -80,10 +83,13 @@ class Planner:
         """Whose turn the last cycle cut off."""
 
     def plan(self, heads: Sequence[Head]) -> list[Share]:
-        """The next cycle, in which no run is twice; empty if nothing waits.
+        """The next cycle, in which no run is twice, and tenants alternate; empty if nothing waits.
 
         `heads` has every run, those with nothing waiting too: their tenants keep their place.
         """
+        return _alternating(self._plan(heads))
+
+    def _plan(self, heads: Sequence[Head]) -> list[Share]:
         waiting = _waiting_runs(heads)
         self._note_tenants(dict.fromkeys(head.tenant for head in heads), waiting)
         cycle: list[Share] = []
@@ -109,10 +115,10 @@ class Planner:
         return cycle
 
     def give_back(self, share: Share, num_ops: int) -> None:
-        """Only the first `num_ops` of a share have been carried out."""
-        if share.tenant in self._deficits:
-            unspent = sum(op.num_tokens for op in share.ops[num_ops:])
-            left = self._deficits[share.tenant] + unspent
+        """Only the first `num_ops` of a share have been carried out: another goes first now."""
+        unspent = sum(op.num_tokens for op in share.ops[num_ops:])
+        if unspent and share.tenant in self._deficits:
+            left = self._deficits.pop(share.tenant) + unspent
             self._deficits[share.tenant] = min(left, QUANTUM_TOKENS)
 
     def _note_tenants(self, known: Collection[str], waiting: Collection[str]) -> None:
@@ -141,6 +147,16 @@ def _waiting_runs(heads: Sequence[Head]) -> dict[str, list[Head]]:
         if head.ops:
             waiting.setdefault(head.tenant, []).append(head)
     return waiting
+
+
+def _alternating(shares: Sequence[Share]) -> list[Share]:
+    """The first share of each tenant, then the second of each that has one, and so on."""
+    so_far: Counter[str] = Counter()
+    rounds = []
+    for share in shares:
+        rounds.append(so_far[share.tenant])
+        so_far[share.tenant] += 1
+    return [share for _, share in sorted(zip(rounds, shares, strict=True), key=itemgetter(0))]
 
 
 def _share_of(head: Head, max_tokens: int) -> Share:
