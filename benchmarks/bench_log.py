@@ -58,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does it run? figures mean nothing")
     parser.add_argument("--parts", default="", help="names with commas (default: all)")
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure (default: /tmp)")
-    parser.add_argument("--minutes", type=float, default=10, help="of the soak and the quota")
+    parser.add_argument("--minutes", type=int, default=10, help="of the soak and the quota")
     parser.add_argument("--rate", type=float, default=100, help="ops per second of the soak")
     parser.add_argument("--op-ms", type=float, default=20, help="of the overload's toy engine")
     parser.add_argument("--profile", type=int, default=0, help="top costs of a gateway to print")

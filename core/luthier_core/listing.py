@@ -73,6 +73,8 @@ class Listing:
 
     async def unlisted(self, table: str, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Ids of those rows that are not there as they are here."""
+        if not rows:
+            return set()
         stored = await cast(Any, self._redis.hmget(keys.index_rows(self._tenant, table), [*rows]))
         pairs = zip(rows.items(), stored, strict=True)
         return {row_id for (row_id, row), listed in pairs if listed != orjson.dumps(row)}

@@ -9,6 +9,9 @@ from tests.contract.gateway_client import BASE_MODEL, Api, floats_of, tokens_of
 from tests.contract.gateway_stack import EOS, KEYS, LETTERS, LIMITS, GatewayStack
 from tests.contract.openai_client import connected, openai, text_of, tokens_in
 
+from luthier_core import keys
+from luthier_core.blobs import open_blobs
+
 PROMPT = "Hello,world"
 TOKENS = tokens_in(PROMPT)
 
@@ -50,6 +53,23 @@ async def test_a_gateway_without_a_folder_of_the_model_reads_what_its_sampler_ha
     answer = await gateway.post(f"{gateway.url}/v1/completions", wanted)
     assert answer.status == 200, answer
     assert answer.json()["usage"]["prompt_tokens"] == len(TOKENS)
+
+
+async def test_until_a_sampler_has_stored_the_tokenizer_a_text_is_a_503(
+    gateway_stack: GatewayStack, second_gateway: Any
+):
+    key = keys.model_text_object(BASE_MODEL)
+    async with open_blobs(gateway_stack.config) as blobs:
+        stored = await blobs.get(key)
+        await blobs.delete(key)
+        try:
+            gateway: Api = await second_gateway()
+            wanted = {"model": BASE_MODEL, "prompt": PROMPT, "max_tokens": 3}
+            answer = await gateway.post(f"{gateway.url}/v1/completions", wanted)
+        finally:
+            await blobs.put(key, stored)
+    assert answer.status == 503
+    assert BASE_MODEL in answer.json()["error"]["message"]
 
 
 async def test_usage_counts_prompt_completion_and_what_was_cached(client: openai.AsyncOpenAI):

@@ -88,6 +88,10 @@ async def test_what_a_restarted_redis_still_has_is_not_written_again(stack: Stac
     assert "cmdstat_zadd" not in commands
 
 
+async def test_records_that_were_all_deleted_meanwhile_are_no_error(stack: Stack) -> None:
+    assert await Listing(stack.valkey, "ann").unlisted("sessions", {}) == set()
+
+
 async def test_a_run_goes_on_from_its_snapshot_and_its_old_owner_is_fenced(stack: Stack) -> None:
     await has_org(stack)
     run, lost = await stack.run(), await stack.run()

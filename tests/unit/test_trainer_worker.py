@@ -937,9 +937,10 @@ async def test_what_was_queued_when_a_worker_died_is_executed_by_the_next(
     assert second.engine.run_digest(A) == expected
 
 
-async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
+async def _two_tenants_on_a_slow_engine(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
-):
+) -> tuple[list[str], threading.Semaphore, dict[str, Any]]:
+    """(runs in the order of execution, what each op waits for at its start, the worker's runs)"""
     trainer = await rig.start("t0")
     rig.client.tenants[B] = "bob"
     for run_id in (A, B):
@@ -955,7 +956,13 @@ async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
         return whole(run_id, *args, **kwargs)
 
     monkeypatch.setattr(trainer.engine, "forward_backward", slow)
-    owned = trainer.worker._runs
+    return executed, may_go_on, trainer.worker._runs
+
+
+async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    executed, may_go_on, owned = await _two_tenants_on_a_slow_engine(rig, monkeypatch)
     for number in range(8):
         await rig.client.forward_backward(A, gradient(number))
     await until(lambda: owned[A].owner.num_queued == 8)
@@ -972,22 +979,7 @@ async def test_a_tenant_with_one_op_waits_for_one_op_of_a_deep_queue(
 async def test_a_tenant_that_has_been_served_waits_for_one_op_of_a_deep_queue_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    trainer = await rig.start("t0")
-    rig.client.tenants[B] = "bob"
-    for run_id in (A, B):
-        await rig.client.create(run_id)
-        await rig.client.completed(run_id)
-    executed: list[str] = []
-    may_go_on = threading.Semaphore(0)
-    whole = trainer.engine.forward_backward
-
-    def slow(run_id: str, *args: Any, **kwargs: Any) -> bytes:
-        executed.append(run_id)
-        may_go_on.acquire(timeout=30)
-        return whole(run_id, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.engine, "forward_backward", slow)
-    owned = trainer.worker._runs
+    executed, may_go_on, owned = await _two_tenants_on_a_slow_engine(rig, monkeypatch)
     await rig.client.forward_backward(A, gradient(0))
     await until(lambda: executed == [A])
     for number in range(1, 8):

@@ -149,7 +149,7 @@ class Rebuild:
         async for batch in read_below(self._blobs, f"t/{tenant}/names/"):
             found = [CheckpointRecord.from_bytes(data) for _, data in batch]
             rows = {c.row_id: c.row() for c in found if self._is_listed(c)}
-            for row_id in await listing.unlisted("checkpoints", rows) if rows else ():
+            for row_id in await listing.unlisted("checkpoints", rows):
                 await self._rows.list_again(tenant, TinkerPath(*row_id.split("/")))
             rows_without_record -= rows.keys()
             num_records += len(batch)
