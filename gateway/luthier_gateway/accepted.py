@@ -8,7 +8,7 @@ more is put there as a failure.
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,31 +26,28 @@ LOST = Outcome.failure("the request was lost when Redis lost what it had accepte
 @dataclass(frozen=True, slots=True)
 class _Accepted:
     sampler: SamplerRecord
-    seq: str
-    digest: str
+    """One object for all samples of a sampling session."""
+    seq: int
+    digest: bytes
     at: float
 
 
 class AcceptedSamples:
-    """By request id, oldest first."""
+    """Of each sample a few hundred bytes at most, oldest first; one sent again is there twice."""
 
     def __init__(self, oplog: Oplog, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._oplog = oplog
         self._clock = clock
-        self._recent: OrderedDict[str, _Accepted] = OrderedDict()
+        self._recent: deque[_Accepted] = deque(maxlen=MAX_REMEMBERED)
         self._server = ""
         """The process that Redis was at the last check."""
 
-    def note(self, sampler: SamplerRecord, seq: str, digest: str) -> None:
+    def note(self, sampler: SamplerRecord, seq: int, digest: str) -> None:
         """This sample was acknowledged, or is about to be."""
-        accepted = _Accepted(sampler, seq, digest, self._clock())
-        self._recent[f"{sampler.sampling_session_id}:{seq}"] = accepted
-        while self._recent:
-            oldest = next(iter(self._recent.values()))
-            young = self._clock() - oldest.at < REMEMBERED_S
-            if young and len(self._recent) <= MAX_REMEMBERED:
-                break
-            self._recent.popitem(last=False)
+        now = self._clock()
+        self._recent.append(_Accepted(sampler, seq, bytes.fromhex(digest), now))
+        while now - self._recent[0].at >= REMEMBERED_S:
+            self._recent.popleft()
 
     async def keep_looking(self, every_s: float) -> None:
         """Check again and again, for ever."""
@@ -63,7 +60,7 @@ class AcceptedSamples:
         """Fail what Redis has lost since the last check; redis errors pass through."""
         server = await self._oplog.server_id(keys.GENERATION)
         if self._server not in ("", server):
-            for accepted in list(self._recent.values()):
+            for accepted in list(self._recent):
                 session = accepted.sampler.sampling_session_id
                 if not await self._oplog.redis.exists(keys.sampling_outcome(session, accepted.seq)):
                     await self._fail(accepted)
@@ -75,8 +72,8 @@ class AcceptedSamples:
             tenant=sampler.tenant,
             base_model=sampler.base_model,
             sampling_session_id=sampler.sampling_session_id,
-            seq=accepted.seq,
-            digest=accepted.digest,
+            seq=str(accepted.seq),
+            digest=accepted.digest.hex(),
             job=LOST.fields(),
             max_jobs=MAX_REMEMBERED,
             header={"base_model": sampler.base_model, "weights": sampler.weights},

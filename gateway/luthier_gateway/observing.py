@@ -45,14 +45,15 @@ class Delivered:
     """Checksums of what was delivered last: a result is the same however often it is asked for."""
 
     def __init__(self) -> None:
-        self._checksums: OrderedDict[str, int] = OrderedDict()
+        self._checksums: OrderedDict[int, int] = OrderedDict()
+        """By the question's hash: a gateway keeps thousands."""
 
     def note(self, path: str, future: FutureId, response: web.Response) -> None:
         """Count a result that is another than the one given before, to the same question."""
         body = response.body
         if not isinstance(body, bytes):
             return
-        key = f"{path} {future.parent}:{future.seq} {response.content_type}"
+        key = hash((path, future, response.content_type))
         checksum = crc32(body)
         if self._checksums.setdefault(key, checksum) != checksum:
             metrics.CHANGED_OUTCOMES.inc()

@@ -84,7 +84,7 @@ async def asample(request: web.Request) -> web.Response:
         }
     await failpoint("gw.admit", "sample")
     await enqueue(backends, sampler, str(seq), digest, job)
-    backends.accepted_samples.note(sampler, str(seq), digest)
+    backends.accepted_samples.note(sampler, seq, digest)
     await failpoint("gw.reply", "sample")
     request_id = f"{session}:{seq}"
     return json_response(

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from luthier_model.adapted_linear import StackedDeltas
 from luthier_model.lora import LoraAdapter, Segment
+from luthier_model.products import ROW_MULTIPLE, round_up
 
 RANK_MULTIPLE = 16
-ROW_MULTIPLE = 4
-"""torch computes tiny products by itself, and libraries those of few rows on other paths: the last
-bits of a row would depend on how many rows share its adapter (measured on CPU, float32)."""
 MAX_SHORT_ROWS = 16
 """Segments up to here are filled up to the longest of a batch; a longer one is a batch alone."""
 MAX_STACKS = 8
@@ -76,7 +74,7 @@ class _Stack:
         self._owners: list[LoraAdapter | None] = []
         self._slots: dict[int, int] = {}
         """id of each owner -> its slot."""
-        rank = _up(adapter.spec.rank, RANK_MULTIPLE)
+        rank = round_up(adapter.spec.rank, RANK_MULTIPLE)
         self._factors = {
             name: (
                 pair.a.new_empty(0, pair.a.shape[1], rank),
@@ -112,7 +110,7 @@ class _Stack:
         is_long = length > MAX_SHORT_ROWS
         in_order = list(slots) == list(range(first, first + num_slots))
         if not (is_long or (in_order and (lengths == length).all() and not length % ROW_MULTIPLE)):
-            length = _up(length, ROW_MULTIPLE)
+            length = round_up(length, ROW_MULTIPLE)
             starts = (np.array(slots) - first) * length
             places = np.concatenate(
                 [s + np.arange(n) for s, n in zip(starts, lengths, strict=True)]
@@ -200,7 +198,3 @@ def _joins(segment: Segment, run: Sequence[Segment]) -> bool:
 
 def _with_slots(factors: Tensor, num_new: int) -> Tensor:
     return torch.cat([factors, factors.new_zeros(num_new, *factors.shape[1:])])
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -16,7 +16,8 @@ from luthier_model.attention import PackedAttention
 from luthier_model.base import BaseModel
 from luthier_model.logprobs import token_logprobs
 from luthier_model.lora import LoraAdapter, Segment
-from luthier_model.paged import ROW_MULTIPLE, KvCache, PagedAttention, Span
+from luthier_model.paged import KvCache, PagedAttention, Span
+from luthier_model.products import ROW_MULTIPLE
 
 NUM_SEQUENCES = ROW_MULTIPLE
 NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 4, 12

@@ -25,9 +25,8 @@ from torch.nn import functional as F
 
 from luthier_model.attention import capped_attention
 from luthier_model.base import ModelFacts
+from luthier_model.products import ROW_MULTIPLE, round_up
 
-ROW_MULTIPLE = 4
-"""Fewer rows take a matrix-vector path, whose sums differ in their last bits."""
 KEY_MULTIPLE = 16
 """A register's floats: a masked key in a lane of its own adds an exact zero."""
 
@@ -134,13 +133,13 @@ class _Group:
         num_queries = np.array([span.num_queries for _, span in spans])
         num_keys = np.array([span.num_keys for _, span in spans])
         multiple = KEY_MULTIPLE // math.gcd(KEY_MULTIPLE, cache.block_tokens)
-        num_blocks = _up(-(-int(num_keys.max()) // cache.block_tokens), multiple)
+        num_blocks = round_up(-(-int(num_keys.max()) // cache.block_tokens), multiple)
         table = np.full((len(spans), num_blocks), cache.pad_block)
         for row, (_, span) in zip(table, spans, strict=True):
             used = span.block_table[:num_blocks]
             row[: len(used)] = used
         self._decodes = int(num_queries.max()) == 1
-        width = 1 if self._decodes else _up(int(num_queries.max()), ROW_MULTIPLE)
+        width = 1 if self._decodes else round_up(int(num_queries.max()), ROW_MULTIPLE)
         first = np.array([start for start, _ in spans])
         offset_Q = np.arange(width)
         real_BQ = offset_Q < num_queries[:, None]
@@ -176,7 +175,7 @@ class _Group:
             # The G query heads of one key head stand where SDPA expects queries: K is read once.
             query = query_NHD.view(num_rows, num_kv_heads, -1, head_dim)
             group = query.shape[2]
-            query = F.pad(query, (0, 0, 0, _up(group, ROW_MULTIPLE) - group))
+            query = F.pad(query, (0, 0, 0, round_up(group, ROW_MULTIPLE) - group))
         else:
             query, group = query_NHD.view(num_rows, width, -1, head_dim).transpose(1, 2), None
         mask = self._mask(window, query.dtype)
@@ -245,10 +244,6 @@ def _begun_blocks(cache: KvCache, spans: Sequence[Span]) -> list[int]:
         if 0 < used <= span.num_queries:
             begun.append(span.block_table[index])
     return begun
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 class PagedAttentionLoop:

@@ -37,7 +37,7 @@ async def samples(oplog: Oplog) -> AcceptedSamples:
     """Two of which Redis knows one; Redis was another process at the last check."""
     samples = AcceptedSamples(oplog)
     await samples.check()
-    for seq in ("1", "2"):
+    for seq in (1, 2):
         samples.note(SAMPLER, seq, "d" * 32)
     await enqueue(oplog, "1")
     return samples
@@ -63,9 +63,9 @@ async def test_only_what_is_young_is_remembered(oplog: Oplog, monkeypatch: pytes
     monkeypatch.setattr(accepted, "MAX_REMEMBERED", 2)
     now = 0.0
     samples = AcceptedSamples(oplog, clock=lambda: now)
-    for seq in ("1", "2", "3"):
-        samples.note(SAMPLER, seq, "d")
-    assert list(samples._recent) == ["s:sample:0:2", "s:sample:0:3"]
+    for seq in (1, 2, 3):
+        samples.note(SAMPLER, seq, "d" * 32)
+    assert [sample.seq for sample in samples._recent] == [2, 3]
     now = accepted.REMEMBERED_S
-    samples.note(SAMPLER, "4", "d")
-    assert list(samples._recent) == ["s:sample:0:4"]
+    samples.note(SAMPLER, 4, "d" * 32)
+    assert [sample.seq for sample in samples._recent] == [4]

@@ -477,6 +477,42 @@ def test_requests_of_different_adapters_share_steps(make_engine, model):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
 
 
+def test_rows_that_fill_up_a_step_change_nothing(make_engine, model):
+    """30 and 39 rows, three fewer than a step has at least."""
+    specs = [
+        request(key, prompt=range(length), adapter=key, max_tokens=1, prompt_logprobs=True)
+        for key, length in (("one", 30), ("two", 39))
+    ]
+
+    def engine() -> Engine:
+        engine = make_engine()
+        for seed, spec in enumerate(specs):
+            engine.add_adapter(spec.adapter, adapter_of(model, seed, 0.05))
+        return engine
+
+    together = run(engine(), specs)
+    tolerance = 0 if rows_are_independent() else 1e-6
+    for spec in specs:
+        lone = run(engine(), [spec])[spec.request_id]
+        assert tokens_of(together[spec.request_id].sequences[0]) == tokens_of(lone.sequences[0])
+        one, other = (
+            np.frombuffer(answer.prompt_logprobs, "<f4")
+            for answer in (together[spec.request_id], lone)
+        )
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+
+
+def test_steps_come_in_few_sizes(make_engine, model, monkeypatch):
+    sizes, hidden, engine = set(), model.hidden, make_engine()
+    monkeypatch.setattr(
+        model, "hidden", lambda tokens, *rest: (sizes.add(len(tokens)), hidden(tokens, *rest))[1]
+    )
+    for length in range(1, 96):
+        # Each begins with a token of its own: nothing is cached.
+        run(engine, [request(prompt=[length] * length, max_tokens=1)])
+    assert sizes == {*range(4, 65, 4), 72, 80, 88, 96}
+
+
 def test_an_adapter_that_diverged_fails_its_own_request_only(make_engine, model):
     engine = make_engine(num_kv_blocks=5)
     engine.add_adapter("nan", adapter_of(model, 0, float("nan")))

@@ -12,11 +12,15 @@ from torch.nn import functional as F
 
 from luthier_model.base import BaseModel
 from luthier_model.lora import Segment
-from luthier_model.paged import ROW_MULTIPLE, KvCache, PagedAttention, Span
+from luthier_model.paged import KvCache, PagedAttention, Span
+from luthier_model.products import ROW_MULTIPLE, round_up
 from luthier_sampler.sequence import Chunk
 
 SCORE_CHUNK_TOKENS = 128
 """Prompt positions whose logits exist at once."""
+SIZES_PER_DOUBLING = 8
+"""Numbers of rows that steps have, between one power of two and the next: oneDNN keeps 0.6 MB of
+compiled products for each of them and each shape of a layer, for up to 1,024 pairs (measured)."""
 
 
 class Runner:
@@ -56,20 +60,21 @@ class Runner:
             tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
         spans = [Span(c.num_tokens, c.stop, c.sequence.block_table) for c in chunks]
-        num_padding = -len(tokens) % ROW_MULTIPLE
+        num_rows = padded_rows(len(tokens))
+        padding = [0] * (num_rows - len(tokens))
         return self.model.hidden(
-            self._tensor(tokens + [0] * num_padding),
-            self._tensor(positions + [0] * num_padding),
+            self._tensor(tokens + padding),
+            self._tensor(positions + padding),
             PagedAttention(self.cache, spans),
-            _padded(_segments((chunk, chunk.num_tokens) for chunk in chunks)),
+            _padded(_segments((chunk, chunk.num_tokens) for chunk in chunks), num_rows),
         )
 
     def _logits(self, hidden_MD: Tensor, segments: list[Segment]) -> Tensor:
         if not segments:
             return hidden_MD.new_empty(0, self.model.facts.vocab_size, dtype=torch.float32)
-        num_padding = -len(hidden_MD) % ROW_MULTIPLE
-        padded_MD = F.pad(hidden_MD, (0, 0, 0, num_padding))
-        return self.model.logits(padded_MD, _padded(segments))[: len(hidden_MD)]
+        num_rows = padded_rows(len(hidden_MD))
+        padded_MD = F.pad(hidden_MD, (0, 0, 0, num_rows - len(hidden_MD)))
+        return self.model.logits(padded_MD, _padded(segments, num_rows))[: len(hidden_MD)]
 
     def _score_prompt(self, chunk: Chunk, hidden_TD: Tensor) -> None:
         """What the request wants to know of the positions that the chunk's rows predict."""
@@ -88,13 +93,18 @@ class Runner:
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
 
-def _padded(segments: list[Segment]) -> list[Segment]:
-    """The segments of a multiple of ROW_MULTIPLE rows: padding belongs to the last one."""
+def padded_rows(num_rows: int) -> int:
+    """From 1 on: the next of the numbers of rows that steps have, all multiples of ROW_MULTIPLE."""
+    doubling = 1 << (num_rows - 1).bit_length()
+    return round_up(num_rows, max(ROW_MULTIPLE, doubling // (2 * SIZES_PER_DOUBLING)))
+
+
+def _padded(segments: list[Segment], num_rows: int) -> list[Segment]:
+    """The segments of that many rows: those that ROW_MULTIPLE asks for belong to the last one."""
     last = segments[-1]
-    return [
-        *segments[:-1],
-        Segment(last.start, last.stop + -last.stop % ROW_MULTIPLE, last.adapter),
-    ]
+    stop = round_up(last.stop, ROW_MULTIPLE)
+    padded = [*segments[:-1], Segment(last.start, stop, last.adapter)]
+    return padded if stop == num_rows else [*padded, Segment(stop, num_rows, None)]
 
 
 def _segments(rows: Iterable[tuple[Chunk, int]]) -> list[Segment]:
