@@ -4,7 +4,7 @@ Rounds of 2,000 samples from one client and of 20 clients x 100, on the official
 `luthier up` of its own: base model and two adapters mixed, prompts that share prefixes, every
 sample with its seed. Before them each distinct request runs once, alone; every answer must be
 equal to that one, tokens and logprobs. Memory is resident size after each round. The first half of
-the rounds fills what is bounded: connections of the clients, the last 20,000 samples in the gateway,
+the rounds fills what is bounded: connections of clients, the last 20,000 samples in the gateway,
 products that oneDNN compiles for each size of a step, outcomes that Valkey keeps for a while. What
 counts is the growth in the second half. Queue-bound: the rate is printed, and no aim.
 
