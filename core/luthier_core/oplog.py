@@ -138,6 +138,11 @@ class RunHeader:
         """Whether something admitted has not been committed."""
         return self.admitted > self.committed
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether ops of a live run wait above one that has not arrived."""
+        return self.status == "active" and self.gap_since > 0
+
     @classmethod
     def from_values(cls, values: Sequence[bytes | None]) -> Self:
         """From the values of HEADER_FIELDS, in their order."""
@@ -545,8 +550,14 @@ class Oplog:
         await pipe.execute()
 
     async def retire_run(self, base_model: str, run_id: str) -> None:
-        """Take a released run off the list of live runs."""
+        """Take a released run off the list of live runs, if nobody has to look at it any more.
+
+        It stays if it has got work meanwhile, or waits above a gap that somebody has to give up.
+        """
         await cast(Any, self.redis.zrem(keys.live_runs(base_model), run_id))
+        header = await self.header(run_id)
+        if header is not None and (header.pending or header.has_gap):
+            await self.announce_run(base_model, run_id, self._clock())
 
     async def live_runs(self, base_model: str) -> list[str]:
         members = await cast(Any, self.redis.zrange(keys.live_runs(base_model), 0, -1))

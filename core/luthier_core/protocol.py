@@ -511,7 +511,7 @@ def gap_is_overdue(
     timeout_s: float = GAP_TIMEOUT_S,
 ) -> bool:
     """Whether what is missing below a parked op will not come any more; all before it has ended."""
-    if not header.gap_since or header.pending or header.status != "active":
+    if not header.has_gap or header.pending:
         return False
     if session_has_ended:
         return True

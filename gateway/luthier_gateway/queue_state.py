@@ -39,6 +39,8 @@ async def queue_state(backends: Backends, tenant: str, future: FutureId) -> Queu
 async def _of_op(backends: Backends, header: RunHeader, future: FutureId) -> QueueState:
     seq, run_id = int(future.seq), future.parent
     if seq > header.admitted:
+        if not header.owner:
+            await _tell_workers(backends, header, run_id)
         since = _since(header.gap_since)
         missing = f"waiting for seq {header.admitted + 1}, which has not arrived"
         return QueueState("active", f"{missing}{since}")
@@ -51,13 +53,17 @@ async def _of_op(backends: Backends, header: RunHeader, future: FutureId) -> Que
     }
     name, _, incarnation = header.owner.partition("/")
     if name not in trainers or trainers[name]["incarnation"] != incarnation:
-        # The gateway that admitted it may have died before it told the workers.
-        await backends.oplog.announce_run(header.base_model, run_id, time.time())
+        await _tell_workers(backends, header, run_id)
         reason = await _why_unowned(backends, header, [w["state"] for w in trainers.values()])
         return QueueState("paused_capacity", f"{reason}; waiting{since}")
     num_ahead = seq - header.committed - 1
     ahead = f"{num_ahead} operations of this run are ahead" if num_ahead else "being executed"
     return QueueState("active", f"{ahead}; waiting{since}")
+
+
+async def _tell_workers(backends: Backends, header: RunHeader, run_id: str) -> None:
+    """The gateway that took an op may have died before it did."""
+    await backends.oplog.announce_run(header.base_model, run_id, time.time())
 
 
 async def _why_unowned(backends: Backends, header: RunHeader, trainer_states: list[str]) -> str:

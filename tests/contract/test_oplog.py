@@ -258,6 +258,17 @@ async def test_a_run_with_work_is_not_released(run):
     assert (header.owner, header.epoch) == ("", 1)
 
 
+@pytest.mark.parametrize("seq", [None, 1, 2], ids=["idle", "new work", "a gap"])
+async def test_only_a_run_that_nobody_has_to_look_at_leaves_the_list(run, seq):
+    await run.announce_run("m", RUN, 0)
+    assert await run.release(RUN, 1)
+    if seq is not None:
+        # Between the release and what follows.
+        await admit(run, op(seq))
+    await run.retire_run("m", RUN)
+    assert await run.live_runs("m") == ([] if seq is None else [RUN])
+
+
 async def test_a_refused_creation_fails_at_once_and_takes_no_ops(oplog):
     failure = Outcome.failure("rank: too large", "user")
     reject = {"tenant": TENANT, "digest": digest_of(b"a"), "header": HEADER, "outcome": failure}

@@ -127,6 +127,17 @@ async def test_an_earlier_request_has_not_arrived(world: World):
     assert await world.state(2) == QueueState("active", reason)
 
 
+async def test_somebody_is_told_to_look_at_a_gap_of_a_run_that_nobody_owns(world: World):
+    await world.admit(0)
+    await world.oplog.acquire(RUN, 1, "t0/1")
+    await world.oplog.commit(RUN, 1, 0, DONE)
+    await world.oplog.release(RUN, 1)
+    await world.admit(2)
+    assert await world.oplog.live_runs(MODEL) == []
+    await world.state(2)
+    assert await world.oplog.live_runs(MODEL) == [RUN]
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [(None, "no sampler of {} is running"), ("starting", "the sampler of {} is starting")],

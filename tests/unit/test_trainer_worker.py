@@ -758,6 +758,19 @@ async def test_a_gap_of_a_run_without_an_owner_is_given_up_too(rig: Rig):
     assert (await rig.client.failed(A, seq))[0] == "user"
 
 
+async def test_a_gap_of_a_run_that_made_room_is_given_up_too(rig: Rig):
+    trainer = await rig.start("t0", max_runs=1)
+    await rig.client.create(A)
+    await rig.client.completed(A)
+    seq = await skip_one(rig.client)
+    await rig.client.create(B)
+    await rig.client.completed(B)
+    assert not trainer.engine.has(A)
+    await trainer.die()
+    await rig.start("t0", gap_timeout_s=0.0)
+    assert (await rig.client.failed(A, seq))[0] == "user"
+
+
 async def test_a_gap_is_given_up_at_once_when_its_session_has_ended(rig: Rig, oplog: Oplog):
     await rig.start("t0")
     await rig.client.create(A)

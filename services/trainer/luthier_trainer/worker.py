@@ -197,7 +197,7 @@ class Worker:
 
     async def _is_overdue(self, run_id: str, header: RunHeader) -> bool:
         """Whether ops wait above a gap that is not going to be filled."""
-        if not header.gap_since:
+        if not header.has_gap:
             return False
         ended = await self._oplog.session_has_ended(run_id)
         timeout_s = self._config.gap_timeout_s
@@ -251,7 +251,7 @@ class Worker:
             if header.pending or await self._is_overdue(run_id, header):
                 if len(self._runs) < self._config.max_runs or await self._make_room():
                     await self._acquire(run_id, header)
-            elif header.gap_since:
+            elif header.has_gap:
                 continue  # it stays listed: somebody has to give the gap up
             elif not header.owner or await self._oplog.release(run_id, header.epoch):
                 await self._oplog.retire_run(self._base_model, run_id)
