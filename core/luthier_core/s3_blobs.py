@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Self
 
 import aiohttp
+import urllib3
 from minio import Minio
 from minio.error import MinioException
 from urllib3.exceptions import HTTPError
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_TRIES = 6
 """With full jitter below 0.1, 0.2, ... 1.6 s between them: about 1.5 s on average."""
+
+CONNECT_S, ANSWER_S = 5.0, 60.0
+"""Of one try. An answer may be long in coming: the store acknowledges what it has on disk."""
 
 # 409 is S3's answer to two conditional writes at the same moment; SlowDown comes as 503 or 429.
 _TRY_AGAIN = frozenset({408, 409, 429, 500, 502, 503, 504})
@@ -72,11 +76,23 @@ class S3Blobs:
         link_access_key: str = "",
         link_secret_key: str = "",
         retry_base_s: float = 0.1,
+        answer_s: float = ANSWER_S,
     ) -> None:
         """Links are signed with the link keys, where there are some."""
         # With the region given minio asks the server nothing: signing is arithmetic.
         self._minio = Minio(
-            endpoint, access_key=access_key, secret_key=secret_key, secure=secure, region=region
+            endpoint,
+            access_key=access_key,
+            secret_key=secret_key,
+            secure=secure,
+            region=region,
+            # Its own would wait for five minutes, six times, on a thread that others need.
+            http_client=urllib3.PoolManager(
+                timeout=urllib3.Timeout(connect=CONNECT_S, read=answer_s),
+                retries=urllib3.Retry(
+                    total=MAX_TRIES - 1, backoff_factor=retry_base_s, status_forcelist=_TRY_AGAIN
+                ),
+            ),
         )
         self._links = Minio(
             endpoint,
@@ -87,11 +103,12 @@ class S3Blobs:
         )
         self._bucket = bucket
         self._retry_base_s = retry_base_s
+        self._timeout = aiohttp.ClientTimeout(total=600, sock_connect=CONNECT_S, sock_read=answer_s)
         self._http: aiohttp.ClientSession
 
     async def __aenter__(self) -> Self:
         self._http = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=600, sock_connect=5, sock_read=60),
+            timeout=self._timeout,
             auto_decompress=False,
             trust_env=False,
         )

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -433,6 +434,33 @@ async def test_a_store_that_stays_away_is_reported_after_six_tries(
     with pytest.raises(Unavailable):
         await store.get(KEY)
     assert front.num_requests == 6
+
+
+async def _list(store: S3Blobs) -> None:
+    async for _ in store.list("t/ann/"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "call", [lambda store: store.get(KEY), _list], ids=["one object", "a list"]
+)
+async def test_a_store_that_never_answers_is_reported(
+    call: Callable[[S3Blobs], Awaitable[object]],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # which takes nobody in
+        host, port = server.getsockname()
+        async with S3Blobs(
+            f"{host}:{port}",
+            "luthier",
+            access_key="key",
+            secret_key="secret",
+            secure=False,
+            region="us-east-1",
+            retry_base_s=0.0,
+            answer_s=0.05,
+        ) as store:
+            with pytest.raises(Unavailable):
+                await call(store)
 
 
 @pytest.mark.s3
