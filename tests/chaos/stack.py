@@ -34,7 +34,7 @@ FIRE_S = 90.0
 BUCKET = "luthier"
 HEAD_LOOK_S = 0.03
 MIB = 1024 * 1024
-DISK_BYTES = 64 * MIB
+DISK_BYTES = 256 * MIB
 
 
 @dataclass(slots=True)
