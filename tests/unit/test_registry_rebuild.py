@@ -1,5 +1,6 @@
 """A wiped Redis: nothing goes on before headers and lists are made again from the object store."""
 
+import pytest
 from tests.unit.registry_stack import Stack
 from tests.unit.test_registry_housekeeping import committed, has_org, job, table
 
@@ -8,6 +9,7 @@ from luthier_core.generation import Generation
 from luthier_core.listing import Listing
 from luthier_core.oplog import Oplog
 from luthier_core.protocol import Head, SnapshotRef
+from luthier_registry.rebuild import Rebuild
 
 
 async def lists(stack: Stack, run_id: str) -> list[object]:
@@ -69,6 +71,24 @@ async def test_rows_that_a_restarted_redis_has_lost_are_listed_again(stack: Stac
     assert await lists(stack, run.run_id) == listed
     assert await stack.valkey.hgetall(keys.run_header(run.run_id)) == header
     assert await job(stack, "generation") == {"rebuilt": 0}
+
+
+async def test_a_list_that_was_read_while_redis_restarted_is_read_again(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await has_org(stack)
+    run = await stack.run()
+    await stack.save(run, name="lost", seq=1)
+    listed = await stack.client.list_run_checkpoints("ann", run.run_id)
+    await Listing(stack.valkey, "ann").remove_checkpoint(run.run_id, "weights", "lost")
+    await stack.valkey.set(keys.LISTED_SINCE, "one process")
+    seen = [b"one process"]
+
+    async def server(_: Rebuild) -> bytes:
+        return seen.pop() if seen else b"the next process"
+
+    monkeypatch.setattr(Rebuild, "_server", server)
+    assert await stack.client.list_run_checkpoints("ann", run.run_id) == listed
 
 
 async def test_what_a_restarted_redis_still_has_is_not_written_again(stack: Stack) -> None:

@@ -217,7 +217,7 @@ async def list_whole(request: web.Request, handler: Handler) -> web.StreamRespon
     """No list is answered that may lack what a restarted Redis has lost."""
     resource = request.match_info.route.resource
     if request.method == "GET" and resource is not None and resource.canonical in LISTS:
-        await request.app[REBUILD].lists_are_whole()
+        return await request.app[REBUILD].read_whole(lambda: handler(request))
     return await handler(request)
 
 

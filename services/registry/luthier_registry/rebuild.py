@@ -8,9 +8,9 @@ snapshot has failed. It may be run at any time: what is there is written again a
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import redis.asyncio as redis
 
@@ -26,6 +26,8 @@ from luthier_core.records import CheckpointRecord, RunRecord, SamplerRecord, Ses
 from luthier_registry.counting import Counting
 from luthier_registry.identity import tenants
 from luthier_registry.lists import Lists
+
+T = TypeVar("T")
 
 COMPARED_S = 20.0
 """So long a list is waited for after a restart of Redis."""
@@ -64,20 +66,29 @@ class Rebuild:
             return await self.run()
         return {"rebuilt": await self._compare()}
 
-    async def lists_are_whole(self) -> None:
-        """Returns once no list lacks what a restarted Redis may have lost, or raises.
+    async def read_whole(self, read: Callable[[], Awaitable[T]]) -> T:
+        """What `read` finds in lists that lack nothing of what a restarted Redis may have lost.
 
-        Unavailable after COMPARED_S.
+        It reads again if Redis was restarted meanwhile. Unavailable after COMPARED_S.
         """
-        if await self._is_listed_under(await self._server()):
-            return
-        if self._comparing is None or self._comparing.done():
-            self._comparing = asyncio.create_task(self._compare())
         try:
             async with asyncio.timeout(COMPARED_S):
-                await asyncio.shield(self._comparing)  # who gives up must not end it for others
+                while True:
+                    server = await self._server()
+                    if await self._is_listed_under(server):
+                        found = await read()
+                        if await self._server() == server:
+                            return found
+                    else:
+                        await self._compared()
         except TimeoutError:
             raise Unavailable("the lists, which are made whole after a restart of Redis") from None
+
+    async def _compared(self) -> None:
+        """One comparison for all who wait for it; who gives up must not end it for others."""
+        if self._comparing is None or self._comparing.done():
+            self._comparing = asyncio.create_task(self._compare())
+        await asyncio.shield(self._comparing)
 
     async def _compare(self) -> int:
         """List what the store has, unless that was done under this server: how many records."""
