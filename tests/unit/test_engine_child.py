@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 from tests.unit.mortal_engine import MortalEngine, request
 
 from luthier_core.errors import BadRequest, ConfigError, LuthierError, NotFound
@@ -215,6 +216,25 @@ async def test_the_call_under_way_learns_of_the_death_and_later_ones_that_they_w
         await engine.start()
         await engine.create(RUN, LORA)  # the next one knows nothing, and works
     assert len((tmp_path / "starts").read_text().split()) == 2
+
+
+def test_a_call_to_a_child_whose_connection_is_closed_learns_of_its_death(tmp_path: Path):
+    async def call() -> None:
+        async with started(tmp_path) as engine:
+            os.kill(engine.pid, signal.SIGSTOP)  # it has not ended yet
+            assert engine._child is not None
+            engine._child.writer.close()
+            await engine._child.writer.wait_closed()
+            calling = asyncio.create_task(engine.create(RUN, LORA))
+            await asyncio.wait({calling}, timeout=0)
+            os.kill(engine.pid, signal.SIGCONT)
+            with pytest.raises(EngineDied) as death:
+                await calling
+            assert not death.value.under_way
+
+    # As the services do: asyncio's own transports would only log what is written after the end.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(call())
 
 
 async def test_no_signal_of_a_terminal_ends_a_child(tmp_path: Path):

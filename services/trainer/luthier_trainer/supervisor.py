@@ -72,7 +72,8 @@ class _Child:
 
     async def ask(self, message: Message, tell: Tell | None) -> Message:
         """The answer. EngineDied if the process ends first; an error that the answer says."""
-        if self.ended.is_set():
+        if self.writer.is_closing():
+            await self.ended.wait()  # `listen` is finding out how it ends
             raise EngineDied(self.reason, under_way=False)
         self.num_calls += 1
         number, answer = self.num_calls, asyncio.get_running_loop().create_future()
@@ -80,6 +81,8 @@ class _Child:
         try:
             with contextlib.suppress(ConnectionError):  # `listen` notices too, and why
                 for frame in frames_of(number, message):
+                    if self.writer.is_closing():
+                        break
                     self.writer.write(frame)  # whole, so that a cancellation leaves no half of one
                     await self.writer.drain()
             received: Message = await answer
