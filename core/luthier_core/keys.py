@@ -88,7 +88,7 @@ def sampling_done(sampling_session_id: str) -> str:
 
 
 def sampling_completions(sampling_session_id: str, clone: int) -> str:
-    """Stream of finished samples of one clone of a sampling session; entry ids 1-0, 2-0, ..."""
+    """Stream of finished samples of one clone of a sampling session; entry ids `{position}-0`."""
     return f"{sampling_shard(sampling_session_id)}:completed:{sampling_session_id}:{clone}"
 
 

@@ -425,9 +425,14 @@ local function told(keys, args)
   return 'OK'
 end
 
--- Append to the completions of one clone of a sampling session. Ids are dense: 1-0, 2-0, ...
+-- Append to the completions of one clone of a sampling session. Positions are milliseconds since the
+-- epoch, or the next number: counted from what Redis knows they would be used again after a rollback,
+-- and a client that has read so far would never be told of what ended next.
 local function complete(header, completions, clone, seq, state, size, ttl)
-  local position = redis.call('HINCRBY', header, 'completed:' .. clone, 1)
+  local last, now = 'completed:' .. clone, redis.call('TIME')
+  local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
+  local position = math.max(num(redis.call('HGET', header, last), 0) + 1, now_ms)
+  redis.call('HSET', header, last, position)
   redis.call('XADD', completions, position .. '-0', 'seq', seq, 'state', state, 'size', size)
   redis.call('PEXPIRE', completions, ttl)
 end

@@ -654,7 +654,10 @@ class Oplog:
         return [Completion.from_entry(sampling_session_id, *entry) for entry in entries]
 
     async def last_completion(self, sampling_session_id: str, clone: int) -> int:
-        """The position of the latest completion there has been; 0 if none is known of."""
+        """The position of the latest completion there has been, which Redis' clock gave it.
+
+        0 if none is known of.
+        """
         header = keys.sampling_header(sampling_session_id)
         last = await cast(Any, self.redis.hget(header, f"completed:{clone}"))
         return int(last or 0)

@@ -15,6 +15,7 @@ from tests.contract.gateway_client import PROTOBUF
 from luthier_core import keys
 from luthier_core.blobs import Blobs, outlasting_outage
 from luthier_core.checkpoints import read_manifest
+from luthier_core.oplog import RunHeader
 from luthier_core.protocol import Head
 
 Checkpoints = dict[str, Any]
@@ -97,9 +98,10 @@ def _short(value: Any) -> str:
     return text if len(text) < 300 else f"{text[:150]} ... {text[-140:]}"
 
 
-async def judge_history(stack: Stack, verdict: Verdict, run_id: str) -> None:
+async def judge_history(
+    stack: Stack, verdict: Verdict, run_id: str, header: RunHeader | None
+) -> None:
     """The counters of one run, from what Redis did, and its fence."""
-    header = await stack.oplog.header(run_id)
     if header is None:
         verdict.expect(False, f"{run_id} has no header")
         return

@@ -61,7 +61,8 @@ class Script:
     """Some requests and results are too large for Redis."""
     poison: bool = False
     """One of its requests is the death of every engine that executes it."""
-    stuck_s: float = 60.0
+    stuck_s: float = 180.0
+    """After a 503 the SDK pauses for 20 s, as it is told; a few in a row are bad luck."""
 
 
 @dataclass(slots=True)

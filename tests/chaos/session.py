@@ -193,8 +193,11 @@ class _Lanes:
         self._played.append(played)
         for run_id in told.run_ids:
             stack.playing.pop(run_id, None)
-            if stack.history.num_restarts == num_restarts and not told.ended_early:
-                await judge_history(stack, verdict, run_id)
+            header = await stack.oplog.header(run_id)
+            # After it was read: what it says may be what a rollback has left.
+            restarts = stack.num_rollbacks, stack.history.num_restarts
+            if restarts == (num_rollbacks, num_restarts) and not told.ended_early:
+                await judge_history(stack, verdict, run_id, header)
         if told.ended_early and not lossy:
             for run_id in told.run_ids:
                 verdict.violations.append(await stack.cluster.describe(run_id))

@@ -58,7 +58,7 @@ def torch(name: str, scenario: Scenario, model: Path, *, min_runs: int) -> Sessi
     return Session(
         name=name,
         plan=plan,
-        scripts=scripts(2, base_model=TORCH_MODEL, num_ops=10, large=False, stuck_s=180.0),
+        scripts=scripts(2, base_model=TORCH_MODEL, num_ops=10, large=False),
         scenario=scenario,
         lanes=3,
         min_runs=min_runs,

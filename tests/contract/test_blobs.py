@@ -426,14 +426,14 @@ async def test_a_store_in_trouble_is_asked_again(
 
 
 @pytest.mark.s3
-async def test_a_store_that_stays_away_is_reported_after_six_tries(
+async def test_a_store_that_stays_away_is_reported_after_eight_tries(
     flaky: tuple[FlakyStore, S3Blobs],
 ) -> None:
     front, store = flaky
     front.faults = [503] * 100
     with pytest.raises(Unavailable):
         await store.get(KEY)
-    assert front.num_requests == 6
+    assert front.num_requests == 8
 
 
 async def _list(store: S3Blobs) -> None:

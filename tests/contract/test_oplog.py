@@ -11,7 +11,7 @@ from luthier_core.lifecycle import WorkerLease
 from luthier_core.oplog import Oplog, RedisRestarted
 from luthier_core.ops import Body, Gradient, Kind, Op, Outcome, digest_of
 
-RUN = "s1:train:0"
+RUN, SAMPLER = "s1:train:0", "s1:sample:0"
 TENANT = "ann"
 LIMITS = LimitsConfig()
 DONE = Outcome.completed(Body.of(b"{}"))
@@ -591,3 +591,23 @@ async def test_a_lease_is_held_by_one_incarnation_until_it_is_released(oplog):
     assert not await oplog.hold_lease("w:x", "b", second, 60_000)
     await oplog.release_lease("w:x", "a")
     assert await oplog.hold_lease("w:x", "b", second, 60_000)
+
+
+def _ms(time: tuple[int, int]) -> int:
+    return time[0] * 1000 + time[1] // 1000
+
+
+async def test_who_has_read_further_than_a_rolled_back_redis_is_told_what_ends_next(oplog):
+    async def fail_sample(seq: str) -> None:
+        wanted = {"base_model": "m", "sampling_session_id": SAMPLER, "seq": seq, "digest": "d"}
+        job = Outcome.failure("refused", "user").fields()
+        await oplog.enqueue(tenant=TENANT, job=job, max_jobs=1, header={}, **wanted)
+
+    await fail_sample("0")
+    [read] = await oplog.completions(SAMPLER, 0, after=0)
+    await oplog.redis.flushall()
+    while _ms(await oplog.redis.time()) <= read.position:
+        pass  # a restart takes longer
+    await fail_sample("1")
+    [told] = await oplog.completions(SAMPLER, 0, after=read.position)
+    assert told.request_id == f"{SAMPLER}:1"
