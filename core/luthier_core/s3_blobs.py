@@ -37,8 +37,8 @@ from luthier_core.errors import Unavailable
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 8
-"""With full jitter below 0.1, 0.2, ... 6.4 s between them: about 6 s on average. A short outage costs
-what it takes, and not the 20 s after which a client that was told 503 comes again."""
+"""With full jitter below 0.1, 0.2, ... 6.4 s between them: about 6 s on average. A short outage
+costs what it takes, and not the 20 s after which a client that was told 503 comes again."""
 
 CONNECT_S, ANSWER_S = 5.0, 60.0
 """Of one try. An answer may be long in coming: the store acknowledges what it has on disk."""
