@@ -84,7 +84,7 @@ class History:
         if source != b"lua":
             self._end_of_call()
             self._call = _Call.of(arguments) if command == "FCALL" else _Call("", 0)
-        elif key := _RUN_KEY.fullmatch(arguments[0]):
+        elif arguments and (key := _RUN_KEY.fullmatch(arguments[0])):
             self._inner(command, key, arguments[1:])
 
     def _inner(self, command: str, key: re.Match[str], arguments: list[str]) -> None:
