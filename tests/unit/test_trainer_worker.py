@@ -23,7 +23,7 @@ from luthier_core import keys
 from luthier_core.checkpoints import read_files
 from luthier_core.config import TrainerConfig
 from luthier_core.disk_blobs import DiskBlobs
-from luthier_core.errors import Unavailable
+from luthier_core.errors import BadRequest, Unavailable
 from luthier_core.futures import Futures
 from luthier_core.lifecycle import WorkerLease
 from luthier_core.listing import Listing
@@ -846,6 +846,31 @@ async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
     await rig.client.create(B)
     await rig.client.forward_backward(B, gradient(1))
     await rig.client.completed(B)
+
+
+async def test_a_replay_that_another_owner_has_spoilt_gives_nothing_up(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    first = await rig.start("t0")
+    await rig.client.create(A)
+    await rig.client.forward_backward(A, gradient(1))
+    await rig.client.completed(A)
+    await first.die()
+    second = await rig.start("t1")
+
+    whole = second.engine.forward_backward
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        # Another one has taken the run over meanwhile, and deleted a payload that it has trimmed.
+        monkeypatch.setattr(second.engine, "forward_backward", whole)
+        rig.blobs._path(keys.run_head(TENANT, A)).write_bytes(Head(7, "t2/another").to_bytes())
+        raise BadRequest("gone")
+
+    monkeypatch.setattr(second.engine, "forward_backward", spoilt)
+    await rig.client.forward_backward(A, gradient(2))
+    await rig.client.completed(A)
+    assert (await rig.client.header(A)).epoch == 8
+    assert second.engine.run_digest(A) == rig.reference(A, gradient(1), gradient(2))
 
 
 class FailingSnapshots:

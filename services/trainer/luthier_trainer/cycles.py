@@ -147,8 +147,10 @@ class Cycles:
             await self._carry_out(run)
         except Diverged as error:
             log.error("%s diverged: %s", run_id, error)
-            metrics.REPLAY_MISMATCHES.inc()
-            await self._recoveries.give_up(run, str(error))
+            if await self._recoveries.give_up(run, str(error)):
+                metrics.REPLAY_MISMATCHES.inc()
+            else:
+                await self._forget(run)
         except EngineDied as death:
             await self._watch.blame(run, death)
         except NotRebuilt as error:

@@ -82,11 +82,16 @@ class Recoveries:
             log.exception("no checkpoint of %s after seq %d", run.tenure.run_id, seq)
             return ""
 
-    async def give_up(self, run: OwnedRun, difference: str) -> None:
+    async def give_up(self, run: OwnedRun, difference: str) -> bool:
         """A replay went another way than the run did: no state of it can be trusted but a stored.
 
-        That one is offered as a checkpoint, and everything that is not committed fails.
+        That one is offered as a checkpoint, and everything that is not committed fails. False if
+        the run must be left instead: it is another's, who may have deleted what the replay needed.
         """
+        try:
+            await drive(recheck(run.tenure.run_id, run.tenure), run.effects.perform)
+        except (Left, LuthierError):
+            return False
         saved = ""
         ref, snapshots = run.tenure.sound, self._snapshots
         if ref is not None and snapshots is not None:
@@ -98,6 +103,7 @@ class Recoveries:
             f"the run's state could not be rebuilt after a restart: {difference}{saved}"
         )
         self.note_if_ended(run, difference)
+        return True
 
     async def give_up_replay(self, run: OwnedRun, gap: LogTrimmed) -> bool:
         """The log has not what a replay needs: give the run up, and fail what comes after the gap.
@@ -105,15 +111,9 @@ class Recoveries:
         False if the run must be left instead: it is another's, or an op is lost that is not
         committed. Call it while no cycle is under way.
         """
-        tenure = run.tenure
-        log.error("%s: %s", tenure.run_id, gap)
-        try:
-            await drive(recheck(tenure.run_id, tenure), run.effects.perform)
-        except (Left, LuthierError):
+        log.error("%s: %s", run.tenure.run_id, gap)
+        if gap.goes_on_at > run.tenure.committed + 1 or not await self.give_up(run, str(gap)):
             return False
-        if gap.goes_on_at > tenure.committed + 1:
-            return False
-        await self.give_up(run, str(gap))
         run.owner.skip_to(gap.goes_on_at)
         return True
 
