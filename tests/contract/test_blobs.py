@@ -389,6 +389,20 @@ class FlakyStore:
         return web.Response(status=answer.status, body=body, headers=headers)
 
 
+def _impatient(endpoint: str, **options: float) -> S3Blobs:
+    """A store there, which tries again without a pause."""
+    return S3Blobs(
+        endpoint,
+        "luthier",
+        access_key="key",
+        secret_key="secret",
+        secure=False,
+        region="us-east-1",
+        retry_base_s=0.0,
+        **options,
+    )
+
+
 @pytest.fixture
 async def flaky(s3_endpoint: str) -> AsyncIterator[tuple[FlakyStore, S3Blobs]]:
     front = FlakyStore(s3_endpoint)
@@ -398,15 +412,7 @@ async def flaky(s3_endpoint: str) -> AsyncIterator[tuple[FlakyStore, S3Blobs]]:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
-    async with S3Blobs(
-        f"127.0.0.1:{port}",
-        "luthier",
-        access_key="key",
-        secret_key="secret",
-        secure=False,
-        region="us-east-1",
-        retry_base_s=0.0,
-    ) as store:
+    async with _impatient(f"127.0.0.1:{port}") as store:
         yield front, store
         front.faults.clear()
         await store.delete(KEY)
@@ -449,16 +455,7 @@ async def test_a_store_that_never_answers_is_reported(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # which takes nobody in
         host, port = server.getsockname()
-        async with S3Blobs(
-            f"{host}:{port}",
-            "luthier",
-            access_key="key",
-            secret_key="secret",
-            secure=False,
-            region="us-east-1",
-            retry_base_s=0.0,
-            answer_s=0.05,
-        ) as store:
+        async with _impatient(f"{host}:{port}", answer_s=0.05) as store:
             with pytest.raises(Unavailable):
                 await call(store)
 

@@ -829,15 +829,20 @@ async def test_a_run_whose_header_went_back_is_taken_over_anew(rig: Rig, oplog: 
     assert trainer.engine.run_digest(A) == rig.reference(A, gradient(1), None)
 
 
-async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-):
+async def _about_to_replay_a_gradient(rig: Rig) -> Trainer:
+    """A worker that takes run A over from a dead one, with the next op of A."""
     first = await rig.start("t0")
     await rig.client.create(A)
     await rig.client.forward_backward(A, gradient(1))
     await rig.client.completed(A)
     await first.die()
-    second = await rig.start("t1")
+    return await rig.start("t1")
+
+
+async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    second = await _about_to_replay_a_gradient(rig)
     break_once(second.engine, "forward_backward", monkeypatch)  # in the replay
     seq = await rig.client.forward_backward(A, gradient(2))
     category, message = await rig.client.failed(A, seq)
@@ -851,12 +856,7 @@ async def test_a_run_that_cannot_be_rebuilt_fails_what_comes_and_no_other_run(
 async def test_a_replay_that_another_owner_has_spoilt_gives_nothing_up(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ):
-    first = await rig.start("t0")
-    await rig.client.create(A)
-    await rig.client.forward_backward(A, gradient(1))
-    await rig.client.completed(A)
-    await first.die()
-    second = await rig.start("t1")
+    second = await _about_to_replay_a_gradient(rig)
 
     whole = second.engine.forward_backward
 
